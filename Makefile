@@ -1,0 +1,35 @@
+# Every target sets up what it needs: `make demo` and `make test` work on a machine with only Python and make.
+PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install demo test test-slow lint goldens clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py
+	@test -n "$(PYTHON)" || { echo "no Python 3.10 or 3.11 found: install one, or run 'make PYTHON=/path/to/python3.11'" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+demo: install
+	@tools/demo.sh
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+goldens: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[goldens]'
+	$(BIN)/python tools/make_goldens.py
+
+clean:
+	rm -rf $(VENV) demo_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,33 @@
+"""The errors a user can cause, and can mend.
+
+Each message says what is wrong, where, what was found, what was wanted and, where it helps, what to do. The command line
+prints it as one line and exits with 2; anything that is not a PanguQuantError is a defect of ours and keeps its traceback.
+"""
+
+
+class PanguQuantError(Exception):
+    """Something outside the program is wrong: a file, a setting, the disk, the machine."""
+
+
+class CheckpointError(PanguQuantError):
+    """A checkpoint directory that cannot be used: damaged, inconsistent, of another architecture, or quantized already."""
+
+
+class RecipeError(PanguQuantError):
+    """A recipe that is malformed, or that asks for what the model or the runtime cannot do."""
+
+
+class DataError(PanguQuantError):
+    """Calibration or evaluation data that is malformed, empty, unsuitable or a benchmark in disguise."""
+
+
+class OutputError(PanguQuantError):
+    """An output directory that cannot be written, is in use, or belongs to another run."""
+
+
+class BackendError(PanguQuantError):
+    """This machine or this installation cannot run what was asked for."""
+
+
+class RequestError(PanguQuantError):
+    """An argument of a call or a command that makes no sense for this model."""
