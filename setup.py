@@ -8,8 +8,9 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.12",
-    packages=find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]),
-    package_data={"ms_pangu_quant": ["assets/*.jsonl", "assets/*.md", "assets/openpangu-mini/*", "configs/*.yaml"]},
+    packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],
+    package_dir={"ms_pangu_quant.configs": "configs"},      # the recipes travel with the package
+    package_data={"ms_pangu_quant": ["assets/*", "assets/*/*"], "ms_pangu_quant.configs": ["*.yaml"]},
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
         "mindspore==2.9.0",
