@@ -1,0 +1,51 @@
+"""What differs between devices: the same short list of cells, one file each.
+
+A backend substitutes what has no kernel on its device through MindFormers' own points of extension (layer specs, rope
+names, linear methods, a GPTModel subclass) and leaves the rest of MindFormers' network as it is.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from numpy.typing import NDArray
+
+@dataclass(frozen=True)
+class Backend:
+    """One device's cells.
+
+    norm               RMSNorm cell class.
+    core_attention     (num_blocks, block_size) -> ModuleSpec or cell class of attention over the paged cache.
+    rope_name          MindFormers' position_embedding_type.
+    gpt_model          GPTModel or a subclass.
+    linear_methods     quantization kind ("W8A8_DYNAMIC", ...) -> LinearMethodBase class.
+    dtypes             keyword arguments of MindFormers' model config.
+    chunked_prefill    prefill attends to the cache, so a prompt may come in pieces.
+    attention_mask     max query length of a prefill -> the tensor the attention cell wants.
+    new_caches         (layers, num_blocks, block_size, kv_heads, head_dim) -> (key_caches, value_caches) to pass in, or
+                       None where the attention cells own their cache.
+    dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
+    """
+
+    norm: type
+    core_attention: Callable[[int, int], Any]
+    rope_name: str
+    gpt_model: type
+    linear_methods: Mapping[str, type]
+    dtypes: Mapping[str, str]
+    chunked_prefill: bool
+    attention_mask: Callable[[int], NDArray[Any]]
+    new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
+    dynamic_mask: tuple[list[None], Any]
+
+def current_backend() -> Backend:
+    """The backend of the device this process was started on."""
+    import mindspore as ms
+
+    if ms.get_context("device_target") == "CPU":
+        from ms_pangu_quant.backends.cpu import BACKEND
+    else:
+        from ms_pangu_quant.backends.ascend import BACKEND
+    return BACKEND
+

@@ -1,0 +1,160 @@
+"""config.json of an openPangu-Embedded or plain Llama checkpoint, reduced to what the network needs and checked.
+
+Both families are the same network: pre-norm RMSNorm, SwiGLU, rotate-half rope, grouped-query attention. openPangu calls
+the attention biases `bias`, Llama `attention_bias`. Anything that would change the graph (rope scaling, experts, sliding
+windows, attention sinks, a vision tower) is refused by name rather than loaded wrongly.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ms_pangu_quant.errors import CheckpointError
+
+QUANTIZATION_FILE = "quantization_description.json"
+
+# A key that only another architecture's config has -> what that architecture is.
+_OTHER_GRAPHS = {
+    "param_sink_number": "openPangu-R-7B (attention sinks, sliding windows, partial rope)",
+    "qk_rope_dim": "openPangu-R-7B (partial rope)",
+    "qk_nope_dim": "openPangu-R-7B (partial rope)",
+    "num_nextn_predict_layers": "a variant with a multi-token-prediction layer (openPangu-R)",
+    "vision_config": "openPangu-VL (a vision tower and multi-modal rope)",
+    "num_experts": "openPangu-Pro-MoE (a mixture of experts)",
+    "n_routed_experts": "openPangu-Ultra-MoE (a mixture of experts)",
+    "num_routed_experts": "openPangu-Pro-MoE (a mixture of experts)",
+    "num_local_experts": "a mixture of experts",
+    "kv_lora_rank": "openPangu-Ultra-MoE (multi-head latent attention)",
+    "sliding_window": "a variant with sliding-window attention",
+    "layer_types": "openPangu-R-7B (alternating attention types)",
+}
+_SUPPORTED = ("PanguEmbedded", "llama")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes are counts of features, heads, layers or tokens; ids are None where the file has none."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    attention_bias: bool
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    torch_dtype: str
+    raw: Mapping[str, Any]
+
+    @classmethod
+    def from_file(cls, path: Path) -> ModelConfig:
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(f"{path.parent}: no config.json here; wanted a Hugging Face checkpoint directory") from None
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, wanted an object")
+        return cls.from_dict(raw, where=str(path))
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any], *, where: str) -> ModelConfig:
+        """Raises CheckpointError for a missing or senseless value and for any other architecture."""
+        _refuse_other_graphs(raw, where)
+        heads = _count(raw, "num_attention_heads", where)
+        kv_heads = _count(raw, "num_key_value_heads", where, default=heads)
+        hidden = _count(raw, "hidden_size", where)
+        if raw.get("head_dim") is None and hidden % heads:
+            raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, "
+                                  "and head_dim is not given")
+        head_dim = _count(raw, "head_dim", where, default=hidden // heads)
+        if heads % kv_heads:
+            raise CheckpointError(f"{where}: num_attention_heads {heads} is not a multiple of "
+                                  f"num_key_value_heads {kv_heads}")
+        if head_dim % 2:
+            raise CheckpointError(f"{where}: head_dim is {head_dim}, wanted an even number (rope rotates halves)")
+        is_llama = raw["model_type"] == "llama"
+        bias = raw.get("attention_bias" if is_llama else "bias", not is_llama)
+        return cls(
+            hidden_size=hidden,
+            intermediate_size=_count(raw, "intermediate_size", where),
+            num_hidden_layers=_count(raw, "num_hidden_layers", where),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=_count(raw, "vocab_size", where),
+            max_position_embeddings=_count(raw, "max_position_embeddings", where),
+            rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6 if is_llama else 1e-5),
+            rope_theta=_rope_theta(raw, where, default=10_000.0 if is_llama else 16_000_000.0),
+            attention_bias=bool(bias),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            bos_token_id=_token_id(raw, "bos_token_id"),
+            eos_token_id=_token_id(raw, "eos_token_id"),
+            pad_token_id=_token_id(raw, "pad_token_id"),
+            torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
+            raw=dict(raw),
+        )
+
+
+def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:
+    for key, variant in _OTHER_GRAPHS.items():
+        plain_layers = key == "layer_types" and set(raw.get(key) or ()) <= {"full_attention"}
+        if raw.get(key) and not plain_layers:
+            raise CheckpointError(f"{where}: {key!r} marks {variant}; only openPangu-Embedded-1B/-7B and plain Llama "
+                                  "checkpoints have the graph built here")
+    model_type = raw.get("model_type")
+    if model_type not in _SUPPORTED:
+        raise CheckpointError(f"{where}: model_type is {model_type!r}, wanted one of {', '.join(map(repr, _SUPPORTED))}")
+    scaling = raw.get("rope_scaling")
+    if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
+        raise CheckpointError(f"{where}: rope_scaling {dict(scaling)} is not supported; openPangu-Embedded has none")
+    if raw.get("mlp_bias"):
+        raise CheckpointError(f"{where}: mlp_bias is true; openPangu-Embedded has no biases in its MLP")
+    activation = raw.get("hidden_act", "silu")
+    if activation != "silu":
+        raise CheckpointError(f"{where}: hidden_act is {activation!r}, wanted 'silu'")
+
+
+def _count(raw: Mapping[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = raw.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise CheckpointError(f"{where}: {key} is missing")
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+        raise CheckpointError(f"{where}: {key} is {value!r}, wanted a positive whole number")
+    return value
+
+
+def _positive(raw: Mapping[str, Any], key: str, where: str, default: float) -> float:
+    value = raw.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise CheckpointError(f"{where}: {key} is {value!r}, wanted a positive number")
+    return float(value)
+
+
+def _rope_theta(raw: Mapping[str, Any], where: str, default: float) -> float:
+    """transformers 5 moves rope_theta into rope_parameters."""
+    parameters = raw.get("rope_parameters")
+    if isinstance(parameters, Mapping):
+        if parameters.get("rope_type", "default") != "default":
+            raise CheckpointError(f"{where}: rope_parameters {dict(parameters)} is not supported; wanted type 'default'")
+        raw = {**parameters, **raw}
+    return _positive(raw, "rope_theta", where, default)
+
+
+def _token_id(raw: Mapping[str, Any], key: str) -> int | None:
+    value = raw.get(key)
+    if isinstance(value, list) and value:
+        value = value[0]
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None

@@ -1,0 +1,248 @@
+"""A directory of safetensors files, read and written a piece at a time.
+
+Reading: the safetensors library validates every header (a truncated file, overlapping or out-of-range offsets fail there);
+the data is then read with plain file reads, because a memory map would count the whole checkpoint as resident memory.
+Writing: tensors are streamed into a temporary file that is renamed when it is complete, so a name in the directory is
+always a whole file.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from ms_pangu_quant.errors import CheckpointError, OutputError
+
+INDEX_FILE = "model.safetensors.index.json"
+_CHUNK = 16 << 20
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: file, byte offset of its first element, shape, dtype."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start:stop of the first axis, in the stored dtype."""
+        if not self.shape:
+            return np.fromfile(self.file, self.dtype, 1, offset=self.offset).reshape(())
+        stop = self.shape[0] if stop is None else min(stop, self.shape[0])
+        row = int(np.prod(self.shape[1:], dtype=np.int64))
+        count = max(stop - start, 0) * row
+        data = np.fromfile(self.file, self.dtype, count, offset=self.offset + start * row * self.dtype.itemsize)
+        if data.size != count:
+            raise CheckpointError(f"{self.file}: ends early; wanted {count} elements at byte {self.offset}")
+        return data.reshape((max(stop - start, 0), *self.shape[1:]))
+
+    def chunks(self) -> Iterator[bytes]:
+        """The tensor's bytes, a few MiB at a time."""
+        with open(self.file, "rb") as stream:
+            stream.seek(self.offset)
+            left = self.nbytes
+            while left:
+                piece = stream.read(min(_CHUNK, left))
+                if not piece:
+                    raise CheckpointError(f"{self.file}: ends early, {left} bytes short")
+                left -= len(piece)
+                yield piece
+
+
+class TensorFiles:
+    """All tensors of a directory: `entries` maps name -> TensorEntry."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises CheckpointError if a file is missing, truncated or not safetensors, or if index and files disagree."""
+        self.directory = directory
+        index_path = directory / INDEX_FILE
+        if index_path.exists():
+            weight_map = _read_index(index_path)
+            self.files = sorted({directory / name for name in weight_map.values()})
+            for file in self.files:
+                if not file.is_file():
+                    raise CheckpointError(f"{index_path}: names {file.name}, which is not in the directory; "
+                                          "download it, or use the index that belongs to these files")
+        else:
+            self.files = sorted(directory.glob("*.safetensors"))
+            weight_map = None
+        if not self.files:
+            raise CheckpointError(f"{directory}: no *.safetensors file here; wanted a Hugging Face checkpoint directory")
+        self.entries: dict[str, TensorEntry] = {}
+        for file in self.files:
+            for name, entry in _read_header(file).items():
+                if name in self.entries:
+                    raise CheckpointError(f"{name}: is in both {self.entries[name].file.name} and {file.name}")
+                self.entries[name] = entry
+        if weight_map is not None:
+            _check_index(index_path, weight_map, self.entries)
+
+    def read_float32(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
+        """Rows of a floating-point tensor, widened exactly to float32."""
+        raw = self.entries[name].read(start, stop)
+        if raw.dtype == np.float32:
+            return raw
+        if raw.dtype == ml_dtypes.bfloat16:     # a bfloat16 is the upper half of a float32
+            wide = raw.view(np.uint16).astype(np.uint32)
+            wide <<= 16
+            return wide.view(np.float32)
+        return raw.astype(np.float32)
+
+    def sha256(self, progress: Callable[[int], None] | None = None) -> str:
+        """Hash of every tensor file's bytes, in name order; progress is called with the bytes just read."""
+        total = hashlib.sha256()
+        for file in self.files:
+            digest = hashlib.sha256()
+            with open(file, "rb") as stream:
+                while piece := stream.read(_CHUNK):
+                    digest.update(piece)
+                    if progress:
+                        progress(len(piece))
+            total.update(f"{file.name}:{digest.hexdigest()}\n".encode())
+        return total.hexdigest()
+
+    def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Iterable[str] = ()) -> None:
+        """The tensors are exactly `expected` (plus, possibly, `optional` ones), with those shapes, in floating point."""
+        config = self.directory / "config.json"
+        for name, shape in expected.items():
+            entry = self.entries.get(name)
+            if entry is None:
+                hint = ("; this layer's bias is part of the model, a checkpoint without it is another one"
+                        if name.endswith("o_proj.bias") else "")
+                raise CheckpointError(f"{self.directory}: {name} is missing; {config.name} implies a tensor of shape "
+                                      f"{list(shape)}{hint}")
+            if entry.shape != shape:
+                raise CheckpointError(f"{entry.file}: {name}: got {list(entry.shape)}, {config.name} implies "
+                                      f"{list(shape)}; is config.json from another checkpoint?")
+            if entry.dtype.kind in "iub":
+                raise CheckpointError(f"{entry.file}: {name}: got {entry.dtype}, wanted a floating-point tensor; "
+                                      "is this checkpoint quantized already?")
+        extra = sorted(set(self.entries) - set(expected) - set(optional))
+        if extra:
+            more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+            raise CheckpointError(f"{self.entries[extra[0]].file}: {extra[0]}{more}: not a tensor of the model that "
+                                  f"{config.name} describes; is config.json from another checkpoint?")
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a safetensors index ({type(error).__name__}: {error})") from None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path}: weight_map is not an object of tensor name -> file name")
+    for file in set(weight_map.values()):
+        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path}: names {file!r}; wanted the plain name of a .safetensors file beside it")
+    return weight_map
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
+    for name, file in weight_map.items():
+        entry = entries.get(name)
+        if entry is None or entry.file.name != file:
+            found = f"it is in {entry.file.name}" if entry else "it is in no file"
+            raise CheckpointError(f"{path}: {name} should be in {file}, but {found}")
+    for name, entry in entries.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{entry.file}: {name} is not in {path.name}; do the two belong together?")
+
+
+def _read_header(file: Path) -> dict[str, TensorEntry]:
+    try:
+        with safe_open(file, framework="np"):       # validates; the data is not touched
+            pass
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); download it again") from None
+    entries = {}
+    for name, record in header.items():
+        if name == "__metadata__":
+            continue
+        dtype = _DTYPES.get(record["dtype"])
+        if dtype is None:
+            raise CheckpointError(f"{file}: {name}: dtype {record['dtype']} is not supported")
+        entries[name] = TensorEntry(file, 8 + length + record["data_offsets"][0], tuple(record["shape"]), dtype)
+    return entries
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    sha256: str
+    nbytes: int
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEntry]) -> WrittenFile:
+    """Write one file atomically; a TensorEntry is copied from its own file without being loaded.
+
+    Raises OutputError when the disk is full or not writable; nothing is left behind then.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + tensor.nbytes]}
+        offset += tensor.nbytes
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield len(encoded).to_bytes(8, "little")
+        yield encoded
+        for tensor in tensors.values():
+            if isinstance(tensor, TensorEntry):
+                yield from tensor.chunks()
+            else:
+                yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+
+    return write_atomically(path, pieces())
+
+
+def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> WrittenFile:
+    """Write, flush to disk, rename. Raises OutputError; never leaves a partial file under `path`."""
+    temporary = path.with_name(f".{path.name}.partial")
+    digest, written = hashlib.sha256(), 0
+    try:
+        with open(temporary, "wb") as stream:
+            for piece in pieces:
+                stream.write(piece)
+                digest.update(piece)
+                written += len(piece)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot write ({error.strerror or error}); free space or choose another --output, "
+                          "then run again with --resume") from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return WrittenFile(digest.hexdigest(), written)
+
+
+def write_json(path: Path, value: Any) -> WrittenFile:
+    return write_atomically(path, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])

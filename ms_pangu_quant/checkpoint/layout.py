@@ -1,0 +1,93 @@
+"""The one table of names: which tensors a decoder block has, what feeds each linear layer, and what may absorb a scale.
+
+Every other module that needs a tensor's name, shape or neighbour asks here; nothing else spells "self_attn.q_proj".
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ms_pangu_quant.checkpoint.config import ModelConfig
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """One linear layer of a block.
+
+    name        tensor name inside the block, without ".weight".
+    input_name  which activation it reads; sites with the same input_name see the same numbers.
+    producer    the norm or linear whose output channels can be divided by a scale that this site's input channels are
+                multiplied by. Norms are exact producers of their whole input. v_proj produces o_proj's input through
+                attention (a weighted mean over tokens: channels do not mix), one v channel for each group of query heads;
+                up_proj produces down_proj's through a product with silu(gate) (channels do not mix).
+    fused       MindFormers computes these sites as one matmul, so their schemes must agree.
+    """
+
+    name: str
+    input_name: str
+    producer: str
+    fused: str
+
+
+SITES: tuple[LinearSite, ...] = (
+    LinearSite("self_attn.q_proj", "attention_input", "input_layernorm", "linear_qkv"),
+    LinearSite("self_attn.k_proj", "attention_input", "input_layernorm", "linear_qkv"),
+    LinearSite("self_attn.v_proj", "attention_input", "input_layernorm", "linear_qkv"),
+    LinearSite("self_attn.o_proj", "attention_output", "self_attn.v_proj", "linear_proj"),
+    LinearSite("mlp.gate_proj", "mlp_input", "post_attention_layernorm", "linear_fc1"),
+    LinearSite("mlp.up_proj", "mlp_input", "post_attention_layernorm", "linear_fc1"),
+    LinearSite("mlp.down_proj", "mlp_hidden", "mlp.up_proj", "linear_fc2"),
+)
+INPUT_NAMES: tuple[str, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+def sites_reading(input_name: str) -> tuple[LinearSite, ...]:
+    return tuple(site for site in SITES if site.input_name == input_name)
+
+
+def site_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
+    """(out_features, in_features)."""
+    queries = config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "self_attn.q_proj": (queries, hidden),
+        "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden),
+        "self_attn.o_proj": (hidden, queries),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }[site.name]
+
+
+def has_bias(config: ModelConfig, site: LinearSite) -> bool:
+    return config.attention_bias and site.name.startswith("self_attn.")
+
+
+def block_prefix(index: int) -> str:
+    return f"model.layers.{index}."
+
+
+def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of a float block's tensors, names without the block's prefix."""
+    shapes: dict[str, tuple[int, ...]] = {f"{norm}.weight": (config.hidden_size,) for norm in NORMS}
+    for site in SITES:
+        out_features, in_features = site_shape(config, site)
+        shapes[f"{site.name}.weight"] = (out_features, in_features)
+        if has_bias(config, site):
+            shapes[f"{site.name}.bias"] = (out_features,)
+    return shapes
+
+
+def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors outside the blocks. A tied head has no tensor of its own."""
+    vocab = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocab, FINAL_NORM: (config.hidden_size,)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = vocab
+    return shapes

@@ -1,0 +1,79 @@
+"""Reads a float checkpoint one decoder block at a time; the whole of it is never in memory."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
+from ms_pangu_quant.checkpoint.files import TensorFiles
+from ms_pangu_quant.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: float32 tensors, names as in layout.block_shapes ("mlp.up_proj.weight" [out, in])."""
+
+    config: ModelConfig
+    tensors: Mapping[str, NDArray[np.float32]]
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self.tensors[name]
+
+    def weight(self, site: layout.LinearSite) -> NDArray[np.float32]:
+        return self.tensors[f"{site.name}.weight"]
+
+    def bias(self, site: layout.LinearSite) -> NDArray[np.float32] | None:
+        return self.tensors.get(f"{site.name}.bias")
+
+    def replace(self, changed: Mapping[str, NDArray[np.float32]]) -> Block:
+        return Block(self.config, {**self.tensors, **changed})
+
+
+class CheckpointReader:
+    """A float checkpoint whose every tensor has been found and has the shape config.json implies."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises CheckpointError naming file, tensor, what was found and what was wanted."""
+        self.directory = directory
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory; wanted a Hugging Face checkpoint directory")
+        self.config = ModelConfig.from_file(directory / "config.json")
+        if is_quantized(directory, self.config):
+            raise CheckpointError(f"{directory}: is quantized already; wanted the float checkpoint")
+        self.files = TensorFiles(directory)
+        optional = [layout.HEAD] if self.config.tie_word_embeddings else []
+        self.files.check(self.shapes(), optional=optional)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = layout.outer_shapes(self.config)
+        for index in range(self.config.num_hidden_layers):
+            for name, shape in layout.block_shapes(self.config).items():
+                shapes[layout.block_prefix(index) + name] = shape
+        return shapes
+
+    def block(self, index: int) -> Block:
+        prefix = layout.block_prefix(index)
+        return Block(self.config, {name: self.files.read_float32(prefix + name)
+                                   for name in layout.block_shapes(self.config)})
+
+    def blocks(self) -> Iterator[Block]:
+        for index in range(self.config.num_hidden_layers):
+            yield self.block(index)
+
+
+def embedding_rows(files: TensorFiles, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Embeddings [tokens, hidden] of token_ids [tokens]; only the rows in use are read."""
+    unique, inverse = np.unique(token_ids, return_inverse=True)
+    rows = [files.read_float32(layout.EMBEDDING, int(token), int(token) + 1) for token in unique]
+    table = np.concatenate(rows)
+    return table[inverse]
+
+
+def is_quantized(directory: Path, config: ModelConfig) -> bool:
+    return ((directory / QUANTIZATION_FILE).exists() or (directory / "quant_model_description.json").exists()
+            or bool(config.raw.get("quantization_config")))

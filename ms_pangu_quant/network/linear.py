@@ -1,0 +1,42 @@
+"""Which linear method each layer of a quantized network gets, and how stored tensors become its parameters."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from mindformers.parallel_core.inference.quantization.golden_stick.config import GoldenStickConfig
+from mindformers.parallel_core.inference.tensor_parallel.layers import LinearBase, UnquantizedLinearMethod
+
+from ms_pangu_quant.errors import CheckpointError
+
+# A layer MindFormers computes as one -> the layers its parts come from.
+_PARTS = {"linear_qkv": ("linear_q", "linear_k", "linear_v"), "linear_fc1": ("gating", "hidden")}
+
+
+class PanguQuantConfig(GoldenStickConfig):
+    """MindFormers' Golden Stick contract, looked up exactly instead of by the first key that contains the prefix.
+
+    full_config maps "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT", plus
+    "weight_mapping", "quantization" and "group_size".
+    """
+
+    def __init__(self, full_config: Mapping[str, object], linear_methods: Mapping[str, type]) -> None:
+        super().__init__(dict(full_config))
+        self._methods = linear_methods
+
+    def get_quant_method(self, layer, prefix: str):
+        """Raises CheckpointError if the parts of a fused layer disagree, or one is not described."""
+        if not isinstance(layer, LinearBase):
+            return None
+        stem, _, name = prefix.rpartition(".")
+        parts = [f"{stem}.{part}.weight" for part in _PARTS.get(name, (name,))]
+        kinds = {part: self.full_config.get(part) for part in parts}
+        if len(set(kinds.values())) != 1:
+            raise CheckpointError(f"quantization_description.json: {kinds}: these layers are computed as one and need "
+                                  "the same quantization")
+        kind = kinds[parts[0]]
+        if kind == "FLOAT":
+            return UnquantizedLinearMethod()
+        if kind not in self._methods:
+            raise CheckpointError(f"quantization_description.json: {parts[0]} is {kind!r}, wanted FLOAT or one of "
+                                  f"{', '.join(self._methods)}")
+        return self._methods[kind](self)

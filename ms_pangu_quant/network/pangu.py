@@ -1,0 +1,208 @@
+"""openPangu-Embedded as a MindFormers network: config, registration, weight map, construction.
+
+The network is MindFormers' inference GPTModel; a backend supplies the cells its device needs (backends/). Importing this
+module registers "PanguEmbedded" with MindFormers, so that its own builders find the network too. The process must have
+been started with network.runtime.start().
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import mindspore as ms
+from mindformers.models.configuration_utils import PretrainedConfig
+from mindformers.models.model_config_utils import ignore_and_delete_parameter, register_mf_model_parameter
+from mindformers.models.modeling_utils import PreTrainedModel
+from mindformers.parallel_core.config_converter import ConfigConverter
+from mindformers.parallel_core.inference.base_models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from mindformers.parallel_core.inference.model_utils import InferModelMixin
+from mindformers.parallel_core.inference.quantization.utils import get_quant_config
+from mindformers.parallel_core.inference.transformer.transformer_block import TransformerBlockSubmodules
+from mindformers.parallel_core.utils.model_mixin import ModelMixin
+from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
+from mindspore import Tensor, mutable
+
+from ms_pangu_quant.backends import Backend, current_backend
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.network import runtime
+from ms_pangu_quant.network.linear import PanguQuantConfig
+
+WEIGHT_MAPPING = [
+    ("model.embed_tokens.", "embedding.word_embeddings."),
+    (".self_attn.q_proj.", ".self_attention.linear_q."),
+    (".self_attn.k_proj.", ".self_attention.linear_k."),
+    (".self_attn.v_proj.", ".self_attention.linear_v."),
+    (".self_attn.o_proj.", ".self_attention.linear_proj."),
+    (".mlp.gate_proj.", ".mlp.gating."),
+    (".mlp.up_proj.", ".mlp.hidden."),
+    (".mlp.down_proj.", ".mlp.linear_fc2."),
+    (".post_attention_layernorm.", ".pre_mlp_layernorm."),
+    ("model.norm.", "decoder.final_layernorm."),
+    ("lm_head.", "output_layer."),
+    ("model.layers.", "decoder.layers."),
+]
+
+
+class PanguConfigConverter(ConfigConverter):
+    """Names of the Hugging Face config -> names of MindFormers' TransformerConfig."""
+
+    CONFIG_MAPPING = {  # noqa: RUF012 (MindFormers' protocol)
+        "head_dim": "kv_channels",
+        "num_hidden_layers": "num_layers",
+        "rms_norm_eps": "layernorm_epsilon",
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_query_groups",
+        "initializer_range": "init_method_std",
+        "rope_theta": "rotary_base",
+    }
+
+
+@MindFormerRegister.register(MindFormerModuleType.CONFIG, legacy=False, search_names="PanguEmbedded")
+class PanguEmbeddedConfig(PretrainedConfig):
+    """config.json of openPangu-Embedded; defaults are the 7B's. `bias` is on q, k, v and o, never on the MLP."""
+
+    model_type = "PanguEmbedded"
+
+    @register_mf_model_parameter(seq_length=4096, block_size=16, num_blocks=512, normalization="RMSNorm",
+                                 gated_linear_unit=True, add_mlp_fc1_bias_linear=False, add_mlp_fc2_bias_linear=False)
+    @ignore_and_delete_parameter(extra_ignore_param=[("bias", "set as add_qkv_bias and add_bias_linear")])
+    def __init__(self, vocab_size=153376, hidden_size=4096, intermediate_size=12800, num_hidden_layers=34,
+                 num_attention_heads=32, num_key_value_heads=8, head_dim=None, hidden_act="silu",
+                 max_position_embeddings=32768, initializer_range=0.02, rms_norm_eps=1e-5, rope_theta=16000000.0,
+                 bias=True, tie_word_embeddings=False, **kwargs):
+        self.vocab_size = vocab_size
+        self.hidden_size = hidden_size
+        self.intermediate_size = intermediate_size
+        self.num_hidden_layers = num_hidden_layers
+        self.num_attention_heads = num_attention_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim or hidden_size // num_attention_heads
+        self.hidden_act = hidden_act
+        self.max_position_embeddings = max_position_embeddings
+        self.initializer_range = initializer_range
+        self.rms_norm_eps = rms_norm_eps
+        self.rope_theta = rope_theta
+        self.add_qkv_bias = kwargs.pop("add_qkv_bias", bias)
+        self.add_bias_linear = kwargs.pop("add_bias_linear", bias)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+
+    def convert_to_transformer_config(self, is_mla_model: bool = False):
+        with runtime.quiet():       # the converter prints a table of every field
+            return PanguConfigConverter.convert(self.to_dict(), is_mla_model=is_mla_model)
+
+
+class PanguPreTrainedModel(PreTrainedModel, ModelMixin):
+    config_class = PanguEmbeddedConfig
+    base_model_prefix = "PanguEmbedded"
+    weight_mapping = WEIGHT_MAPPING
+
+
+def layer_spec(transformer_config: Any, backend: Backend, num_blocks: int, block_size: int) -> TransformerBlockSubmodules:
+    """MindFormers' decoder layers with the backend's cells in place of its own."""
+    spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
+    spec.submodules.input_layernorm = backend.norm
+    spec.submodules.pre_mlp_layernorm = backend.norm
+    spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)
+    return TransformerBlockSubmodules(layer_specs=[spec] * transformer_config.num_layers, layer_norm=backend.norm)
+
+
+@MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False)
+class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
+    """The inference network, float or quantized as config.quantization says.
+
+    quant_config  overrides what MindFormers would read from config.pretrained_model_dir.
+    whole         False builds the decoder layers alone, without embedding and head.
+    """
+
+    def __init__(self, config: PanguEmbeddedConfig, quant_config: PanguQuantConfig | None = None, whole: bool = True):
+        super().__init__(config, auto_prefix=False)
+        self.config = config
+        self.backend = current_backend()
+        transformer_config = self.convert_to_transformer_config(config)
+        transformer_config.position_embedding_type = self.backend.rope_name     # the config class knows MindFormers' only
+        if quant_config is None:
+            described = get_quant_config(config, self.weight_mapping)
+            quant_config = described and PanguQuantConfig(described.full_config, self.backend.linear_methods)
+        self.quant_config = quant_config
+        self.compute_dtype = transformer_config.compute_dtype
+        self.vocab_size = transformer_config.vocab_size
+        self.is_prefill = True
+        self.model = self.backend.gpt_model(
+            config=transformer_config,
+            transformer_layer_spec=layer_spec(transformer_config, self.backend, config.num_blocks, config.block_size),
+            vocab_size=transformer_config.vocab_size,
+            max_sequence_length=transformer_config.max_position_embeddings,
+            position_embedding_type=transformer_config.position_embedding_type,
+            rotary_base=config.rope_theta,
+            share_embeddings_and_output_weights=whole and config.tie_word_embeddings,
+            pre_process=whole,
+            post_process=whole,
+            quant_config=quant_config,
+        )
+
+    def construct(self, input_ids, positions, batch_valid_length, context_lens_tensor, q_seq_lens, block_tables,
+                  slot_mapping, attention_mask, key_cache=None, value_cache=None):
+        return self.model(input_ids=input_ids, positions=positions, batch_valid_length=batch_valid_length,
+                          context_lens_tensor=context_lens_tensor, q_seq_lens=q_seq_lens, block_tables=block_tables,
+                          slot_mapping=slot_mapping, attention_mask=attention_mask, key_cache=key_cache,
+                          value_cache=value_cache)
+
+    def set_dynamic_inputs(self, **kwargs):
+        """One graph for every number of tokens, sequences and cache blocks."""
+        tokens, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
+        mask_shape, mask_dtype = self.backend.dynamic_mask
+        caches = self.backend.new_caches(0, 1, 1, 1, 1)
+        if caches is not None:
+            cache = Tensor(shape=[None, None, None, None], dtype=self.compute_dtype)
+            caches = tuple(mutable([cache] * self.config.num_hidden_layers) for _ in range(2))
+        self.set_inputs(tokens, tokens, tokens, tokens, tokens, table, tokens,
+                        Tensor(shape=mask_shape, dtype=mask_dtype), *(caches or ()))
+
+    def convert_name(self, weight_name: str) -> str:
+        """Hugging Face name -> MindFormers name, quantization parameters included."""
+        weight_name = super().convert_name(weight_name)
+        return weight_name.replace(".weight_scale", ".w_scale") if self.quant_config else weight_name
+
+    def load_tensors(self, tensors: Iterable[tuple[str, Any]]) -> None:
+        """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them.
+
+        Raises CheckpointError naming the parameters that were not loaded.
+        """
+        from ms_pangu_quant.errors import CheckpointError
+
+        named = ((self.convert_name(name), tensor) for name, tensor in tensors)
+        loaded = self.model.load_weights(named, self.generate_mapping(), True)
+        missing = [name for name in self.model.get_params_dict() if name not in loaded
+                   and not name.endswith((".key_cache", ".value_cache"))]
+        if self.config.tie_word_embeddings:
+            missing = [name for name in missing if name != "output_layer.weight"]
+        if missing:
+            raise CheckpointError(f"the network's parameters {', '.join(sorted(missing)[:3])} are not in the checkpoint")
+        self.process_weights_after_loading(self.model)
+
+
+def build_network(config: ModelConfig, *, kinds: Mapping[str, str] | None = None, group_size: int = 0, num_blocks: int,
+                  block_size: int = 16, layers: int | None = None, whole: bool = True) -> PanguEmbeddedForCausalLM:
+    """The network of a checkpoint, parameters not loaded yet.
+
+    kinds       "model.layers.0.self_attn.q_proj.weight" -> quantization kind; None builds the float network.
+    group_size  inputs per int4 weight scale; 0 means one scale per output channel.
+    num_blocks  size of the key/value cache in blocks of block_size tokens.
+    layers      build only the first so many decoder layers.
+    """
+    backend = current_backend()
+    mf_config = PanguEmbeddedConfig(
+        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers if layers is None else layers,
+        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim, max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta, bias=config.attention_bias,
+        tie_word_embeddings=config.tie_word_embeddings, pad_token_id=config.pad_token_id or 0, num_blocks=num_blocks,
+        block_size=block_size, position_embedding_type="rope", **backend.dtypes)
+    quant_config = None
+    if kinds is not None:
+        quant_config = PanguQuantConfig({**kinds, "weight_mapping": WEIGHT_MAPPING, "quantization": "golden-stick",
+                                         "group_size": group_size}, backend.linear_methods)
+    network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole)
+    network.set_train(False)
+    return network

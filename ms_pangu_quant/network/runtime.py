@@ -1,0 +1,108 @@
+"""Starts MindSpore and MindFormers for inference, once per process, without their noise.
+
+MindSpore and MindFormers read their log level, log folder and run mode from the environment when they are first imported,
+so this module must run before either is: nothing outside network/, backends/ and their callers imports them.
+"""
+from __future__ import annotations
+
+import atexit
+import io
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+
+from ms_pangu_quant.errors import BackendError
+
+DEVICES = ("cpu", "ascend")
+MODES = ("graph", "pynative")
+_started: tuple[str, str] | None = None
+_verbose = False
+
+
+def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) -> None:
+    """Prepare this process for `device` in `mode`.
+
+    A process keeps its first device; the mode may change between networks. Raises BackendError for an unknown name and
+    when the device is not there.
+    """
+    global _started, _verbose
+    _verbose = _verbose or verbose
+    if device not in DEVICES:
+        raise BackendError(f"device is {device!r}, wanted one of {', '.join(DEVICES)}")
+    if mode not in MODES:
+        raise BackendError(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
+    if _started is not None and _started[0] != device:
+        raise BackendError(f"this process already runs on {_started[0]!r}; start another one for {device!r}")
+    os.environ["RUN_MODE"] = "predict"
+    os.environ["ENFORCE_EAGER"] = "true" if mode == "pynative" else "false"     # MindFormers' own switch for PyNative
+    if _started is None:
+        _import_quietly(verbose)
+    import mindspore as ms
+
+    if _started is None or _started[1] != mode:
+        ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+    if _started is None:
+        try:
+            ms.set_device("CPU" if device == "cpu" else "Ascend")
+        except (RuntimeError, ValueError) as error:
+            raise BackendError(f"device {device!r} is not available on this machine: {_first_line(error)}") from None
+        ms.set_context(jit_config={"jit_level": "O0"})
+        from mindformers.core.context.build_context import build_mf_context
+
+        build_mf_context({"run_mode": "predict", "use_legacy": False})      # the registry looks up legacy names otherwise
+        with _quiet_file_descriptor():
+            (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()     # the allocator announces itself when the first operator runs
+    _started = (device, mode)
+
+
+def _import_quietly(verbose: bool) -> None:
+    """Import both frameworks with their logs sent to a folder that goes away with the process."""
+    if not verbose:
+        os.environ.setdefault("GLOG_v", "3")                # MindSpore: errors only
+        os.environ.setdefault("TQDM_DISABLE", "1")          # MindFormers shows a bar for each weight file
+        warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
+    if "LOCAL_DEFAULT_PATH" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")     # they would write ./output/log
+        os.environ["LOCAL_DEFAULT_PATH"] = folder
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    if not verbose:
+        # MindFormers warns while it is being imported, through loggers that do not exist before.
+        logging.disable(logging.WARNING)
+    show_warning = warnings.showwarning
+    from mindformers.tools.logger import get_logger
+
+    warnings.showwarning = show_warning     # MindFormers sends every warning of the process to its log
+    logging.disable(logging.NOTSET)
+    if not verbose:
+        get_logger().setLevel(logging.ERROR)
+
+
+def quiet() -> AbstractContextManager[object]:
+    """Keeps what a library prints off the terminal, unless the process was started verbosely."""
+    return nullcontext() if _verbose else redirect_stdout(io.StringIO())
+
+
+@contextmanager
+def _quiet_file_descriptor() -> Iterator[None]:
+    """Like quiet(), for what C++ code writes to the standard output."""
+    if _verbose:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,57 @@
+"""The integer grid: scales, codes, and the way back."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.scheme import TensorScheme
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """codes int8 [out, in]; scale float32 [out, groups], > 0. The weight is codes * scale of each code's group."""
+
+    codes: NDArray[np.int8]
+    scale: NDArray[np.float32]
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """[out, in] float32."""
+        out_features, groups = self.scale.shape
+        grouped = self.codes.reshape(out_features, groups, -1).astype(np.float32)
+        return (grouped * self.scale[:, :, None]).reshape(self.codes.shape)
+
+
+def weight_scale(weight: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:
+    """Scale [out, groups] of weight [out, in] from the largest |w| of each channel or group; 1.0 where all are zero."""
+    grouped = weight.reshape(len(weight), scheme.groups(weight.shape[1]), -1)
+    return scale_from_absmax(np.abs(grouped).max(axis=2), scheme)
+
+
+def scale_from_absmax(absmax: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:
+    """absmax / divisor, float32, rounded up to a bfloat16 value where the scheme says so; 1.0 where absmax is 0."""
+    scale = (absmax / np.float32(scheme.divisor)).astype(np.float32)
+    scale = np.maximum(scale, np.finfo(np.float32).tiny)
+    if scheme.bfloat16_scale:
+        scale = round_up_to_bfloat16(scale)
+    return np.where(absmax > 0, scale, np.float32(1.0)).astype(np.float32)
+
+
+def round_up_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The smallest bfloat16 value >= each positive finite value, as float32."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def is_bfloat16(values: NDArray[np.float32]) -> bool:
+    return bool((values.astype(ml_dtypes.bfloat16).astype(np.float32) == values).all())
+
+
+def round_to_grid(weight: NDArray[np.float32], scale: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.int8]:
+    """Codes int8 [out, in]: weight [out, in] divided by scale [out, groups], half to even, clipped to the scheme's codes."""
+    grouped = weight.reshape(len(weight), scale.shape[1], -1) / scale[:, :, None]
+    np.rint(grouped, out=grouped)
+    np.clip(grouped, scheme.code_min, scheme.code_max, out=grouped)
+    return grouped.astype(np.int8).reshape(weight.shape)

@@ -1,0 +1,247 @@
+"""A recipe: which layers get which scheme, after which transforms, rounded how, calibrated on how much. YAML -> Recipe.
+
+Reading is strict. An unknown key is an error with a suggestion, a pattern that matches no layer is an error, and so are
+layers that MindFormers computes as one (q/k/v, gate/up) but that would get different schemes.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.errors import PanguQuantError, RecipeError
+from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.rtn import RoundToNearest
+from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.transforms.smooth import SmoothQuant
+
+
+class Transform(Protocol):
+    """(block, stats) -> (block, stats); the function of the block is unchanged."""
+
+    @property
+    def needs_gram(self) -> bool: ...
+
+    def __call__(self, block: Block, stats: Mapping[str, InputStats]) -> tuple[Block, dict[str, InputStats]]: ...
+
+
+class WeightQuantizer(Protocol):
+    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure."""
+
+    @property
+    def needs_gram(self) -> bool: ...
+
+    def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
+
+
+TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant}
+QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest}
+KEEP_FLOAT = "float"
+_RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """How much of the calibration file is used: `samples` rows, each cut to `max_length` tokens, drawn with `seed`."""
+
+    samples: int = 128
+    max_length: int = 512
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The scheme of every linear layer, None where it stays float; keys are (block index, site name)."""
+
+    schemes: Mapping[tuple[int, str], QuantScheme | None]
+    group_size: int
+
+    def scheme(self, index: int, site: layout.LinearSite) -> QuantScheme | None:
+        return self.schemes[index, site.name]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says. `layers` are (pattern, scheme name) pairs; the last that matches a layer decides."""
+
+    why: str
+    scheme: str
+    layers: tuple[tuple[str, str], ...]
+    full_range: bool
+    transforms: tuple[Transform, ...]
+    quantizer: WeightQuantizer
+    calibration: CalibrationSettings
+    text: str
+    where: str
+
+    @property
+    def needs_gram(self) -> bool:
+        return self.quantizer.needs_gram or any(transform.needs_gram for transform in self.transforms)
+
+    @property
+    def needs_calibration(self) -> bool:
+        static = any(name != KEEP_FLOAT and not PRESETS[name].activation.dynamic
+                     for name in (self.scheme, *(name for _, name in self.layers)))
+        return static or bool(self.transforms) or self.quantizer.needs_gram
+
+    def plan(self, config: ModelConfig) -> Plan:
+        """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
+        names = {f"{layout.block_prefix(index)}{site.name}": (index, site)
+                 for index in range(config.num_hidden_layers) for site in layout.SITES}
+        chosen = dict.fromkeys(names, self.scheme)
+        for pattern, scheme in self.layers:
+            matched = fnmatch.filter(names, pattern)
+            if not matched:
+                raise RecipeError(f"{self.where}: layers: pattern {pattern!r} matches no layer; layers are called "
+                                  f"{next(iter(names))} and so on, * matches anything")
+            chosen.update(dict.fromkeys(matched, scheme))
+        schemes = {(index, site.name): self._scheme(chosen[name]) for name, (index, site) in names.items()}
+        self._check_fused(config, chosen)
+        return Plan(schemes, self._group_size(config, schemes))
+
+    def _scheme(self, name: str) -> QuantScheme | None:
+        return None if name == KEEP_FLOAT else PRESETS[name].with_range(full_range=self.full_range)
+
+    def _check_fused(self, config: ModelConfig, chosen: Mapping[str, str]) -> None:
+        for index in range(config.num_hidden_layers):
+            for fused in {site.fused for site in layout.SITES}:
+                parts = {site.name: chosen[f"{layout.block_prefix(index)}{site.name}"]
+                         for site in layout.SITES if site.fused == fused}
+                if len(set(parts.values())) > 1:
+                    listed = ", ".join(f"{name}: {scheme}" for name, scheme in parts.items())
+                    raise RecipeError(f"{self.where}: block {index}: {listed}; MindFormers computes these as one layer "
+                                      "and would use the first scheme for all: give them the same")
+
+    def _group_size(self, config: ModelConfig, schemes: Mapping[tuple[int, str], QuantScheme | None]) -> int:
+        sizes = set()
+        for (_, name), scheme in schemes.items():
+            site = next(site for site in layout.SITES if site.name == name)
+            outputs, inputs = layout.site_shape(config, site)
+            if scheme is None:
+                continue
+            scheme.weight.groups(inputs)
+            if scheme.weight.bits == 4:
+                sizes.add(scheme.weight.group_size)
+                if outputs % 2 or inputs % 2:
+                    raise RecipeError(f"{self.where}: {name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
+                                      "needs even sizes: keep it float or in w8a8")
+        if len(sizes) > 1:
+            raise RecipeError(f"{self.where}: int4 group sizes {sorted(sizes)} (0 is per channel) are mixed; MindFormers "
+                              "has one group_size for the whole network")
+        return sizes.pop() if sizes else 0
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file, or the shipped recipe of that name ("w8a8"). Raises RecipeError listing the shipped ones."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.stem: file for folder in _RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
+    if path.suffix in ("", ".yaml") and path.stem in shipped and path.parent.name in ("", "configs"):
+        return shipped[path.stem]
+    raise RecipeError(f"{name}: no such file{_did_you_mean(path.stem, shipped)}; shipped recipes: {', '.join(shipped)}")
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Raises RecipeError naming the file and the key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    where = str(path)
+    raw = _mapping(raw, where)
+    _check_keys(raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "calibration"), where)
+    if "scheme" not in raw:
+        raise RecipeError(f"{where}: scheme is missing; wanted one of {', '.join(PRESETS)}")
+    layers = _mapping(raw.get("layers") or {}, f"{where}: layers")
+    weight_range = raw.get("weight_range", "narrow")
+    if weight_range not in ("narrow", "full"):
+        raise RecipeError(f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, "
+                          "max/7.5)")
+    return Recipe(
+        why=str(raw.get("why", "")),
+        scheme=_scheme_name(raw["scheme"], f"{where}: scheme"),
+        layers=tuple((str(pattern), _scheme_name(name, f"{where}: layers: {pattern}")) for pattern, name in layers.items()),
+        full_range=weight_range == "full",
+        transforms=tuple(_build(item, TRANSFORMS, f"{where}: transforms") for item in _sequence(
+            raw.get("transforms") or [], f"{where}: transforms")),
+        quantizer=_build(raw.get("rounding", "rtn"), QUANTIZERS, f"{where}: rounding"),
+        calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
+        text=text,
+        where=where,
+    )
+
+
+def _scheme_name(name: Any, where: str) -> str:
+    if name != KEEP_FLOAT and name not in PRESETS:
+        raise RecipeError(f"{where} is {name!r}{_did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
+                          f"{', '.join([*PRESETS, KEEP_FLOAT])}")
+    return str(name)
+
+
+def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> Any:
+    """"rtn" or {smooth: {alpha: 0.5}} -> the object."""
+    if isinstance(item, str):
+        item = {item: {}}
+    item = _mapping(item, where)
+    if len(item) != 1:
+        raise RecipeError(f"{where}: got {sorted(map(str, item))}, wanted one name with its settings for each entry")
+    name, settings = next(iter(item.items()))
+    _check_keys({name: None}, tuple(known), where)
+    settings = _mapping(settings or {}, f"{where}: {name}")
+    factory = known[name]
+    fields = [field.name for field in dataclasses.fields(factory) if field.name != "needs_gram"]  # type: ignore[arg-type]
+    _check_keys(settings, fields, f"{where}: {name}")
+    try:
+        return factory(**settings)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: {name}: {error}") from None
+    except PanguQuantError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def _settings(raw: Any, where: str) -> CalibrationSettings:
+    raw = _mapping(raw, where)
+    _check_keys(raw, [field.name for field in dataclasses.fields(CalibrationSettings)], where)
+    for key, value in raw.items():
+        least = 0 if key == "seed" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise RecipeError(f"{where}: {key} is {value!r}, wanted a whole number of at least {least}")
+    return CalibrationSettings(**raw)
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise RecipeError(f"{where}: got {type(value).__name__}, wanted a mapping of keys to values")
+    return value
+
+
+def _sequence(value: Any, where: str) -> Sequence[Any]:
+    if not isinstance(value, list):
+        raise RecipeError(f"{where}: got {type(value).__name__}, wanted a list")
+    return value
+
+
+def _check_keys(raw: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
+    for key in raw:
+        if key not in allowed:
+            raise RecipeError(f"{where}: unknown key {str(key)!r}{_did_you_mean(str(key), allowed)}; known: "
+                              f"{', '.join(allowed)}")
+
+
+def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,68 @@
+"""Moves a per-channel scale from the input of some linear layers into whatever produces that input, exactly.
+
+For y = (x / s) (W * s)^T the layers' weights are multiplied by s along their inputs, and the producer of x is divided by s:
+a norm's weight, or the rows (and bias) of the linear layer whose output channels reach the input unmixed.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.checkpoint.layout import NORMS, sites_reading
+from ms_pangu_quant.checkpoint.reader import Block
+
+
+def scale_channels(block: Block, input_name: str) -> int:
+    """How many independent scales the producer of this input can absorb.
+
+    All of them, but for attention_output: one value channel feeds a whole group of query heads.
+    """
+    if input_name == "attention_output":
+        return block.config.num_key_value_heads * block.config.head_dim
+    return block.weight(sites_reading(input_name)[0]).shape[1]
+
+
+def reduce_to_producer(block: Block, input_name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Max of values [in] over the input channels that share one channel of the producer; [scale_channels]."""
+    if input_name != "attention_output":
+        return values
+    return np.asarray(_by_group(block, values).max(axis=1).reshape(-1), dtype=np.float32)
+
+
+def expand_to_input(block: Block, input_name: str, s: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A scale for every input channel [in] from the producer's [scale_channels]."""
+    if input_name != "attention_output":
+        return s
+    config = block.config
+    per_head = s.reshape(config.num_key_value_heads, 1, config.head_dim)
+    group = config.num_attention_heads // config.num_key_value_heads
+    return np.ascontiguousarray(np.broadcast_to(per_head, (len(per_head), group, config.head_dim)).reshape(-1))
+
+
+def fold_scale(block: Block, stats: Mapping[str, InputStats], input_name: str,
+               s: NDArray[np.float32]) -> tuple[Block, dict[str, InputStats]]:
+    """Divide the input `input_name` by s [scale_channels] > 0; the block computes the same function.
+
+    Returns the new block and the statistics of its inputs.
+    """
+    if s.shape != (scale_channels(block, input_name),) or not (np.isfinite(s).all() and (s > 0).all()):
+        raise ValueError(f"scale of {input_name}: wanted {scale_channels(block, input_name)} positive finite numbers")
+    wide = expand_to_input(block, input_name, s)
+    sites = sites_reading(input_name)
+    changed = {f"{site.name}.weight": block.weight(site) * wide for site in sites}
+    producer = sites[0].producer
+    weight = changed.get(f"{producer}.weight", block[f"{producer}.weight"])
+    changed[f"{producer}.weight"] = weight / (s if producer in NORMS else s[:, None])
+    bias = block.tensors.get(f"{producer}.bias")
+    if bias is not None:
+        changed[f"{producer}.bias"] = bias / s
+    return block.replace(changed), {**stats, input_name: stats[input_name].scaled(wide)}
+
+
+def _by_group(block: Block, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    config = block.config
+    group = config.num_attention_heads // config.num_key_value_heads
+    return values.reshape(config.num_key_value_heads, group, config.head_dim)

@@ -1,0 +1,60 @@
+"""SmoothQuant: divide hard-to-round activation channels by a scale that the weights absorb.
+
+Every input of the block can be smoothed, not only those behind a norm: the outliers in front of o_proj and down_proj,
+which tools that fold into norms alone leave in place, go into v_proj and up_proj.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
+from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.transforms.fold import fold_scale, reduce_to_producer
+
+_SMALLEST = np.float32(1e-5)
+
+
+def smooth_scale(absmax_x: NDArray[np.float32], absmax_w: NDArray[np.float32], alpha: float) -> NDArray[np.float32]:
+    """Scale s so that x/s and W*s are both easy to round; (x/s)(W*s)^T == xW^T.
+
+    absmax_x  [in], max |x| over calibration tokens.
+    absmax_w  [in], max |w| over the outputs of every layer that reads x.
+    alpha     0 leaves activations alone (s follows the weights), 1 moves all difficulty into the weights.
+    Returns   [in] float32, > 0; 1.0 where a channel was never active or no weight reads it.
+    Source    Xiao et al. 2022, arXiv:2211.10438, eq. 4.
+    """
+    x, w = np.maximum(absmax_x, _SMALLEST), np.maximum(absmax_w, _SMALLEST)
+    s = x**np.float32(alpha) / w ** np.float32(1 - alpha)
+    s = np.where((absmax_x > 0) & (absmax_w > 0), s, 1.0)
+    return np.maximum(s, _SMALLEST).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class SmoothQuant:
+    """alpha for the block inputs in `inputs`, downstream inputs first, so that a producer is scaled before it is read."""
+
+    alpha: float = 0.5
+    inputs: Sequence[str] = INPUT_NAMES
+    needs_gram: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise RecipeError(f"smooth.alpha: got {self.alpha}, wanted a number from 0 to 1")
+        unknown = sorted(set(self.inputs) - set(INPUT_NAMES))
+        if unknown or not self.inputs:
+            raise RecipeError(f"smooth.inputs: got {list(self.inputs)}, wanted some of {', '.join(INPUT_NAMES)}")
+
+    def __call__(self, block: Block, stats: Mapping[str, InputStats]) -> tuple[Block, dict[str, InputStats]]:
+        for input_name in reversed([name for name in INPUT_NAMES if name in self.inputs]):
+            weights = [block.weight(site) for site in sites_reading(input_name)]
+            absmax_w = np.maximum.reduce([np.abs(weight).max(axis=0) for weight in weights])
+            s = smooth_scale(reduce_to_producer(block, input_name, stats[input_name].absmax),
+                             reduce_to_producer(block, input_name, absmax_w), self.alpha)
+            block, stats = fold_scale(block, stats, input_name, s)
+        return block, dict(stats)
