@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +87,12 @@ class Recipe:
     calibration: CalibrationSettings
     text: str
     where: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of what the recipe says, whatever its comments, order of keys and `why`."""
+        raw = {key: value for key, value in yaml.safe_load(self.text).items() if key != "why"}
+        return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
 
     @property
     def needs_gram(self) -> bool:

@@ -73,11 +73,17 @@ class TensorEntry:
 class TensorFiles:
     """All tensors of a directory: `entries` maps name -> TensorEntry."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises CheckpointError if a file is missing, truncated or not safetensors, or if index and files disagree."""
+    def __init__(self, directory: Path, only: Path | None = None) -> None:
+        """Raises CheckpointError if a file is missing, truncated or not safetensors, or if index and files disagree.
+
+        only    read this one file, whatever the index says.
+        """
         self.directory = directory
         index_path = directory / INDEX_FILE
-        if index_path.exists():
+        weight_map = None
+        if only is not None:
+            self.files = [only]
+        elif index_path.exists():
             weight_map = _read_index(index_path)
             self.files = sorted({directory / name for name in weight_map.values()})
             for file in self.files:
@@ -86,7 +92,6 @@ class TensorFiles:
                                           "download it, or use the index that belongs to these files")
         else:
             self.files = sorted(directory.glob("*.safetensors"))
-            weight_map = None
         if not self.files:
             raise CheckpointError(f"{directory}: no *.safetensors file here; wanted a Hugging Face checkpoint directory")
         self.entries: dict[str, TensorEntry] = {}

@@ -164,17 +164,21 @@ class QuantizedReader:
                                       f"{list(shape)}")
 
     def block(self, index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
-        """The float tensors of a block, and its quantized layers by site name."""
-        prefix = layout.block_prefix(index)
-        linears = {}
-        for site in layout.SITES:
-            kind = self.kinds[f"{prefix}{site.name}.weight"]
-            if kind != FLOAT:
-                keys = stored_shapes(kind, *layout.site_shape(self.config, site), self.group_size)
-                linears[site.name] = decode(kind, {key: self.files.entries[f"{prefix}{site.name}.{key}"].read()
-                                                   for key in keys})
-        names = [name for name in layout.block_shapes(self.config) if name.removesuffix(".weight") not in linears]
-        return Block(self.config, {name: self.files.read_float32(prefix + name) for name in names}), linears
+        return read_block(self.files, self.config, self.kinds, self.group_size, index)
+
+
+def read_block(files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str], group_size: int,
+               index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
+    """The float tensors of a stored block, and its quantized layers by site name; `kinds` as in the description."""
+    prefix = layout.block_prefix(index)
+    linears = {}
+    for site in layout.SITES:
+        kind = kinds[f"{prefix}{site.name}.weight"]
+        if kind != FLOAT:
+            keys = stored_shapes(kind, *layout.site_shape(config, site), group_size)
+            linears[site.name] = decode(kind, {key: files.entries[f"{prefix}{site.name}.{key}"].read() for key in keys})
+    names = [name for name in layout.block_shapes(config) if name.removesuffix(".weight") not in linears]
+    return Block(config, {name: files.read_float32(prefix + name) for name in names}), linears
 
 
 def network_tensors(prefix: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, Any]]:

@@ -54,6 +54,8 @@ class PanguConfigConverter(ConfigConverter):
         "num_key_value_heads": "num_query_groups",
         "initializer_range": "init_method_std",
         "rope_theta": "rotary_base",
+        "bias": "add_qkv_bias",
+        ("bias",): "add_bias_linear",       # the same source again: a mapping has one target for each key
     }
 
 
@@ -65,7 +67,7 @@ class PanguEmbeddedConfig(PretrainedConfig):
 
     @register_mf_model_parameter(seq_length=4096, block_size=16, num_blocks=512, normalization="RMSNorm",
                                  gated_linear_unit=True, add_mlp_fc1_bias_linear=False, add_mlp_fc2_bias_linear=False)
-    @ignore_and_delete_parameter(extra_ignore_param=[("bias", "set as add_qkv_bias and add_bias_linear")])
+    @ignore_and_delete_parameter(extra_ignore_param=[])
     def __init__(self, vocab_size=153376, hidden_size=4096, intermediate_size=12800, num_hidden_layers=34,
                  num_attention_heads=32, num_key_value_heads=8, head_dim=None, hidden_act="silu",
                  max_position_embeddings=32768, initializer_range=0.02, rms_norm_eps=1e-5, rope_theta=16000000.0,
@@ -82,8 +84,7 @@ class PanguEmbeddedConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
-        self.add_qkv_bias = kwargs.pop("add_qkv_bias", bias)
-        self.add_bias_linear = kwargs.pop("add_bias_linear", bias)
+        self.bias = bias
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def convert_to_transformer_config(self, is_mla_model: bool = False):
@@ -97,13 +98,15 @@ class PanguPreTrainedModel(PreTrainedModel, ModelMixin):
     weight_mapping = WEIGHT_MAPPING
 
 
-def layer_spec(transformer_config: Any, backend: Backend, num_blocks: int, block_size: int) -> TransformerBlockSubmodules:
+def layer_spec(transformer_config: Any, backend: Backend, num_blocks: int, block_size: int, *,
+               final_norm: bool) -> TransformerBlockSubmodules:
     """MindFormers' decoder layers with the backend's cells in place of its own."""
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
     spec.submodules.input_layernorm = backend.norm
     spec.submodules.pre_mlp_layernorm = backend.norm
     spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)
-    return TransformerBlockSubmodules(layer_specs=[spec] * transformer_config.num_layers, layer_norm=backend.norm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * transformer_config.num_layers,
+                                      layer_norm=backend.norm if final_norm else None)
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False)
@@ -129,7 +132,8 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.is_prefill = True
         self.model = self.backend.gpt_model(
             config=transformer_config,
-            transformer_layer_spec=layer_spec(transformer_config, self.backend, config.num_blocks, config.block_size),
+            transformer_layer_spec=layer_spec(transformer_config, self.backend, config.num_blocks, config.block_size,
+                                              final_norm=whole),
             vocab_size=transformer_config.vocab_size,
             max_sequence_length=transformer_config.max_position_embeddings,
             position_embedding_type=transformer_config.position_embedding_type,
@@ -146,6 +150,15 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
                           context_lens_tensor=context_lens_tensor, q_seq_lens=q_seq_lens, block_tables=block_tables,
                           slot_mapping=slot_mapping, attention_mask=attention_mask, key_cache=key_cache,
                           value_cache=value_cache)
+
+    def set_phase(self, phase: str) -> None:
+        """Choose the graph of the next call: "prefill" (logits after each sequence's last token), "decode" (one token a
+        sequence) or "logits" (after every token)."""
+        if phase == self.phase:
+            return
+        self.add_flags_custom_mcore(is_prefill=phase != "decode")
+        self.model.all_positions = phase == "logits"
+        self.phase = phase
 
     def set_dynamic_inputs(self, **kwargs):
         """One graph for every number of tokens, sequences and cache blocks."""

@@ -82,6 +82,13 @@ def _import_quietly(verbose: bool) -> None:
         get_logger().setLevel(logging.ERROR)
 
 
+def mode() -> str:
+    """"graph" or "pynative", as the process was started last."""
+    if _started is None:
+        raise BackendError("network.runtime.start() has not been called")
+    return _started[1]
+
+
 def quiet() -> AbstractContextManager[object]:
     """Keeps what a library prints off the terminal, unless the process was started verbosely."""
     return nullcontext() if _verbose else redirect_stdout(io.StringIO())

@@ -45,6 +45,12 @@ def round_up_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
+def round_down_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The largest bfloat16 value <= each positive finite value, as float32."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
+
+
 def is_bfloat16(values: NDArray[np.float32]) -> bool:
     return bool((values.astype(ml_dtypes.bfloat16).astype(np.float32) == values).all())
 

@@ -1,0 +1,349 @@
+"""Calibration data: the rows of a file, a folder or a saved Hugging Face dataset -> token id sequences.
+
+A row has one of three forms, told by its columns; of several the first in this order is used:
+  token_ids  [length] integers, used as they are
+  messages   [{"role", "content"}, ...], rendered with the checkpoint's own chat template; no generation prompt and no
+             thinking-mode suffix is added: the messages say what they say
+  text       one string, encoded as it is, BOS as the tokenizer's configuration says
+Ids are what the network sees. Messages come before text because a `text` column beside them is a rendering with some
+template, perhaps not this checkpoint's.
+
+Rows used are checked, of JSON files all rows; only rows used are tokenized. JSON is parsed here because `datasets`
+cannot say which line is wrong, and guesses types from a file's beginning. Nothing is looked up on the network (a name
+that is no path is an error), and nothing stays on disk.
+"""
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from reprlib import repr as short
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.calibration.overlap import find_benchmark
+from ms_pangu_quant.errors import DataError, RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMS = ("token_ids", "messages", "text")
+SHORTEST = 2        # tokens: one to read and one to predict
+
+_SURROGATE = re.compile("[\ud800-\udfff]")      # JSON can spell half a character, UTF-8 and Arrow cannot
+_WANTED = ("wanted a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a dataset saved with "
+           "save_to_disk (nothing is downloaded)")
+_NAMED = 5          # offending rows that a message names
+
+
+class TextEncoder(Protocol):
+    """What messages and text need of a tokenizer."""
+
+    def encode(self, text: str) -> Sequence[int]: ...
+    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, mode: str = ...,
+                    add_generation_prompt: bool = ...) -> Sequence[int]: ...
+
+
+@runtime_checkable
+class TextDecoder(Protocol):
+    """What a tokenizer needs so that benchmark problems are found in token_ids too."""
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True, eq=False)
+class TokenData:
+    """sequences        each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file is
+    sha256           of all lengths and ids in order: the same for the same tokens from any file format
+    rows_in_file     rows found, used or not
+    truncated        sequences that were cut to max_length
+    overlap_checked  True: searched for HumanEval and MBPP problems, none found. False: not searched, because they were
+                     allowed, or because the rows are token_ids and there is no tokenizer to decode them
+    """
+
+    sequences: tuple[NDArray[np.int32], ...]
+    sha256: str
+    source: str
+    rows_in_file: int
+    truncated: int
+    overlap_checked: bool
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(sequence) for sequence in self.sequences)
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One file or saved dataset; numbers[i] is the line or position, from 1, of rows[i]."""
+
+    path: Path
+    unit: str
+    rows: Dataset
+    numbers: Sequence[int]
+
+    def place(self, index: int) -> str:
+        return f"{self.path}: {self.unit} {self.numbers[index]}"
+
+
+def load_token_data(path: Path, *, tokenizer: TextEncoder | None, vocab_size: int, max_length: int,
+                    samples: int | None = None, seed: int | None = None,
+                    allow_benchmark_overlap: bool = False) -> TokenData:
+    """Reads a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a save_to_disk directory.
+
+    tokenizer   the checkpoint's; None will do for token_ids
+    vocab_size  the model's; every id must be below
+    max_length  tokens; a longer sequence keeps its beginning
+    samples     rows to use, None for all; that there are fewer is no error, see TokenData
+    seed        None takes rows in file order (of a folder, by file name); a number shuffles before taking
+    Raises      DataError naming file and row, also where a row holds a HumanEval or MBPP problem (see overlap.py)
+                unless allowed; RequestError for a senseless max_length, samples or seed.
+    """
+    for name, number, least in (("max_length", max_length, SHORTEST), ("samples", samples, 1), ("seed", seed, 0)):
+        if number is not None and number < least:
+            raise RequestError(f"calibration {name}: got {number}, wanted {least} or more")
+    tables = _read(path, vocab_size)
+    form = _common_form(path, tables)
+    if form != "token_ids" and tokenizer is None:
+        raise DataError(f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.model to encode it; "
+                        "add tokenizer.model to the checkpoint, or give rows of 'token_ids'")
+    ends = list(accumulate(len(table.rows) for table in tables))
+    rows = []
+    for position in _order(ends[-1], seed)[:samples]:
+        part = bisect_right(ends, position)
+        table = tables[part]
+        index = int(position) - (ends[part] - len(table.rows))
+        place = table.place(index)
+        rows.append((place, _checked(form, table.rows[index][form], vocab_size, place)))
+    decoder = tokenizer if isinstance(tokenizer, TextDecoder) else None
+    overlap_checked = not allow_benchmark_overlap and (form != "token_ids" or decoder is not None)
+    if overlap_checked:
+        _refuse_benchmarks(path, form, rows, decoder)
+    whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
+    sequences = tuple(ids[:max_length] for ids in whole)
+    return TokenData(sequences, _sha256(sequences), str(path), ends[-1],
+                     sum(len(ids) > max_length for ids in whole), overlap_checked)
+
+
+def _order(rows: int, seed: int | None) -> Sequence[int] | NDArray[np.int64]:
+    return range(rows) if seed is None else np.random.Generator(np.random.PCG64(seed)).permutation(rows)
+
+
+def _read(path: Path, vocab_size: int) -> list[_Table]:
+    files = [path]
+    if not path.exists():
+        raise DataError(f"{path}: not found; {_WANTED}")
+    if path.is_dir() and not (path / "state.json").is_file():
+        if (path / "dataset_dict.json").is_file():
+            splits = ", ".join(sorted(state.parent.name for state in path.glob("*/state.json")))
+            raise DataError(f"{path}: got a dataset of splits ({splits}), wanted the folder of one of them")
+        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file())
+    with _silent_datasets():
+        tables = [_read_arrow(file) if file.is_dir() or file.suffix not in (".jsonl", ".json") else
+                  _read_json(file, vocab_size) for file in files]
+    if not any(len(table.rows) for table in tables):
+        raise DataError(f"{path}: {'no rows' if files else 'no .jsonl or .parquet file in it'}; {_WANTED}")
+    return tables
+
+
+def _read_arrow(path: Path) -> _Table:
+    from datasets import Dataset, load_from_disk
+    try:
+        if path.is_dir():
+            rows = load_from_disk(str(path.resolve()), keep_in_memory=True).with_format(None)
+        elif path.suffix == ".parquet":
+            with TemporaryDirectory(prefix="pangu-quant-") as scratch:
+                rows = Dataset.from_parquet(glob.escape(str(path.resolve())), cache_dir=scratch, keep_in_memory=True)
+        else:
+            raise DataError(f"{path}: got a file of unknown kind; {_WANTED}")
+    except DataError:
+        raise
+    except Exception as error:      # of many types: from datasets, pyarrow and the file system
+        raise DataError(f"{path}: not readable ({error.__cause__ or error}); {_WANTED}") from error
+    columns = [column for column in rows.column_names if column in FORMS]
+    if not columns:
+        got = ", ".join(map(repr, rows.column_names)) or "none"
+        raise DataError(f"{path}: got columns {got}, wanted one of {', '.join(FORMS)}")
+    return _Table(path, "row", rows.select_columns(columns), range(1, len(rows) + 1))
+
+
+def _read_json(path: Path, vocab_size: int) -> _Table:
+    from datasets import Dataset, Features, Value
+    types = {"token_ids": [Value("int64")], "messages": [{"role": Value("string"), "content": Value("string")}],
+             "text": Value("string")}
+    columns: dict[str, list[Any]] = {form: [] for form in FORMS}
+    numbers: list[int] = []
+    try:
+        unit = "row" if _is_array(path) else "line"
+        for number, row in _json_array(path) if unit == "row" else _json_lines(path):
+            place = f"{path}: {unit} {number}"
+            if not isinstance(row, dict) or all(row.get(form) is None for form in FORMS):
+                got = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+                raise DataError(f"{place}: got {got or 'no keys'}, wanted an object with one of {', '.join(FORMS)}")
+            for form, values in columns.items():
+                value = row.get(form)
+                values.append(None if value is None else _checked(form, value, vocab_size, place))
+            numbers.append(number)
+    except OSError as error:
+        raise DataError(f"{path}: not readable ({error.strerror}); {_WANTED}") from None
+    filled = {form: values for form, values in columns.items() if any(value is not None for value in values)}
+    return _Table(path, unit, Dataset.from_dict(filled, Features({form: types[form] for form in filled})), numbers)
+
+
+def _is_array(path: Path) -> bool:
+    """A .json file may hold JSON Lines or one array of rows."""
+    if path.suffix != ".json":
+        return False
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def _json_array(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not valid JSON ({error})") from None
+    yield from enumerate(rows, 1)
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Blank lines count but are no rows."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", error)       # without json's own line number, which is within this line
+                raise DataError(f"{path}: line {number}: not valid JSON ({reason}): got "
+                                f"{short(line.decode(errors='replace').strip())}, wanted one object per line") from None
+            yield number, row
+
+
+def _common_form(path: Path, tables: Sequence[_Table]) -> str:
+    """The form all rows have. A row without it, though others have it, is an error."""
+    wanted = next((form for form in FORMS if any(_missing(form, table.rows).count(False) for table in tables)), None)
+    if wanted is None:
+        raise DataError(f"{path}: every row is null")
+    for table in tables:
+        missing = _missing(wanted, table.rows)
+        if any(missing):
+            index = missing.index(True)
+            row = table.rows[index]
+            got = " and ".join(repr(form) for form in FORMS if row.get(form) is not None) or "nothing"
+            raise DataError(f"{table.place(index)}: got {got}, where other rows have {wanted!r}; "
+                            "wanted the same form in every row")
+    return wanted
+
+
+def _missing(form: str, rows: Dataset) -> list[bool]:
+    """Per row, whether it has no value of this form."""
+    if form not in rows.column_names:
+        return [True] * len(rows)
+    missing: list[bool] = rows.data.column(form).is_null().to_pylist()
+    return missing
+
+
+def _checked(form: str, value: Any, vocab_size: int, place: str) -> Any:
+    """The value as Arrow and the tokenizer take it: str, [int, ...] or [{"role": str, "content": str}, ...]."""
+    if form == "text":
+        if not _is_text(value) or not value.strip():
+            raise DataError(f"{place}: text: got {short(value)}, wanted a string that is not empty")
+        return value
+    if not isinstance(value, list) or not value:
+        raise DataError(f"{place}: {form}: got {short(value)}, wanted a list that is not empty")
+    if form == "token_ids":
+        strangers = [token for token in value if type(token) is not int or not 0 <= token < vocab_size]
+        if strangers:
+            raise DataError(f"{place}: token_ids: got {short(strangers[0])}, wanted integers from 0 to "
+                            f"{vocab_size - 1}, the model's vocabulary")
+        return value
+    for index, message in enumerate(value):
+        if not isinstance(message, dict) or not all(_is_text(message.get(key)) for key in ("role", "content")):
+            raise DataError(f"{place}: messages[{index}]: got {short(message)}, "
+                            "wanted {'role': ..., 'content': ...}, both strings")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _SURROGATE.search(value)
+
+
+def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], decoder: TextDecoder | None) -> None:
+    found = []
+    for place, value in rows:
+        if form == "messages":
+            text = "\n".join(message["content"] for message in value)
+        elif form == "text":
+            text = value
+        else:
+            assert decoder is not None
+            with _placed(place):
+                text = decoder.decode(value)
+        name = find_benchmark(text)
+        if name is not None:
+            found.append(f"{place.removeprefix(f'{path}: ')}: {name}")
+    if found:
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+        raise DataError(f"{path}: {len(found)} of {len(rows)} rows hold a benchmark problem "
+                        f"({'; '.join(found[:_NAMED])}{more}); scores measured after calibrating on them would "
+                        "flatter. Remove these rows, or set allow_benchmark_overlap")
+
+
+def _encode(form: str, value: Any, tokenizer: TextEncoder | None, vocab_size: int, place: str) -> NDArray[np.int32]:
+    if form == "token_ids":
+        ids: Sequence[int] = value
+    else:
+        assert tokenizer is not None
+        with _placed(place):
+            ids = (tokenizer.encode(value) if form == "text" else
+                   tokenizer.encode_chat(value, mode="slow_think", add_generation_prompt=False))
+    if len(ids) < SHORTEST:
+        raise DataError(f"{place}: got {len(ids)} token{'s' * (len(ids) != 1)}, wanted {SHORTEST} or more")
+    if max(ids) >= vocab_size:
+        raise DataError(f"{place}: the tokenizer gives id {max(ids)}, the model's ids end at {vocab_size - 1}; "
+                        "is tokenizer.model from another checkpoint?")
+    array = np.array(ids, np.int32)
+    array.flags.writeable = False
+    return array
+
+
+def _sha256(sequences: Sequence[NDArray[np.int32]]) -> str:
+    digest = hashlib.sha256()
+    for ids in sequences:
+        digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _placed(place: str) -> Iterator[None]:
+    try:
+        yield
+    except RequestError as error:       # the tokenizer refuses this row
+        raise DataError(f"{place}: {error}") from None
+
+
+@contextmanager
+def _silent_datasets() -> Iterator[None]:
+    import datasets
+    bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,170 @@
+"""Writes a quantized checkpoint block by block, so that a killed run can go on where it stopped.
+
+While a run is under way the directory holds one file for each finished block and a journal that names them with their
+hashes; config.json and the index, without which no loader accepts the directory, are written last. The journal carries a
+fingerprint of everything the result depends on, and a run with another fingerprint is refused.
+"""
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorEntry, write_json, write_safetensors
+from ms_pangu_quant.errors import OutputError
+
+JOURNAL = ".quantize_journal.json"
+CARRIED_OVER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                "tokenizer.json", "chat_template.jinja", "generation_config.json")
+
+
+class QuantizedWriter:
+    """Use as a context manager: it holds a lock on the directory, which ends with the process at the latest."""
+
+    def __init__(self, output: Path, fingerprint: Mapping[str, str], *, blocks: int, resume: bool) -> None:
+        """Raises OutputError if the directory is not empty, in use, not writable, or belongs to another run."""
+        self.output = output
+        self._fingerprint = dict(fingerprint)
+        self._blocks = blocks
+        self._records: list[dict[str, Any]] = []
+        self._created = not output.exists()
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise OutputError(f"{output}: cannot write here ({error.strerror}); choose another --output") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._begin(resume)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise OutputError(f"{output}: another process is writing here; wait for it, or choose another --output") from None
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, resume: bool) -> None:
+        for leftover in self.output.glob(".*.partial"):     # of a run that was killed while writing
+            leftover.unlink()
+        journal = self.output / JOURNAL
+        if not journal.exists():
+            if (self.output / "config.json").exists():
+                raise OutputError(f"{self.output}: holds a finished checkpoint; choose another --output")
+            others = sorted(path.name for path in self.output.iterdir())
+            if others:
+                raise OutputError(f"{self.output}: is not empty (it holds {others[0]}); choose another --output")
+            self._save()
+            return
+        if not resume:
+            raise OutputError(f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output")
+        try:
+            state = json.loads(journal.read_text(encoding="utf-8"))
+            fingerprint, records = dict(state["fingerprint"]), list(state["blocks"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{journal}: damaged ({error}); delete {self.output} and start again") from None
+        changed = sorted(key for key in {*fingerprint, *self._fingerprint}
+                         if fingerprint.get(key) != self._fingerprint.get(key))
+        if changed:
+            raise OutputError(f"{self.output}: was begun with another {', '.join(changed)}; a run can be resumed only with "
+                              "what it was begun with: choose another --output")
+        self._records = self._intact(records)
+        self._save()
+
+    def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The leading records whose files are there and unchanged."""
+        for count, record in enumerate(records):
+            path = self.output / self._file_name(count)
+            if not path.is_file() or hash_file(path) != record["sha256"]:
+                return records[:count]
+        return records
+
+    @property
+    def finished(self) -> int:
+        """Number of blocks written; the next to write has this index."""
+        return len(self._records)
+
+    @property
+    def reports(self) -> list[dict[str, Any]]:
+        return [record["report"] for record in self._records]
+
+    def block_file(self, index: int) -> Path:
+        return self.output / self._file_name(index)
+
+    def write_block(self, tensors: Mapping[str, NDArray[Any]], report: Mapping[str, Any]) -> None:
+        """Write the next block's tensors; when this returns, a resumed run will not do it again."""
+        name = self._file_name(self.finished)
+        written = write_safetensors(self.output / name, tensors)
+        self._records.append({"file": name, "sha256": written.sha256, "nbytes": written.nbytes,
+                              "tensors": list(tensors), "report": dict(report)})
+        self._save()
+
+    def finish(self, outer: Mapping[str, TensorEntry], source: Path, json_files: Mapping[str, Any]) -> int:
+        """Copy the tensors outside the blocks and the tokenizer, then write json_files in order, config.json last.
+
+        Returns the total size of the weight files in bytes.
+        """
+        name = self._file_name(self._blocks)
+        written = write_safetensors(self.output / name, outer)
+        weight_map = {tensor: record["file"] for record in self._records for tensor in record["tensors"]}
+        weight_map.update(dict.fromkeys(outer, name))
+        total = written.nbytes + sum(int(record["nbytes"]) for record in self._records)
+        for carried in CARRIED_OVER:
+            if (source / carried).is_file():
+                self._copy(source / carried)
+        config = json_files["config.json"]
+        for file, value in json_files.items():
+            if file != "config.json":
+                write_json(self.output / file, value)
+        write_json(self.output / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(self.output / "config.json", config)
+        (self.output / JOURNAL).unlink()
+        return total
+
+    def hashes(self) -> dict[str, str]:
+        return {record["file"]: record["sha256"] for record in self._records}
+
+    def _copy(self, path: Path) -> None:
+        try:
+            shutil.copyfile(path, self.output / path.name)
+        except OSError as error:
+            raise OutputError(f"{self.output / path.name}: cannot write ({error.strerror})") from None
+
+    def _file_name(self, index: int) -> str:
+        return f"model-{index + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
+
+    def _save(self) -> None:
+        write_json(self.output / JOURNAL, {"fingerprint": self._fingerprint, "blocks": self._records})
+
+    def close(self) -> None:
+        """Release the lock; a directory this run created and wrote nothing to is removed."""
+        os.close(self._lock)
+        if self._created and not any(self.output.iterdir()):
+            self.output.rmdir()
+
+    def __enter__(self) -> QuantizedWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while piece := stream.read(16 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Space left on the disk that `path` is, or would be, on."""
+    while not path.exists():
+        path = path.parent
+    return os.statvfs(path).f_bavail * os.statvfs(path).f_frsize

@@ -1,0 +1,147 @@
+"""Continuous batching: prompts wait for room in the cache, are prefilled, decode together, and make room as they end.
+
+Each request reserves the cache blocks of its whole answer when it is admitted, so a running answer never has to be
+evicted. Requests are admitted in order.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.inference.sampling import Sampling
+
+MAX_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Request:
+    index: int
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    generator: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Completion:
+    """token_ids without what follows the end; the end-of-sequence token is not among them."""
+
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    stopped_by: str | None = None
+
+
+class Forward(Protocol):
+    """What the scheduler needs of a model."""
+
+    def forward(self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *,
+                phase: str) -> NDArray[np.float32]: ...
+
+    @property
+    def tokenizer(self) -> TextDecoder: ...
+
+
+class TextDecoder(Protocol):
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
+
+
+@dataclass
+class _Sequence:
+    """A request under way; `cached` tokens of prompt + answer are in the cache blocks `table`."""
+
+    request: Request
+    table: list[int]
+    cached: int = 0
+    answer: list[int] = field(default_factory=list)
+
+
+class Scheduler:
+    def __init__(self, model: Forward, num_blocks: int, block_size: int, prefill_tokens: int, sampling: Sampling,
+                 stop_ids: frozenset[int], stop: tuple[str, ...]) -> None:
+        self._model, self._sampling = model, sampling
+        self._block_size, self._prefill_tokens = block_size, prefill_tokens
+        self._free = list(range(num_blocks))
+        self._stop_ids, self._stop = stop_ids, stop
+        self._done: dict[int, Completion] = {}
+
+    def run(self, requests: Sequence[Request]) -> list[Completion]:
+        """Completions in the order of requests. Raises RequestError if one could never fit in the cache."""
+        for request in requests:
+            if self._needs(request) > len(self._free):
+                raise RequestError(f"a prompt of {len(request.prompt)} tokens with max_new_tokens {request.max_new_tokens} "
+                                   f"needs more than the cache's {len(self._free) * self._block_size} tokens; lower "
+                                   "max_new_tokens or load with a larger kv_cache_tokens")
+        waiting, running = list(reversed(requests)), []
+        while waiting or running:
+            admitted = []
+            while waiting and len(running) + len(admitted) < MAX_BATCH and self._needs(waiting[-1]) <= len(self._free):
+                request = waiting.pop()
+                admitted.append(_Sequence(request, [self._free.pop() for _ in range(self._needs(request))]))
+            self._prefill(admitted)
+            running = [sequence for sequence in running + admitted if not self._ended(sequence)]
+            self._decode(running)
+            running = [sequence for sequence in running if not self._ended(sequence)]
+        return [self._done[request.index] for request in requests]
+
+    def _needs(self, request: Request) -> int:
+        return -(-(len(request.prompt) + request.max_new_tokens) // self._block_size)
+
+    def _prefill(self, sequences: Sequence[_Sequence]) -> None:
+        """Fill the cache with the prompts, at most prefill_tokens a pass, and take each first token."""
+        left = [sequence for sequence in sequences if sequence.cached < len(sequence.request.prompt)]
+        while left:
+            chosen, pieces, room = [], [], self._prefill_tokens
+            for sequence in left:
+                piece = sequence.request.prompt[sequence.cached:sequence.cached + room]
+                chosen.append(sequence)
+                pieces.append(piece)
+                room -= len(piece)
+                if not room:
+                    break
+            logits = self._model.forward(pieces, [sequence.cached for sequence in chosen],
+                                         [sequence.table for sequence in chosen], phase="prefill")
+            for sequence, piece, row in zip(chosen, pieces, logits, strict=True):
+                sequence.cached += len(piece)
+                if sequence.cached == len(sequence.request.prompt):
+                    self._take(sequence, row)
+            left = [sequence for sequence in left if sequence.cached < len(sequence.request.prompt)]
+
+    def _decode(self, sequences: Sequence[_Sequence]) -> None:
+        if not sequences:
+            return
+        logits = self._model.forward([sequence.answer[-1:] for sequence in sequences],
+                                     [sequence.cached for sequence in sequences],
+                                     [sequence.table for sequence in sequences], phase="decode")
+        for sequence, row in zip(sequences, logits, strict=True):
+            sequence.cached += 1
+            self._take(sequence, row)
+
+    def _take(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
+        sequence.answer.append(self._sampling.next_token(logits, sequence.request.generator))
+
+    def _ended(self, sequence: _Sequence) -> bool:
+        """Whether the sequence is complete; if so its completion is recorded and its blocks are free again."""
+        completion = self._completion(sequence)
+        if completion is None:
+            return False
+        self._done[sequence.request.index] = completion
+        self._free.extend(sequence.table)
+        return True
+
+    def _completion(self, sequence: _Sequence) -> Completion | None:
+        answer = sequence.answer
+        if answer[-1] in self._stop_ids:
+            return Completion(tuple(answer[:-1]), "eos")
+        if self._stop:
+            window = 4 * max(map(len, self._stop)) + 4      # a character is at most four byte tokens
+            tail = self._model.tokenizer.decode(answer[-window:])
+            found = next((stop for stop in self._stop if stop in tail), None)
+            if found is not None:
+                return Completion(tuple(answer), "stop", found)
+        if len(answer) >= sequence.request.max_new_tokens:
+            return Completion(tuple(answer), "length")
+        return None

@@ -1,0 +1,180 @@
+"""load(): a float or quantized directory becomes an object that gives logits and generates text."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats.mindformers import ArraySlice, QuantizedReader, network_tensors
+from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
+from ms_pangu_quant.inference.sampling import Sampling
+from ms_pangu_quant.network import runtime
+
+BLOCK_SIZE = 16
+PREFILL_TOKENS = 1024       # longer prompts are prefilled in pieces
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One answer. thought is None where the model did not think; finish_reason is "eos", "stop" or "length"."""
+
+    text: str
+    thought: str | None
+    answer: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+
+
+def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
+    """The reader of a directory; whether it is quantized is told by its files, never by its name."""
+    if path.is_dir() and (path / "config.json").exists() and is_quantized(path, ModelConfig.from_file(path / "config.json")):
+        return QuantizedReader(path)
+    return CheckpointReader(path)
+
+
+def load(path: str | Path, device: str = "cpu", mode: str = "graph", *, kv_cache_tokens: int = 8192,
+         verbose: bool = False) -> Model:
+    """Load a Hugging Face openPangu-Embedded or Llama checkpoint, or a directory that pangu-quant wrote.
+
+    device           "cpu" or "ascend"; a process keeps its first device.
+    mode             "graph" compiles one graph for prefill and one for decode, for all lengths; "pynative" runs eagerly.
+    kv_cache_tokens  tokens that all sequences under way may hold together.
+    Raises           CheckpointError, BackendError.
+    """
+    reader = open_checkpoint(Path(path))
+    runtime.start(device, mode, verbose=verbose)
+    return Model(reader, kv_cache_tokens)
+
+
+class Model:
+    """A network with its weights and its key/value cache; made by load()."""
+
+    def __init__(self, reader: CheckpointReader | QuantizedReader, kv_cache_tokens: int) -> None:
+        from ms_pangu_quant.network.pangu import build_network
+
+        if kv_cache_tokens < 1:
+            raise RequestError(f"kv_cache_tokens: got {kv_cache_tokens}, wanted at least 1")
+        self.config = reader.config
+        self.directory = reader.directory
+        self._tokenizer: Tokenizer | None = None
+        self._num_blocks = -(-kv_cache_tokens // BLOCK_SIZE)
+        quantized = isinstance(reader, QuantizedReader)
+        self.network = build_network(
+            self.config, kinds=reader.kinds if quantized else None, group_size=reader.group_size if quantized else 0,
+            num_blocks=self._num_blocks, block_size=BLOCK_SIZE)
+        self.network.load_tensors(_all_tensors(reader))
+        self._caches = self.network.backend.new_caches(self.config.num_hidden_layers, self._num_blocks, BLOCK_SIZE,
+                                                       self.config.num_key_value_heads, self.config.head_dim)
+        if runtime.mode() == "graph":
+            self.network.set_dynamic_inputs()
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer.from_directory(self.directory)
+        return self._tokenizer
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Next-token logits [tokens, vocab] after each of token_ids [tokens]."""
+        self._check_prompt(token_ids)
+        tables = [list(range(-(-len(token_ids) // BLOCK_SIZE)))]
+        if len(tables[0]) > self._num_blocks:
+            raise RequestError(f"{len(token_ids)} tokens do not fit in a cache of {self._num_blocks * BLOCK_SIZE}; load "
+                               "with a larger kv_cache_tokens")
+        pieces = []
+        for start in range(0, len(token_ids), PREFILL_TOKENS):
+            piece = token_ids[start:start + PREFILL_TOKENS]
+            pieces.append(self.forward([piece], [start], tables, phase="logits"))
+        return np.concatenate(pieces)
+
+    def generate(self, prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]], max_new_tokens: int = 512, *,
+                 mode: str = "slow_think", temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
+                 stop: Sequence[str] = ()) -> list[Generation]:
+        """Answers to prompts, in their order; batched, and refilled as answers end.
+
+        prompts  each a user message (text), a chat (list of {"role", "content"}), or token ids used as they are.
+        mode     thinking mode put into the chat: slow_think, auto_think or no_think.
+        stop     texts that end an answer; they are not part of it.
+        """
+        if isinstance(prompts, str):
+            raise RequestError("prompts: got one text, wanted a list of prompts")
+        if max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens: got {max_new_tokens}, wanted at least 1")
+        sampling = Sampling(temperature, top_p, top_k, seed)
+        requests = []
+        for index, prompt in enumerate(prompts):
+            ids = self._prompt_ids(prompt, mode)
+            self._check_prompt(ids)
+            room = self.config.max_position_embeddings - len(ids)
+            requests.append(Request(index, tuple(ids), min(max_new_tokens, room), sampling.generator(index)))
+        scheduler = Scheduler(self, self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, sampling, self._stop_ids(), tuple(stop))
+        return [self._generation(request, completion) for request, completion
+                in zip(requests, scheduler.run(requests), strict=True)]
+
+    def forward(self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *,
+                phase: str) -> NDArray[np.float32]:
+        """One pass over pieces[b] new tokens of each sequence after contexts[b] cached ones.
+
+        phase    "prefill" -> logits [batch, vocab] after each piece's last token; "decode" is the same for pieces of one
+                 token; "logits" -> [tokens, vocab] after every token.
+        """
+        from mindspore import Tensor
+
+        from ms_pangu_quant.network.batch import packed_inputs
+
+        self.network.set_phase(phase)
+        inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE)
+        ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
+        out = self.network(ids, *inputs.values(), *(self._caches or ()))
+        return out.asnumpy().reshape(-1, self.config.vocab_size)
+
+    def _prompt_ids(self, prompt: Any, mode: str) -> list[int]:
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if prompt and isinstance(prompt[0], dict):
+            return self.tokenizer.encode_chat(prompt, mode=mode)
+        return [int(token) for token in prompt]
+
+    def _check_prompt(self, ids: Sequence[int]) -> None:
+        limit = self.config.max_position_embeddings
+        if not 1 <= len(ids) <= limit:
+            raise RequestError(f"prompt: got {len(ids)} tokens, wanted 1 to {limit} (the model's max_position_embeddings)")
+        if min(ids) < 0 or max(ids) >= self.config.vocab_size:
+            raise RequestError(f"prompt: token ids from {min(ids)} to {max(ids)}, wanted 0 to {self.config.vocab_size - 1}")
+
+    def _stop_ids(self) -> frozenset[int]:
+        has_tokenizer = (self.directory / "tokenizer.model").exists()
+        eos = self.tokenizer.eos_id if has_tokenizer else self.config.eos_token_id
+        return frozenset() if eos is None else frozenset({eos})
+
+    def _generation(self, request: Request, completion: Completion) -> Generation:
+        ids = completion.token_ids
+        if not (self.directory / "tokenizer.model").exists():
+            return Generation("", None, "", ids, len(request.prompt), completion.finish_reason)
+        parts = self.tokenizer.split_thought(ids)
+        text, answer = self.tokenizer.decode(ids), self.tokenizer.decode(parts.answer, skip_special_tokens=True)
+        if completion.stopped_by is not None:
+            text, answer = (part.split(completion.stopped_by)[0] for part in (text, answer))
+        thought = None if parts.thought is None else self.tokenizer.decode(parts.thought, skip_special_tokens=True)
+        return Generation(text, thought, answer, ids, len(request.prompt), completion.finish_reason)
+
+
+def _all_tensors(reader: CheckpointReader | QuantizedReader) -> Iterator[tuple[str, ArraySlice]]:
+    """Every tensor the network wants, a block in memory at a time."""
+    for name in layout.outer_shapes(reader.config):
+        yield name, ArraySlice(reader.files.read_float32(name))
+    for index in range(reader.config.num_hidden_layers):
+        block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
+        yield from network_tensors(layout.block_prefix(index), block, linears)
+
+

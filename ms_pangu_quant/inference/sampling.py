@@ -1,0 +1,53 @@
+"""From logits to the next token, in NumPy: greedy, or temperature, then top-k, then top-p, then a seeded draw."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.errors import RequestError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token; seed makes a draw repeatable."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise RequestError(f"temperature: got {self.temperature}, wanted a number of at least 0")
+        if not 0 < self.top_p <= 1:
+            raise RequestError(f"top_p: got {self.top_p}, wanted more than 0 and at most 1")
+        if self.top_k < 0 or self.seed < 0:
+            raise RequestError("top_k and seed: wanted whole numbers of at least 0")
+
+    def generator(self, prompt_index: int) -> np.random.Generator:
+        """A stream of its own for each prompt, so that what else is in the batch cannot change a draw."""
+        return np.random.Generator(np.random.PCG64([self.seed, prompt_index]))
+
+    def next_token(self, logits: NDArray[np.float32], generator: np.random.Generator) -> int:
+        """logits [vocab] -> token id."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        probabilities = self.probabilities(logits)
+        cumulative = np.cumsum(probabilities)
+        return int(np.searchsorted(cumulative, generator.random() * cumulative[-1], side="right").clip(0, len(logits) - 1))
+
+    def probabilities(self, logits: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The distribution [vocab] drawn from; tokens cut off by top_k or top_p have probability 0."""
+        scaled = logits.astype(np.float64) / self.temperature
+        order = np.argsort(-scaled, kind="stable")
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        if self.top_k:
+            weights[self.top_k:] = 0
+        weights /= weights.sum()
+        before = np.cumsum(weights) - weights       # a token stays if those above it do not fill top_p yet
+        weights[before >= self.top_p] = 0
+        probabilities = np.zeros_like(scaled)
+        probabilities[order] = weights / weights.sum()
+        return probabilities

@@ -1,0 +1,244 @@
+"""quantize(): a float checkpoint goes in, a quantized one comes out, one decoder block in memory at a time.
+
+The loop in quantize() is the whole method. Each block is looked at with the hidden states that the blocks before it,
+already quantized, produce; so every block's statistics are those it will meet when it is served, and its error is measured
+against what the float block would have made of the same input.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
+from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
+from ms_pangu_quant.checkpoint.writer import QuantizedWriter
+from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.formats.mindformers import QuantizedLinear
+from ms_pangu_quant.quantizers.grid import round_down_to_bfloat16
+from ms_pangu_quant.recipe import Plan, Recipe
+from ms_pangu_quant.scheme import QuantScheme
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+
+REPORT_FILE = "quantization_report.json"
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What rounding one block cost.
+
+    output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data.
+    weight_error  the same of each layer's weight, by site name.
+    """
+
+    index: int
+    output_error: float | None
+    weight_error: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    output: Path
+    blocks: tuple[BlockReport, ...]
+    bytes_before: int
+    bytes_after: int
+    resumed_at: int
+
+
+def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: TokenData | None = None,
+             resume: bool = False, on_block: Callable[[BlockReport], None] = lambda report: None,
+             on_bytes: Callable[[int], None] = lambda count: None) -> QuantizeResult:
+    """Quantize the checkpoint of `reader` as `recipe` says into the directory `output`.
+
+    data      calibration tokens; required if the recipe has transforms or static activations, else only measured on.
+    resume    go on with an unfinished run in `output`; the result is byte-identical to an undisturbed run's.
+    on_block  called after each block is safely on disk; on_bytes with bytes read while the checkpoint is hashed.
+    Raises    PanguQuantError for anything wrong with checkpoint, recipe, data or output directory.
+    """
+    check_data(reader.config, recipe, data)
+    config, plan = reader.config, recipe.plan(reader.config)
+    fingerprint = {"checkpoint": _checkpoint_hash(reader, on_bytes), "recipe": recipe.digest,
+                   "calibration data": data.sha256 if data else "none", "version of ms_pangu_quant": version("ms_pangu_quant")}
+    with QuantizedWriter(output, fingerprint, blocks=config.num_hidden_layers, resume=resume) as writer:
+        runner, hidden = _begin_stream(reader, plan, data)
+        start = writer.finished
+        for index in range(start):
+            on_block(BlockReport(**writer.reports[index]))
+            hidden = _replay(writer, plan, config, index, runner, hidden)
+        for index in range(start, config.num_hidden_layers):
+            block = reader.block(index)
+            stats, target = _observe(runner, block, hidden, recipe.needs_gram, index)
+            for transform in recipe.transforms:
+                block, stats = transform(block, stats)
+            block, linears, weight_error = _round_block(block, plan, recipe, stats, index)
+            hidden, output_error = _advance(runner, block, linears, hidden, target)
+            report = BlockReport(index, output_error, weight_error)
+            writer.write_block(_stored_tensors(reader, index, block, linears), asdict(report))
+            on_block(report)
+        reports = tuple(BlockReport(**record) for record in writer.reports)
+        files = {"quantization_description.json": _description(config, plan),
+                 REPORT_FILE: _report(fingerprint, recipe, plan, config, data, reports, writer.hashes()),
+                 "config.json": mindformers.output_config(config, plan.group_size)}
+        outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
+        after = writer.finish(outer, reader.directory, files)
+    before = sum(entry.nbytes for entry in reader.files.entries.values())
+    return QuantizeResult(output, reports, before, after, start)
+
+
+def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
+    if data is None and recipe.needs_calibration:
+        raise RecipeError(f"{recipe.where}: needs calibration data for its transforms or static activations; pass "
+                          "--calibration FILE, or take a recipe that rounds without data (w8a8_rtn, w4a8_rtn)")
+    longest = max((len(sequence) for sequence in data.sequences), default=0) if data else 0
+    if longest > config.max_position_embeddings:
+        raise DataError(f"calibration sequences of {longest} tokens are longer than the model's "
+                        f"max_position_embeddings {config.max_position_embeddings}; lower calibration.max_length")
+
+
+def _begin_stream(reader: CheckpointReader, plan: Plan, data: TokenData | None) -> tuple[BlockRunner | None, Hidden | None]:
+    """The block runner and the embeddings of the calibration tokens; nothing without data."""
+    if data is None:
+        return None, None
+    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+
+    lengths = [len(sequence) for sequence in data.sequences]
+    states = embedding_rows(reader.files, np.concatenate(data.sequences))
+    return BlockRunner(reader.config, plan.group_size, lengths), Hidden(states, lengths)
+
+
+def _observe(runner: BlockRunner | None, block: Block, hidden: Hidden | None, gram: bool,
+             index: int) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
+    if runner is None or hidden is None:
+        return {}, None
+    return runner.observe(block, hidden, gram=gram, where=f"block {index}")
+
+
+def _round_block(block: Block, plan: Plan, recipe: Recipe, stats: Mapping[str, InputStats],
+                 index: int) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
+    """Round the planned layers; the returned block no longer holds their float weights."""
+    linears, error = {}, {}
+    for site in layout.SITES:
+        scheme = plan.scheme(index, site)
+        if scheme is None:
+            continue
+        weight, seen = block.weight(site), stats.get(site.input_name)
+        quantized = recipe.quantizer(weight, scheme.weight, seen)
+        linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen))
+        error[site.name] = relative_error(quantized.dequantize(), weight)
+        block = Block(block.config, {name: value for name, value in block.tensors.items() if name != f"{site.name}.weight"})
+    return block, linears, error
+
+
+def _input_scale(scheme: QuantScheme, stats: InputStats | None) -> float | None:
+    """Static activations: the factor that maps the largest |x| of calibration to at most 127, a bfloat16 value."""
+    if scheme.activation.dynamic or stats is None:
+        return None
+    largest = max(float(stats.absmax.max()), float(np.finfo(np.float32).tiny))
+    return float(round_down_to_bfloat16(np.array([scheme.activation.divisor / largest], np.float32))[0])
+
+
+def _advance(runner: BlockRunner | None, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden | None,
+             target: NDArray[np.float32] | None) -> tuple[Hidden | None, float | None]:
+    if runner is None or hidden is None or target is None:
+        return None, None
+    hidden = runner.advance(block, linears, hidden)
+    return hidden, relative_error(hidden.states, target)
+
+
+def _replay(writer: QuantizedWriter, plan: Plan, config: ModelConfig, index: int, runner: BlockRunner | None,
+            hidden: Hidden | None) -> Hidden | None:
+    """Hidden states after a block that an earlier run wrote."""
+    if runner is None or hidden is None:
+        return None
+    files = TensorFiles(writer.output, only=writer.block_file(index))
+    block, linears = mindformers.read_block(files, config, _description(config, plan), plan.group_size, index)
+    return runner.advance(block, linears, hidden)
+
+
+def _stored_tensors(reader: CheckpointReader, index: int, block: Block,
+                    linears: Mapping[str, QuantizedLinear]) -> dict[str, NDArray[Any] | TensorEntry]:
+    """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
+    prefix = layout.block_prefix(index)
+    tensors: dict[str, NDArray[Any] | TensorEntry] = {}
+    for name, value in block.tensors.items():
+        entry = reader.files.entries[prefix + name]
+        unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
+        tensors[prefix + name] = entry if unchanged else value
+    for site, linear in linears.items():
+        for key, stored in mindformers.encode(linear).items():
+            tensors[f"{prefix}{site}.{key}"] = stored
+    return tensors
+
+
+def _description(config: ModelConfig, plan: Plan) -> dict[str, str]:
+    """Parameter name -> kind, a layer's weight before its bias (MindFormers takes the first key that contains its name)."""
+    description = {}
+    for index in range(config.num_hidden_layers):
+        for site in layout.SITES:
+            scheme = plan.scheme(index, site)
+            name = f"{layout.block_prefix(index)}{site.name}"
+            kind = scheme.kind if scheme else mindformers.FLOAT
+            outputs, inputs = layout.site_shape(config, site)
+            keys = mindformers.stored_shapes(kind, outputs, inputs, plan.group_size) if scheme else {"weight": ()}
+            description.update({f"{name}.{key}": kind for key in keys})
+            if layout.has_bias(config, site):
+                description[f"{name}.bias"] = mindformers.FLOAT
+        for norm in layout.NORMS:
+            description[f"{layout.block_prefix(index)}{norm}.weight"] = mindformers.FLOAT
+    return {**description, **dict.fromkeys(layout.outer_shapes(config), mindformers.FLOAT)}
+
+
+def _report(fingerprint: Mapping[str, str], recipe: Recipe, plan: Plan, config: ModelConfig, data: TokenData | None,
+            blocks: tuple[BlockReport, ...], hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What produced the checkpoint and what it cost; holds no times, so that the same run gives the same bytes."""
+    bits, weights = plan_bits(plan, config)
+    return {
+        "fingerprint": dict(fingerprint),
+        "recipe": {"why": recipe.why, "text": recipe.text},
+        "calibration": None if data is None else {
+            "sequences": len(data.sequences), "tokens": data.tokens, "truncated": data.truncated, "sha256": data.sha256,
+            "seed": recipe.calibration.seed, "max_length": recipe.calibration.max_length},
+        "bits_per_weight": bits / weights,
+        "blocks": [asdict(block) for block in blocks],
+        "schemes": {f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else mindformers.FLOAT
+                    for (index, name), scheme in plan.schemes.items()},
+        "files": dict(hashes),
+        "versions": {package: version(package) for package in ("ms_pangu_quant", "mindspore", "mindformers", "numpy")},
+    }
+
+
+def plan_bits(plan: Plan, config: ModelConfig) -> tuple[float, int]:
+    """(stored bits, number of weights) of all linear layers in the blocks; float layers count 16 bits."""
+    bits, weights = 0.0, 0
+    for (_, name), scheme in plan.schemes.items():
+        site = next(site for site in layout.SITES if site.name == name)
+        outputs, inputs = layout.site_shape(config, site)
+        weights += outputs * inputs
+        bits += outputs * inputs * (scheme.bits_per_weight(inputs) if scheme else 16)
+    return bits, weights
+
+
+def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """||value - reference|| / ||reference||, Frobenius; 0 for two zero tensors."""
+    norm = float(np.linalg.norm(reference))
+    difference = float(np.linalg.norm(value - reference))
+    return difference / norm if norm else difference
+
+
+def _checkpoint_hash(reader: CheckpointReader, on_bytes: Callable[[int], None]) -> str:
+    config = json.dumps(dict(reader.config.raw), sort_keys=True)
+    return hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()
