@@ -90,13 +90,12 @@ def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: To
             writer.write_block(_stored_tensors(reader, index, block, linears), asdict(report))
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
-        files = {"quantization_description.json": _description(config, plan),
-                 REPORT_FILE: _report(fingerprint, recipe, plan, config, data, reports, writer.hashes()),
+        files = {QUANTIZATION_FILE: _description(config, plan),
+                 REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
                  "config.json": mindformers.output_config(config, plan.group_size)}
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
         after = writer.finish(outer, reader.directory, files)
-    before = sum(entry.nbytes for entry in reader.files.entries.values())
-    return QuantizeResult(output, reports, before, after, start)
+    return QuantizeResult(output, reports, reader.files.nbytes, after, start)
 
 
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
@@ -202,34 +201,22 @@ def _description(config: ModelConfig, plan: Plan) -> dict[str, str]:
     return {**description, **dict.fromkeys(layout.outer_shapes(config), mindformers.FLOAT)}
 
 
-def _report(fingerprint: Mapping[str, str], recipe: Recipe, plan: Plan, config: ModelConfig, data: TokenData | None,
+def _report(reader: CheckpointReader, fingerprint: Mapping[str, str], recipe: Recipe, plan: Plan, data: TokenData | None,
             blocks: tuple[BlockReport, ...], hashes: Mapping[str, str]) -> dict[str, Any]:
     """What produced the checkpoint and what it cost; holds no times, so that the same run gives the same bytes."""
-    bits, weights = plan_bits(plan, config)
     return {
         "fingerprint": dict(fingerprint),
         "recipe": {"why": recipe.why, "text": recipe.text},
         "calibration": None if data is None else {
             "sequences": len(data.sequences), "tokens": data.tokens, "truncated": data.truncated, "sha256": data.sha256,
             "seed": recipe.calibration.seed, "max_length": recipe.calibration.max_length},
-        "bits_per_weight": bits / weights,
+        "bytes_before": reader.files.nbytes,
         "blocks": [asdict(block) for block in blocks],
         "schemes": {f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else mindformers.FLOAT
                     for (index, name), scheme in plan.schemes.items()},
         "files": dict(hashes),
         "versions": {package: version(package) for package in ("ms_pangu_quant", "mindspore", "mindformers", "numpy")},
     }
-
-
-def plan_bits(plan: Plan, config: ModelConfig) -> tuple[float, int]:
-    """(stored bits, number of weights) of all linear layers in the blocks; float layers count 16 bits."""
-    bits, weights = 0.0, 0
-    for (_, name), scheme in plan.schemes.items():
-        site = next(site for site in layout.SITES if site.name == name)
-        outputs, inputs = layout.site_shape(config, site)
-        weights += outputs * inputs
-        bits += outputs * inputs * (scheme.bits_per_weight(inputs) if scheme else 16)
-    return bits, weights
 
 
 def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -103,6 +103,11 @@ class TensorFiles:
         if weight_map is not None:
             _check_index(index_path, weight_map, self.entries)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors."""
+        return sum(entry.nbytes for entry in self.entries.values())
+
     def read_float32(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows of a floating-point tensor, widened exactly to float32."""
         raw = self.entries[name].read(start, stop)

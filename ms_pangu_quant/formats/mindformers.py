@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, is_quantized
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats import packing
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, is_bfloat16
@@ -181,6 +181,13 @@ def read_block(files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str]
     return Block(config, {name: files.read_float32(prefix + name) for name in names}), linears
 
 
+def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
+    """The reader of a directory; whether it is quantized is told by its files, never by its name."""
+    if path.is_dir() and (path / "config.json").exists() and is_quantized(path, ModelConfig.from_file(path / "config.json")):
+        return QuantizedReader(path)
+    return CheckpointReader(path)
+
+
 def network_tensors(prefix: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, Any]]:
     """(name, array) pairs of one block for network.load_tensors."""
     for name, value in block.tensors.items():
@@ -189,6 +196,15 @@ def network_tensors(prefix: str, block: Block, linears: Mapping[str, QuantizedLi
     for site, linear in linears.items():
         for key, value in runtime_tensors(linear).items():
             yield f"{prefix}{site}.{key}", ArraySlice(value)
+
+
+def all_tensors(reader: CheckpointReader | QuantizedReader) -> Iterator[tuple[str, ArraySlice]]:
+    """Every tensor the network wants, a block in memory at a time."""
+    for name in layout.outer_shapes(reader.config):
+        yield name, ArraySlice(reader.files.read_float32(name))
+    for index in range(reader.config.num_hidden_layers):
+        block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
+        yield from network_tensors(layout.block_prefix(index), block, linears)
 
 
 class ArraySlice:

@@ -1,7 +1,7 @@
 """load(): a float or quantized directory becomes an object that gives logits and generates text."""
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.formats.mindformers import ArraySlice, QuantizedReader, network_tensors
+from ms_pangu_quant.formats.mindformers import QuantizedReader, all_tensors, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import runtime
@@ -33,13 +31,6 @@ class Generation:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: str
-
-
-def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
-    """The reader of a directory; whether it is quantized is told by its files, never by its name."""
-    if path.is_dir() and (path / "config.json").exists() and is_quantized(path, ModelConfig.from_file(path / "config.json")):
-        return QuantizedReader(path)
-    return CheckpointReader(path)
 
 
 def load(path: str | Path, device: str = "cpu", mode: str = "graph", *, kv_cache_tokens: int = 8192,
@@ -72,7 +63,7 @@ class Model:
         self.network = build_network(
             self.config, kinds=reader.kinds if quantized else None, group_size=reader.group_size if quantized else 0,
             num_blocks=self._num_blocks, block_size=BLOCK_SIZE)
-        self.network.load_tensors(_all_tensors(reader))
+        self.network.load_tensors(all_tensors(reader))
         self._caches = self.network.backend.new_caches(self.config.num_hidden_layers, self._num_blocks, BLOCK_SIZE,
                                                        self.config.num_key_value_heads, self.config.head_dim)
         if runtime.mode() == "graph":
@@ -167,14 +158,3 @@ class Model:
             text, answer = (part.split(completion.stopped_by)[0] for part in (text, answer))
         thought = None if parts.thought is None else self.tokenizer.decode(parts.thought, skip_special_tokens=True)
         return Generation(text, thought, answer, ids, len(request.prompt), completion.finish_reason)
-
-
-def _all_tensors(reader: CheckpointReader | QuantizedReader) -> Iterator[tuple[str, ArraySlice]]:
-    """Every tensor the network wants, a block in memory at a time."""
-    for name in layout.outer_shapes(reader.config):
-        yield name, ArraySlice(reader.files.read_float32(name))
-    for index in range(reader.config.num_hidden_layers):
-        block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
-        yield from network_tensors(layout.block_prefix(index), block, linears)
-
-

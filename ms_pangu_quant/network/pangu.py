@@ -7,6 +7,7 @@ been started with network.runtime.start().
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -24,6 +25,8 @@ from mindspore import Tensor, mutable
 
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.formats.mindformers import all_tensors, open_checkpoint
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
 
@@ -123,6 +126,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.backend = current_backend()
         transformer_config = self.convert_to_transformer_config(config)
         transformer_config.position_embedding_type = self.backend.rope_name     # the config class knows MindFormers' only
+        transformer_config.post_process = whole     # takes precedence over GPTModel's argument
         if quant_config is None:
             described = get_quant_config(config, self.weight_mapping)
             quant_config = described and PanguQuantConfig(described.full_config, self.backend.linear_methods)
@@ -140,7 +144,6 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             rotary_base=config.rope_theta,
             share_embeddings_and_output_weights=whole and config.tie_word_embeddings,
             pre_process=whole,
-            post_process=whole,
             quant_config=quant_config,
         )
 
@@ -176,18 +179,23 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         weight_name = super().convert_name(weight_name)
         return weight_name.replace(".weight_scale", ".w_scale") if self.quant_config else weight_name
 
+    def load_weights(self, weights_path=None, weights=None) -> None:
+        """MindFormers' entry point: a checkpoint directory (float or written by this package), or its own iterator."""
+        if weights_path is None:
+            super().load_weights(weights_path, weights)
+        else:
+            self.load_tensors(all_tensors(open_checkpoint(Path(weights_path))))
+
     def load_tensors(self, tensors: Iterable[tuple[str, Any]]) -> None:
         """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them.
 
         Raises CheckpointError naming the parameters that were not loaded.
         """
-        from ms_pangu_quant.errors import CheckpointError
-
         named = ((self.convert_name(name), tensor) for name, tensor in tensors)
         loaded = self.model.load_weights(named, self.generate_mapping(), True)
         missing = [name for name in self.model.get_params_dict() if name not in loaded
                    and not name.endswith((".key_cache", ".value_cache"))]
-        if self.config.tie_word_embeddings:
+        if self.config.tie_word_embeddings:     # one parameter under two names
             missing = [name for name in missing if name != "output_layer.weight"]
         if missing:
             raise CheckpointError(f"the network's parameters {', '.join(sorted(missing)[:3])} are not in the checkpoint")

@@ -1,0 +1,107 @@
+"""What a run will take, before it starts: schemes per layer, exact size on disk, and memory and time to within a factor."""
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.recipe import Plan, Recipe
+
+_LIBRARIES = 0.85 * 2**30       # resident after MindSpore and MindFormers are imported and a block graph is compiled
+_PYTHON = 0.15 * 2**30          # resident without them
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """groups: (layers, blocks, scheme, bits per weight) rows; sizes in bytes."""
+
+    groups: tuple[tuple[str, str, str, float], ...]
+    bytes_before: int
+    bytes_after: int
+    peak_bytes: float
+    seconds: float
+
+
+def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None) -> Estimate:
+    """Raises RecipeError if the recipe does not fit the checkpoint."""
+    plan = recipe.plan(reader.config)
+    weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES))
+    tokens = data.tokens if data else 0
+    streams = 3 * 4 * tokens * reader.config.hidden_size           # hidden states in, out, and the float yardstick
+    # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
+    peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
+    blocks = reader.config.num_hidden_layers
+    products = 2 * 2 * tokens * weights * blocks                   # float and quantized pass
+    seconds = 5 + reader.files.nbytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
+    return Estimate(_groups(plan, reader.config), reader.files.nbytes, stored_bytes(reader, recipe, plan), peak, seconds)
+
+
+def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan) -> int:
+    """Size of the tensors that quantize() will write."""
+    config, folded = reader.config, bool(recipe.transforms)
+    total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
+    for index in range(config.num_hidden_layers):
+        prefix = layout.block_prefix(index)
+        quantized = {site.name: plan.scheme(index, site) for site in layout.SITES}
+        for name in layout.block_shapes(config):
+            scheme = quantized.get(name.removesuffix(".weight"))
+            if scheme is None:
+                changed = folded and (name.removesuffix(".weight") in (*layout.NORMS, *quantized) or "v_proj.bias" in name)
+                entry = reader.files.entries[prefix + name]
+                total += entry.nbytes // entry.dtype.itemsize * (4 if changed else entry.dtype.itemsize)
+        for site in layout.SITES:
+            scheme = quantized[site.name]
+            if scheme is None:
+                continue
+            shapes = mindformers.stored_shapes(scheme.kind, *layout.site_shape(config, site), plan.group_size)
+            for key, (shape, _) in shapes.items():
+                total += int(np.prod(shape)) * _item_size(key, scheme.weight.bfloat16_scale)
+    return total
+
+
+def _item_size(key: str, bfloat16_scale: bool) -> int:
+    if key in ("weight", "input_offset"):
+        return 1
+    if key in ("weight_scale", "input_scale"):
+        return 2 if bfloat16_scale else 4
+    return 4
+
+
+def _groups(plan: Plan, config: ModelConfig) -> tuple[tuple[str, str, str, float], ...]:
+    """Layers with the same scheme together: one row for each set of blocks that are planned alike."""
+    rows: dict[tuple[str, str, float], list[int]] = {}
+    for index in range(config.num_hidden_layers):
+        for fused in dict.fromkeys(site.fused for site in layout.SITES):
+            sites = [site for site in layout.SITES if site.fused == fused]
+            scheme = plan.scheme(index, sites[0])
+            bits = scheme.bits_per_weight(layout.site_shape(config, sites[0])[1]) if scheme else 16.0
+            names = "/".join(site.name.split(".")[1].removesuffix("_proj") for site in sites)
+            rows.setdefault((names, scheme.kind if scheme else mindformers.FLOAT, bits), []).append(index)
+    return tuple((names, _ranges(indices), kind, bits) for (names, kind, bits), indices in rows.items())
+
+
+def _ranges(indices: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and index == parts[-1][1] + 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _multiply_adds_per_second() -> float:
+    """Floating-point operations a second of this machine's float32 matmul, from a short sample."""
+    matrix = np.ones((1024, 1024), np.float32)
+    matrix @ matrix
+    started = time.perf_counter()
+    for _ in range(3):
+        matrix @ matrix
+    return 3 * 2 * 1024**3 / (time.perf_counter() - started)

@@ -1,0 +1,127 @@
+"""How far a quantized checkpoint's next-token distributions are from the float one's: KL, agreement, perplexity.
+
+Both models are streamed block by block and the vocabulary slice by slice, so two 7B models compare in the memory of one
+block; the network is the one that serves.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
+from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+
+_SLICE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Over every token that has a next one.
+
+    kl_mean, kl_p99   nats, KL(reference || quantized): mean and 99th percentile over tokens.
+    kl_se             standard error of kl_mean over sequences (tokens of one text are not independent); NaN for one.
+    top1_agreement    share of tokens whose most likely next token is the same.
+    ppl_*             perplexity of the text itself.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_se: float
+    kl_p99: float
+    top1_agreement: float
+    ppl_reference: float
+    ppl_quantized: float
+
+
+def compare(reference: Path, quantized: Path, sequences: Sequence[NDArray[np.int32]],
+            on_block: Callable[[], None] = lambda: None) -> Comparison:
+    """Compare two directories (float or quantized) on token sequences, each [length >= 2].
+
+    on_block  called after each of the blocks_to_run() blocks.
+    Raises    CheckpointError if the two are not the same model's.
+    """
+    readers = open_checkpoint(reference), open_checkpoint(quantized)
+    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
+        got, wanted = (getattr(reader.config, key) for reader in reversed(readers))
+        if got != wanted:
+            raise CheckpointError(f"{quantized}: {key} is {got}, but {reference} has {wanted}; these are not the same model")
+    states = [_final_states(reader, sequences, on_block) for reader in readers]
+    targets = np.concatenate([sequence[1:] for sequence in sequences])
+    kl, agree, nll = _divergence(readers, states, targets)
+    ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
+    return Comparison(
+        tokens=len(targets), kl_mean=float(kl.mean()), kl_se=_cluster_error(np.split(kl, ends)),
+        kl_p99=float(np.percentile(kl, 99)), top1_agreement=float(agree.mean()),
+        ppl_reference=float(np.exp(nll[0].mean())), ppl_quantized=float(np.exp(nll[1].mean())))
+
+
+def _final_states(reader: CheckpointReader | QuantizedReader, sequences: Sequence[NDArray[np.int32]],
+                  on_block: Callable[[], None]) -> NDArray[np.float32]:
+    """Normalised hidden states [tokens, hidden] of every token that has a next one."""
+    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+
+    inputs = [sequence[:-1] for sequence in sequences]
+    hidden = Hidden(embedding_rows(reader.files, np.concatenate(inputs)), [len(sequence) for sequence in inputs])
+    runner = BlockRunner(reader.config, reader.group_size if isinstance(reader, QuantizedReader) else 0, hidden.lengths)
+    for index in range(reader.config.num_hidden_layers):
+        block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
+        hidden = runner.advance(block, linears, hidden)
+        on_block()
+    states = hidden.states
+    scale = 1 / np.sqrt(np.mean(np.square(states), axis=1, keepdims=True) + np.float32(reader.config.rms_norm_eps))
+    return states * scale * reader.files.read_float32(layout.FINAL_NORM)
+
+
+def _divergence(readers: Sequence[CheckpointReader | QuantizedReader], states: Sequence[NDArray[np.float32]],
+                targets: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[NDArray[np.float64]]]:
+    """Per token: KL, whether the argmax agrees, and each model's negative log likelihood of `targets`.
+
+    One pass over slices of the vocabulary; the normalisers are kept as running log-sum-exps (Milakov and Gimelshein 2018,
+    arXiv:1805.02867).
+    """
+    tokens, vocab = len(targets), readers[0].config.vocab_size
+    top = [np.full(tokens, -np.inf) for _ in states]
+    total = [np.zeros(tokens) for _ in states]
+    best = [np.zeros(tokens, np.int64) for _ in states]
+    chosen = [np.zeros(tokens) for _ in states]
+    weighted = np.zeros(tokens)         # sum over the vocabulary of exp(a - top of a) * (a - b)
+    step = max(1, _SLICE_BYTES // (4 * max(tokens, 1)))
+    for start in range(0, vocab, step):
+        stop = min(start + step, vocab)
+        logits = [(state @ _head(reader, start, stop).T).astype(np.float64)
+                  for reader, state in zip(readers, states, strict=True)]
+        inside = np.flatnonzero((targets >= start) & (targets < stop))
+        for model, values in enumerate(logits):
+            peak = values.max(axis=1)
+            best[model] = np.where(peak > top[model], values.argmax(axis=1) + start, best[model])
+            raised = np.maximum(top[model], peak)
+            shrink = np.exp(top[model] - raised)
+            exponentials = np.exp(values - raised[:, None])
+            total[model] = total[model] * shrink + exponentials.sum(axis=1)
+            if model == 0:
+                weighted = weighted * shrink + np.einsum("tv,tv->t", exponentials, logits[0] - logits[1])
+            top[model] = raised
+            chosen[model][inside] = values[inside, targets[inside] - start]
+    log_total = [peak + np.log(sums) for peak, sums in zip(top, total, strict=True)]
+    kl = weighted / total[0] - log_total[0] + log_total[1]
+    return np.maximum(kl, 0.0), best[0] == best[1], [sums - value for sums, value in zip(log_total, chosen, strict=True)]
+
+
+def _head(reader: CheckpointReader | QuantizedReader, start: int, stop: int) -> NDArray[np.float32]:
+    name = layout.EMBEDDING if reader.config.tie_word_embeddings else layout.HEAD
+    return reader.files.read_float32(name, start, stop)
+
+
+def _cluster_error(groups: Sequence[NDArray[np.float64]]) -> float:
+    """Standard error of the mean over all values when values of one group depend on each other (ratio estimator)."""
+    if len(groups) < 2:
+        return float("nan")
+    sums, counts = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
+    residual = sums - sums.sum() / counts.sum() * counts
+    return float(np.sqrt(len(groups) / (len(groups) - 1) * np.sum(residual**2)) / counts.sum())

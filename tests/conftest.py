@@ -1,0 +1,77 @@
+"""Fixtures that need the frameworks: small checkpoints, and the embedded one quantized once for the whole session."""
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ASSETS = ROOT / "ms_pangu_quant" / "assets"
+MINI = ASSETS / "openpangu-mini"
+
+
+def load_tool(name: str) -> ModuleType:
+    """A file of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., None]:
+    return load_tool("make_checkpoint").write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory) -> Callable[[str], Path]:
+    """recipe name -> the embedded checkpoint quantized with it on its 128 calibration chats."""
+    made: dict[str, Path] = {}
+
+    def make(recipe: str) -> Path:
+        if recipe not in made:
+            from ms_pangu_quant.checkpoint.reader import CheckpointReader
+            from ms_pangu_quant.network import runtime
+            from ms_pangu_quant.pipeline import quantize
+            from ms_pangu_quant.recipe import find_recipe, load_recipe
+
+            runtime.start("cpu", "graph")
+            made[recipe] = tmp_path_factory.mktemp("quantized") / recipe
+            quantize(CheckpointReader(MINI), load_recipe(find_recipe(recipe)), made[recipe], data=calibration(128))
+        return made[recipe]
+
+    return make
+
+
+def calibration(samples: int):
+    """The first so many chats of the embedded calibration data, as the shipped recipes draw them."""
+    return token_data("calibration", samples, seed=0)
+
+
+def token_data(name: str, samples: int, seed: int | None = None):
+    from ms_pangu_quant.calibration.data import load_token_data
+    from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+
+    return load_token_data(ASSETS / f"{name}.jsonl", tokenizer=Tokenizer.from_directory(MINI), vocab_size=1024,
+                           max_length=512, samples=samples, seed=seed, allow_benchmark_overlap=True)
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as archive:
+        return dict(archive)
+
+
+def golden_checkpoint(name: str, folder: Path, write: Callable[..., None]) -> Path:
+    """The checkpoint a golden's logits were computed from."""
+    if name == "mini":
+        return MINI
+    values = golden(name)
+    write(folder / name, json.loads(str(values["config"])), seed=int(values["seed"]), dtype="float32")
+    return folder / name

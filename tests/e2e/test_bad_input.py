@@ -1,0 +1,164 @@
+"""Every way an input can be wrong ends in one line that names it, exit code 2, and no directory that looks complete."""
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ms_pangu_quant.cli import main
+from tests.conftest import ASSETS, MINI
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A writable copy of the embedded checkpoint."""
+    return shutil.copytree(MINI, tmp_path / "checkpoint", copy_function=shutil.copyfile)
+
+
+def edit_config(checkpoint, **changes):
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_tensors(checkpoint, change):
+    """change(dict of name -> array) in place; arrays are float32 afterwards."""
+    path = checkpoint / "model.safetensors"
+    tensors = {name: value.astype(np.float32) for name, value in load_file(path).items()}
+    change(tensors)
+    save_file(tensors, path)
+
+
+def fails(capsys, *arguments):
+    """Run a command that must fail cleanly; returns its one line."""
+    code = main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.strip() and not line.startswith("block ")]
+    assert code == 2, printed.err
+    assert len(lines) == 1, printed.err
+    assert "Traceback" not in printed.err
+    return lines[0]
+
+
+def quantize_fails(capsys, checkpoint, output, *, recipe="w8a8_rtn"):
+    line = fails(capsys, "quantize", checkpoint, "--recipe", recipe, "--output", output)
+    assert not (output / "config.json").exists()
+    return line
+
+
+def test_a_missing_directory_is_named(tmp_path, capsys):
+    assert "no such directory" in quantize_fails(capsys, tmp_path / "nowhere", tmp_path / "out")
+
+
+TENSOR_FAULTS = {
+    "model.layers.2.mlp.up_proj.weight is missing": lambda t: t.pop("model.layers.2.mlp.up_proj.weight"),
+    "model.layers.1.self_attn.o_proj.bias is missing": lambda t: t.pop("model.layers.1.self_attn.o_proj.bias"),
+    "model.layers.0.extra.weight": lambda t: t.update({"model.layers.0.extra.weight": np.zeros(3, np.float32)}),
+    "got [700, 256], config.json implies [768, 256]": lambda t: t.update(
+        {"model.layers.3.mlp.gate_proj.weight": np.zeros((700, 256), np.float32)}),
+    "quantized already?": lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((768, 256), np.int8)}),
+}
+
+
+@pytest.mark.parametrize("message", TENSOR_FAULTS)
+def test_a_wrong_tensor_is_named(message, checkpoint, tmp_path, capsys):
+    edit_tensors(checkpoint, TENSOR_FAULTS[message])
+    assert message in quantize_fails(capsys, checkpoint, tmp_path / "out")
+
+
+CONFIG_FAULTS = {
+    "num_hidden_layers": ({"num_hidden_layers": 5}, "model.layers.4.input_layernorm.weight is missing"),
+    "fewer layers": ({"num_hidden_layers": 3}, "model.layers.3"),
+    "hidden size": ({"hidden_size": 128}, "config.json implies"),
+    "R-7B": ({"param_sink_number": 128}, "openPangu-R-7B"),
+    "VL": ({"vision_config": {"depth": 26}}, "openPangu-VL"),
+    "MoE": ({"num_experts": 64}, "openPangu-Pro-MoE"),
+    "another model": ({"model_type": "qwen3"}, "model_type is 'qwen3'"),
+    "rope scaling": ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+    "not a number": ({"hidden_size": "many"}, "hidden_size is 'many'"),
+}
+
+
+@pytest.mark.parametrize("fault", CONFIG_FAULTS)
+def test_a_config_of_another_model_is_named(fault, checkpoint, tmp_path, capsys):
+    changes, message = CONFIG_FAULTS[fault]
+    edit_config(checkpoint, **changes)
+    assert message in quantize_fails(capsys, checkpoint, tmp_path / "out")
+
+
+def test_a_truncated_file_is_named(checkpoint, tmp_path, capsys):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert f"{path}: damaged" in quantize_fails(capsys, checkpoint, tmp_path / "out").replace("\n", "")
+
+
+def test_an_index_that_names_an_absent_shard_is_named(checkpoint, tmp_path, capsys):
+    names = list(load_file(checkpoint / "model.safetensors"))
+    index = {"weight_map": dict.fromkeys(names, "model-00002-of-00002.safetensors")}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00002-of-00002.safetensors, which is not in the directory" in quantize_fails(
+        capsys, checkpoint, tmp_path / "out")
+
+
+def test_a_quantized_directory_is_not_quantized_again(quantized, tmp_path, capsys):
+    assert "is quantized already" in quantize_fails(capsys, quantized("w8a8"), tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_made_is_named(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert "cannot write here" in quantize_fails(capsys, MINI, tmp_path / "file" / "out")
+
+
+def test_an_output_with_files_in_it_is_not_touched(tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious.txt").write_text("mine")
+    assert "is not empty" in quantize_fails(capsys, MINI, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious.txt"]
+
+
+def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        line = quantize_fails(capsys, MINI, disk / "out")
+        assert "No space left on device" in line
+        assert "--resume" in line
+        assert not list((disk / "out").glob(".*.safetensors.partial"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_a_recipe_that_needs_data_says_so_before_anything_is_written(tmp_path, capsys):
+    assert "needs calibration data" in quantize_fails(capsys, MINI, tmp_path / "out", recipe="w8a8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_recipe_gets_a_suggestion(tmp_path, capsys):
+    assert "did you mean 'w4a8_g128'" in quantize_fails(capsys, MINI, tmp_path / "out", recipe="w4a8_g182")
+
+
+def test_comparing_two_different_models_is_refused(tmp_path, capsys, write_checkpoint):
+    from tests.conftest import golden_checkpoint
+
+    other = golden_checkpoint("pangu_gqa2_tied", tmp_path, write_checkpoint)
+    assert "not the same model" in fails(capsys, "compare", MINI, other, "--data", ASSETS / "validation.jsonl", "--limit", 1)
+
+
+def test_generating_without_a_tokenizer_says_what_is_missing(tmp_path, capsys, write_checkpoint):
+    from tests.conftest import golden_checkpoint
+
+    other = golden_checkpoint("pangu_gqa2_tied", tmp_path, write_checkpoint)
+    assert "tokenizer.model" in fails(capsys, "generate", other, "--prompt", "hello")
+
+
+def test_a_wrong_thinking_mode_is_named(capsys):
+    assert "thinking" in fails(capsys, "generate", MINI, "--prompt", "hello", "--mode", "deep_think").lower()
+
+
+@pytest.mark.parametrize("arguments", [["quantize"], ["quantise"], ["inspect", str(MINI), "--jsn"]])
+def test_a_wrong_command_line_exits_with_2(arguments, capsys):
+    assert main(arguments) == 2
+    assert "Traceback" not in capsys.readouterr().err

@@ -1,0 +1,7 @@
+"""Compare a quantized checkpoint with its float one: `pangu-quant compare` as a file, for launchers such as msrun that start Python files."""
+import sys
+
+from ms_pangu_quant.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["compare", *sys.argv[1:]]))

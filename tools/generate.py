@@ -1,0 +1,7 @@
+"""Generate text: `pangu-quant generate` as a file, for launchers such as msrun that start Python files."""
+import sys
+
+from ms_pangu_quant.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))

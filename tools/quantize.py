@@ -1,0 +1,7 @@
+"""Quantize a checkpoint: `pangu-quant quantize` as a file, for launchers such as msrun that start Python files."""
+import sys
+
+from ms_pangu_quant.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["quantize", *sys.argv[1:]]))
