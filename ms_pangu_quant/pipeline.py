@@ -27,7 +27,7 @@ from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.mindformers import QuantizedLinear
-from ms_pangu_quant.quantizers.grid import round_down_to_bfloat16
+from ms_pangu_quant.quantizers.grid import relative_weight_error, round_down_to_bfloat16
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
@@ -137,7 +137,7 @@ def _round_block(block: Block, plan: Plan, recipe: Recipe, stats: Mapping[str, I
         weight, seen = block.weight(site), stats.get(site.input_name)
         quantized = recipe.quantizer(weight, scheme.weight, seen)
         linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen))
-        error[site.name] = relative_error(quantized.dequantize(), weight)
+        error[site.name] = relative_weight_error(quantized, weight)
         block = Block(block.config, {name: value for name, value in block.tensors.items() if name != f"{site.name}.weight"})
     return block, linears, error
 

@@ -24,7 +24,7 @@ from ms_pangu_quant.network.batch import blocks_for, packed_inputs
 from ms_pangu_quant.network.pangu import build_network
 
 BLOCK_SIZE = 16
-_LARGEST_TEMPORARY = 1 << 28        # bytes; bounds the batch, not the result
+_LARGEST_TEMPORARY = 1 << 25        # bytes; MindSpore keeps many at once
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,9 @@ class BlockRunner:
 
     def _batch_tokens(self) -> int:
         """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""
-        widest = max(outputs * (inputs // self._group_size if self._group_size else 1)
-                     for outputs, inputs in (layout.site_shape(self._config, site) for site in layout.SITES))
-        return int(np.clip(_LARGEST_TEMPORARY // (2 * 4 * widest), 64, 4096))
+        widest: dict[str, int] = {}
+        for site in layout.SITES:       # a fused layer's output is as wide as its parts together
+            outputs, inputs = layout.site_shape(self._config, site)
+            groups = inputs // self._group_size if self._group_size else 1
+            widest[site.fused] = widest.get(site.fused, 0) + outputs * groups
+        return int(np.clip(_LARGEST_TEMPORARY // (4 * max(widest.values())), 64, 2048))

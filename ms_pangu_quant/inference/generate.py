@@ -60,8 +60,11 @@ class _Sequence:
 
 
 class Scheduler:
+    """split_prompts False keeps each prompt in one pass, for a backend whose prefill cannot continue from the cache."""
+
     def __init__(self, model: Forward, num_blocks: int, block_size: int, prefill_tokens: int, sampling: Sampling,
-                 stop_ids: frozenset[int], stop: tuple[str, ...]) -> None:
+                 stop_ids: frozenset[int], stop: tuple[str, ...], *, split_prompts: bool = True) -> None:
+        self._split_prompts = split_prompts
         self._model, self._sampling = model, sampling
         self._block_size, self._prefill_tokens = block_size, prefill_tokens
         self._free = list(range(num_blocks))
@@ -96,11 +99,15 @@ class Scheduler:
         while left:
             chosen, pieces, room = [], [], self._prefill_tokens
             for sequence in left:
-                piece = sequence.request.prompt[sequence.cached:sequence.cached + room]
+                piece = sequence.request.prompt[sequence.cached:]
+                if self._split_prompts:
+                    piece = piece[:room]
+                elif chosen and len(piece) > room:
+                    break
                 chosen.append(sequence)
                 pieces.append(piece)
                 room -= len(piece)
-                if not room:
+                if room <= 0:
                     break
             logits = self._model.forward(pieces, [sequence.cached for sequence in chosen],
                                          [sequence.table for sequence in chosen], phase="prefill")

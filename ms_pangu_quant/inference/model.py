@@ -83,8 +83,9 @@ class Model:
             raise RequestError(f"{len(token_ids)} tokens do not fit in a cache of {self._num_blocks * BLOCK_SIZE}; load "
                                "with a larger kv_cache_tokens")
         pieces = []
-        for start in range(0, len(token_ids), PREFILL_TOKENS):
-            piece = token_ids[start:start + PREFILL_TOKENS]
+        step = PREFILL_TOKENS if self.network.backend.chunked_prefill else len(token_ids)
+        for start in range(0, len(token_ids), step):
+            piece = token_ids[start:start + step]
             pieces.append(self.forward([piece], [start], tables, phase="logits"))
         return np.concatenate(pieces)
 
@@ -108,7 +109,8 @@ class Model:
             self._check_prompt(ids)
             room = self.config.max_position_embeddings - len(ids)
             requests.append(Request(index, tuple(ids), min(max_new_tokens, room), sampling.generator(index)))
-        scheduler = Scheduler(self, self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, sampling, self._stop_ids(), tuple(stop))
+        scheduler = Scheduler(self, self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, sampling, self._stop_ids(), tuple(stop),
+                              split_prompts=self.network.backend.chunked_prefill)
         return [self._generation(request, completion) for request, completion
                 in zip(requests, scheduler.run(requests), strict=True)]
 

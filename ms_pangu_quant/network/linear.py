@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from mindformers.parallel_core.inference.quantization.golden_stick.config import GoldenStickConfig
 from mindformers.parallel_core.inference.tensor_parallel.layers import LinearBase, UnquantizedLinearMethod
 
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import BackendError, CheckpointError
 
 # A layer MindFormers computes as one -> the layers its parts come from.
 _PARTS = {"linear_qkv": ("linear_q", "linear_k", "linear_v"), "linear_fc1": ("gating", "hidden")}
@@ -24,7 +24,7 @@ class PanguQuantConfig(GoldenStickConfig):
         self._methods = linear_methods
 
     def get_quant_method(self, layer, prefix: str):
-        """Raises CheckpointError if the parts of a fused layer disagree, or one is not described."""
+        """Raises CheckpointError if the parts of a fused layer disagree, BackendError for a kind it cannot compute."""
         if not isinstance(layer, LinearBase):
             return None
         stem, _, name = prefix.rpartition(".")
@@ -37,6 +37,6 @@ class PanguQuantConfig(GoldenStickConfig):
         if kind == "FLOAT":
             return UnquantizedLinearMethod()
         if kind not in self._methods:
-            raise CheckpointError(f"quantization_description.json: {parts[0]} is {kind!r}, wanted FLOAT or one of "
-                                  f"{', '.join(self._methods)}")
+            raise BackendError(f"{parts[0]} is {kind}, which this device's backend cannot compute; it has "
+                               f"{', '.join(self._methods)}")
         return self._methods[kind](self)

@@ -1,6 +1,7 @@
 """The integer grid: scales, codes, and the way back."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.scheme import TensorScheme
 
+_PIECE_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -56,8 +58,30 @@ def is_bfloat16(values: NDArray[np.float32]) -> bool:
 
 
 def round_to_grid(weight: NDArray[np.float32], scale: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.int8]:
-    """Codes int8 [out, in]: weight [out, in] divided by scale [out, groups], half to even, clipped to the scheme's codes."""
-    grouped = weight.reshape(len(weight), scale.shape[1], -1) / scale[:, :, None]
-    np.rint(grouped, out=grouped)
-    np.clip(grouped, scheme.code_min, scheme.code_max, out=grouped)
-    return grouped.astype(np.int8).reshape(weight.shape)
+    """Codes int8 [out, in]: weight [out, in] over scale [out, groups], half to even, clipped to the scheme's codes."""
+    codes = np.empty(weight.shape, np.int8)
+    for rows in row_pieces(weight):
+        piece = weight[rows]
+        grouped = piece.reshape(len(piece), scale.shape[1], -1) / scale[rows, :, None]
+        np.rint(grouped, out=grouped)
+        np.clip(grouped, scheme.code_min, scheme.code_max, out=grouped)
+        codes[rows] = grouped.reshape(piece.shape)
+    return codes
+
+
+def relative_weight_error(quantized: QuantizedWeight, weight: NDArray[np.float32]) -> float:
+    """||dequantized - weight|| / ||weight||, Frobenius; 0 for a weight of zeros."""
+    difference, norm = 0.0, 0.0
+    for rows in row_pieces(weight):
+        rounded = QuantizedWeight(quantized.codes[rows], quantized.scale[rows]).dequantize()
+        rounded -= weight[rows]
+        difference += float(np.vdot(rounded, rounded))
+        norm += float(np.vdot(weight[rows], weight[rows]))
+    return float(np.sqrt(difference / norm)) if norm else 0.0
+
+
+def row_pieces(weight: NDArray[np.float32]) -> Iterator[slice]:
+    """Slices of rows of a few MiB each: temporaries stay small and in the cache."""
+    step = max(1, _PIECE_ELEMENTS // max(weight.shape[1], 1))
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)
