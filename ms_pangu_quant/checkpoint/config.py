@@ -109,8 +109,10 @@ class ModelConfig:
 
 def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:
     for key, variant in _OTHER_GRAPHS.items():
-        plain_layers = key == "layer_types" and set(raw.get(key) or ()) <= {"full_attention"}
-        if raw.get(key) and not plain_layers:
+        value = raw.get(key)
+        if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+            continue
+        if value:
             raise CheckpointError(f"{where}: {key!r} marks {variant}; only openPangu-Embedded-1B/-7B and plain Llama "
                                   "checkpoints have the graph built here")
     model_type = raw.get("model_type")

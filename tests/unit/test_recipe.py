@@ -1,0 +1,305 @@
+"""recipe.py: the shipped recipes plan for every model, and whatever is wrong with a recipe is named."""
+import math
+
+import pytest
+import yaml
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.rtn import RoundToNearest
+from ms_pangu_quant.recipe import CalibrationSettings, find_recipe, load_recipe
+from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.transforms.smooth import SmoothQuant
+
+SHIPPED = ["w4a8", "w4a8_g128", "w4a8_g128_rtn", "w4a8_rtn", "w8a8", "w8a8_rtn", "w8a8_static"]
+EVERYTHING = """\
+why: every key there is
+scheme: w4a8_g64
+layers:
+  "*.down_proj": w8a8
+  "*layers.0.*": float
+weight_range: full
+transforms:
+  - smooth: {alpha: 0.8, inputs: [mlp_input, mlp_hidden]}
+rounding: rtn
+calibration: {samples: 7, max_length: 33, seed: 5}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Text of a recipe -> Recipe."""
+
+    def make(text, name="mine.yaml"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return load_recipe(tmp_path / name)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def models(checkpoint_tool, mini):
+    """The sizes the shipped recipes are for."""
+    sizes = {shape: ModelConfig.from_dict(checkpoint_tool.make_config(shape), where=shape) for shape in ("1b", "7b")}
+    return {**sizes, "mini": ModelConfig.from_file(mini / "config.json")}
+
+
+def kinds(plan):
+    return {key: scheme.kind if scheme else "FLOAT" for key, scheme in plan.schemes.items()}
+
+
+def test_the_shipped_recipes_are_those_tested_here(root):
+    assert sorted(path.stem for path in (root / "configs").glob("*.yaml")) == SHIPPED
+
+
+@pytest.mark.parametrize("model", ["mini", "1b", "7b"])
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, name, model):
+    loaded, config = load_recipe(root / f"configs/{name}.yaml"), models[model]
+    plan = loaded.plan(config)
+    blocks = range(config.num_hidden_layers)
+    assert set(plan.schemes) == {(index, site.name) for index in blocks for site in layout.SITES}
+    wanted = "W4A8_DYNAMIC" if name.startswith("w4a8") else "W8A8" if name == "w8a8_static" else "W8A8_DYNAMIC"
+    assert set(kinds(plan).values()) == {wanted}
+    assert plan.group_size == (128 if "g128" in name else 0)
+    assert loaded.why
+    assert loaded.needs_calibration == (not name.endswith("_rtn"))
+    assert not loaded.needs_gram
+    assert len((root / f"configs/{name}.yaml").read_text().splitlines()) <= 25
+
+
+@pytest.mark.parametrize("model", ["mini", "1b", "7b"])
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("weight_range", ["narrow", "full"])
+def test_every_preset_fits_every_model(recipe, models, name, model, weight_range):
+    plan = recipe(f"scheme: {name}\nweight_range: {weight_range}").plan(models[model])
+    assert set(plan.schemes.values()) == {PRESETS[name].with_range(full_range=weight_range == "full")}
+
+
+def test_every_key_arrives_where_it_belongs(recipe, models):
+    made = recipe(EVERYTHING)
+    assert made.why == "every key there is"
+    assert made.full_range
+    assert made.transforms == (SmoothQuant(0.8, ["mlp_input", "mlp_hidden"]),)
+    assert made.quantizer == RoundToNearest()
+    assert made.calibration == CalibrationSettings(7, 33, 5)
+    assert made.where.endswith("mine.yaml")
+    found = kinds(plan := made.plan(models["1b"]))
+    assert plan.group_size == 64
+    for (index, name), kind in found.items():
+        wanted = "FLOAT" if index == 0 else "W8A8_DYNAMIC" if name == "mlp.down_proj" else "W4A8_DYNAMIC"
+        assert kind == wanted, (index, name)
+    site = next(site for site in layout.SITES if site.name == "mlp.down_proj")
+    assert plan.scheme(0, site) is None
+    assert plan.scheme(1, site) == PRESETS["w8a8"].with_range(full_range=True)
+
+
+def test_a_recipe_of_one_line_has_the_documented_defaults(recipe):
+    made = recipe("scheme: w8a8")
+    assert (made.why, made.layers, made.transforms, made.full_range) == ("", (), (), False)
+    assert made.quantizer == RoundToNearest()
+    assert made.calibration == CalibrationSettings(samples=128, max_length=512, seed=0)
+
+
+def test_the_last_pattern_that_matches_a_layer_decides(recipe, models):
+    layers = {"*.mlp.*": "w8a8", "*layers.1.*": "float", "*layers.1.mlp.down_proj": "w4a8"}
+    found = kinds(recipe(yaml.safe_dump({"scheme": "w4a8", "layers": layers}, sort_keys=False)).plan(models["mini"]))
+    assert found[0, "mlp.down_proj"] == "W8A8_DYNAMIC"
+    assert found[1, "mlp.down_proj"] == "W4A8_DYNAMIC"
+    assert found[1, "mlp.up_proj"] == "FLOAT"
+    assert found[1, "self_attn.o_proj"] == "FLOAT"
+    assert found[2, "self_attn.o_proj"] == "W4A8_DYNAMIC"
+
+
+@pytest.mark.parametrize(("text", "needed"), [
+    ("scheme: w8a8", False),
+    ("scheme: w4a8_g32", False),
+    ("scheme: float", False),
+    ("scheme: w8a8_static", True),
+    ("scheme: w8a8\nlayers: {'*.o_proj': w8a8_static}", True),
+    ("scheme: w8a8\nlayers: {'*.o_proj': float}", False),
+    ("scheme: w8a8\ntransforms: [smooth]", True),
+])
+def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe, text, needed):
+    assert recipe(text).needs_calibration is needed
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("scheme: w8a8\nroundin: rtn", r"unknown key 'roundin' \(did you mean 'rounding'\?\)"),
+    ("scheme: w8a8\ncalibration: {sample: 3}", r"calibration: unknown key 'sample' \(did you mean 'samples'\?\)"),
+    ("scheme: w8a8\ntransforms: [{smoth: {}}]", r"transforms: unknown key 'smoth' \(did you mean 'smooth'\?\)"),
+    ("scheme: w8a8\ntransforms: [{smooth: {aplha: 0.5}}]", r"smooth: unknown key 'aplha' \(did you mean 'alpha'\?\)"),
+    ("scheme: w8a8\ntransforms: [{smooth: {needs_gram: true}}]", r"smooth: unknown key 'needs_gram'"),
+    ("scheme: w8a8\nrounding: rtnn", r"rounding: unknown key 'rtnn' \(did you mean 'rtn'\?\)"),
+    ("scheme: w8a8\nrounding: {rtn: {bits: 4}}", r"rounding: rtn: unknown key 'bits'"),
+    ("scheme: w8a8\n5: 6", r"unknown key '5'; known: why, scheme"),
+    ("scheme: w8a", r"scheme is 'w8a' \(did you mean 'w8a8'\?\); wanted one of w8a8, .*float"),
+    ("scheme: w8a8\nlayers: {'*': flaot}", r"layers: \* is 'flaot' \(did you mean 'float'\?\)"),
+    ("scheme: 8", r"scheme is 8; wanted one of"),
+    ("scheme: [w8a8]", r"scheme is \['w8a8'\]"),
+    ("scheme: w8a8\nlayers: {'*': {a: b}}", r"layers: \* is \{'a': 'b'\}"),
+    ("scheme:", r"scheme is None"),
+    ("why: nothing", r"scheme is missing; wanted one of w8a8"),
+    ("", r"got NoneType, wanted a mapping"),
+    ("- scheme", r"got list, wanted a mapping"),
+    ("scheme: w8a8\nlayers: [a]", r"layers: got list, wanted a mapping"),
+    ("scheme: w8a8\ntransforms: {smooth: {}}", r"transforms: got dict, wanted a list"),
+    ("scheme: w8a8\ntransforms: [{smooth: {}, rotate: {}}]", r"transforms: got \['rotate', 'smooth'\], wanted one"),
+    ("scheme: w8a8\ntransforms: [{smooth: 3}]", r"smooth: got int, wanted a mapping"),
+    ("scheme: w8a8\ntransforms: [7]", r"transforms: got int"),
+    ("scheme: w8a8\ntransforms: [{smooth: {alpha: 2}}]", r"transforms: smooth\.alpha: got 2, wanted a number from 0"),
+    ("scheme: w8a8\ntransforms: [{smooth: {alpha: high}}]", r"transforms: smooth: .*"),
+    ("scheme: w8a8\ntransforms: [{smooth: {inputs: [mlp]}}]", r"smooth\.inputs: got \['mlp'\], wanted some of"),
+    ("scheme: w8a8\ntransforms: [{smooth: {inputs: 5}}]", r"transforms: smooth: "),
+    ("scheme: w8a8\nrounding:", r"rounding: got NoneType"),
+    ("scheme: w8a8\nweight_range: wide", r"weight_range is 'wide', wanted narrow .*127\.5"),
+    ("scheme: w8a8\nweight_range: [full]", r"weight_range is \['full'\], wanted narrow"),
+    ("scheme: w8a8\ncalibration: {samples: 0}", r"samples is 0, wanted a whole number of at least 1"),
+    ("scheme: w8a8\ncalibration: {samples: 1.5}", r"samples is 1\.5, wanted a whole number"),
+    ("scheme: w8a8\ncalibration: {samples: true}", r"samples is True, wanted a whole number"),
+    ("scheme: w8a8\ncalibration: {max_length: many}", r"max_length is 'many', wanted a whole number"),
+    ("scheme: w8a8\ncalibration: {seed: -1}", r"seed is -1, wanted a whole number of at least 0"),
+    ("scheme: [w8a8", r"not readable as YAML"),
+    ("scheme: !!python/object/apply:os.getcwd []", r"not readable as YAML"),
+])
+def test_a_mistake_is_refused_in_one_line_that_names_file_and_key(recipe, text, said):
+    with pytest.raises(RecipeError, match=said) as raised:
+        recipe(text)
+    assert "mine.yaml" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "latin.yaml").write_bytes("why: Größe\nscheme: w8a8".encode("latin-1"))
+    for path in (tmp_path / "none.yaml", tmp_path, tmp_path / "latin.yaml"):
+        with pytest.raises(RecipeError, match=f"^{path}: not readable"):
+            load_recipe(path)
+
+
+def test_a_pattern_that_matches_no_layer_is_refused_with_an_example_of_a_layer(recipe, models):
+    made = recipe("scheme: w8a8\nlayers:\n  '*.o_proj': float\n  '*.lm_head': float")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: layers: pattern '\*\.lm_head' matches no layer.*"
+                                          r"model\.layers\.0\.self_attn\.q_proj"):
+        made.plan(models["mini"])
+    beyond = recipe("scheme: w8a8\nlayers: {'model.layers.4.*': float}")
+    beyond.plan(models["1b"])
+    with pytest.raises(RecipeError, match=r"matches no layer"):
+        beyond.plan(models["mini"])     # has layers 0 to 3
+
+
+@pytest.mark.parametrize(("pattern", "parts"), [
+    ("*.q_proj", ("block 0", "q_proj: float", "k_proj: w8a8", "v_proj: w8a8")),
+    ("*.2.self_attn.v_proj", ("block 2", "q_proj: w8a8", "v_proj: float")),
+    ("*.gate_proj", ("block 0", "gate_proj: float", "up_proj: w8a8")),
+])
+def test_layers_that_are_computed_as_one_must_have_one_scheme(recipe, models, pattern, parts):
+    with pytest.raises(RecipeError, match="one layer") as raised:
+        recipe(f"scheme: w8a8\nlayers: {{'{pattern}': float}}").plan(models["mini"])
+    assert all(part in str(raised.value) for part in (*parts, "mine.yaml"))
+
+
+def test_the_schemes_of_single_layers_are_free(recipe, models):
+    found = kinds(recipe("scheme: w4a8\nlayers: {'*.o_proj': float, '*.down_proj': w8a8_static}").plan(models["mini"]))
+    int4 = "W4A8_DYNAMIC"
+    assert [found[3, site.name] for site in layout.SITES] == [int4, int4, int4, "FLOAT", int4, int4, "W8A8"]
+
+
+def test_a_group_size_that_does_not_divide_is_refused_naming_recipe_and_layer(recipe, small_config):
+    config = small_config(hidden_size=128, intermediate_size=192)
+    with pytest.raises(RecipeError, match="128 does not divide the 192 inputs") as raised:
+        recipe("scheme: w4a8_g128\nlayers: {'*.o_proj': float}").plan(config)
+    assert "mine.yaml" in str(raised.value)
+    assert "mlp.down_proj" in str(raised.value)
+
+
+def test_a_layer_kept_float_may_have_any_size(recipe, small_config):
+    config = small_config(hidden_size=128, intermediate_size=191)
+    layers = "{'*.o_proj': float, '*.gate_proj': float, '*.up_proj': float, '*.down_proj': float}"
+    plan = recipe(f"scheme: w4a8_g128\nlayers: {layers}").plan(config)
+    assert plan.group_size == 128
+
+
+@pytest.mark.parametrize(("other", "sizes"), [("w4a8", r"\[0, 128\]"), ("w4a8_g32", r"\[32, 128\]")])
+def test_int4_group_sizes_cannot_be_mixed(recipe, models, other, sizes):
+    with pytest.raises(RecipeError, match=rf"mine\.yaml: int4 group sizes {sizes} .*are mixed"):
+        recipe(f"scheme: w4a8_g128\nlayers: {{'*.down_proj': {other}}}").plan(models["mini"])
+    plan = recipe("scheme: w4a8_g128\nlayers: {'*.down_proj': w8a8, '*.o_proj': float}").plan(models["mini"])
+    assert plan.group_size == 128
+
+
+@pytest.mark.parametrize(("changes", "name"), [
+    ({"intermediate_size": 41}, "mlp.gate_proj"),
+    ({"hidden_size": 25}, "self_attn.q_proj"),
+])
+def test_int4_needs_even_sizes_and_int8_does_not(recipe, small_config, changes, name):
+    with pytest.raises(RecipeError, match=rf"mine\.yaml: {name} is \[\d+, \d+\]; int4 .*even sizes"):
+        recipe("scheme: w4a8").plan(small_config(**changes))
+    recipe("scheme: w8a8").plan(small_config(**changes))
+
+
+def test_the_digest_ignores_comments_order_of_keys_and_the_why_line(recipe):
+    lines = EVERYTHING.replace("every key there is", "another reason").splitlines(keepends=True)
+    blocks = "".join(lines[:2]), "".join(lines[2:5]), "".join(lines[5:])
+    wanted = recipe(EVERYTHING).digest
+    assert recipe("# a comment\n" + "".join(reversed(blocks)) + "\n# the end").digest == wanted
+    assert recipe(EVERYTHING.split("\n", 1)[1]).digest == wanted
+    assert recipe(EVERYTHING, name="moved.yaml").digest == wanted
+    assert len(wanted) == 64
+
+
+def test_the_digest_changes_with_anything_else(recipe):
+    changes = [("w4a8_g64", "w4a8_g32"), (": w8a8", ": float"), ("layers.0", "layers.1"), ("full", "narrow"),
+               ("0.8", "0.7"), ("mlp_input, ", ""), ("samples: 7", "samples: 8"), ("33", "34"), ("seed: 5", "seed: 6"),
+               ("rounding: rtn", "")]
+    digests = [recipe(EVERYTHING.replace(old, new, 1)).digest for old, new in changes]
+    assert all(EVERYTHING.count(old) for old, _ in changes)
+    assert len({recipe(EVERYTHING).digest, *digests}) == len(changes) + 1
+
+
+def test_the_digest_changes_with_the_order_of_patterns(recipe, models):
+    """The last pattern that matches decides, so their order is part of what a recipe says."""
+    one, other = (recipe(f"scheme: w4a8\nlayers:\n{first}\n{second}") for first, second in (
+        ("  '*layers.1.*': float", "  '*.down_proj': w8a8"), ("  '*.down_proj': w8a8", "  '*layers.1.*': float")))
+    assert kinds(one.plan(models["mini"])) != kinds(other.plan(models["mini"]))
+    assert one.digest != other.digest
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w8a8.yaml", "configs/w8a8.yaml"])
+def test_a_shipped_recipe_is_found_by_name_from_anywhere(root, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    found = find_recipe(name)
+    assert found.read_text() == (root / "configs/w8a8.yaml").read_text()
+
+
+def test_a_recipe_is_found_by_path_before_a_shipped_one_of_its_name(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w8a8.yaml").write_text("scheme: w4a8")
+    (tmp_path / "my.recipe").write_text("scheme: w4a8")
+    assert load_recipe(find_recipe("w8a8.yaml")).scheme == "w4a8"
+    assert load_recipe(find_recipe("w8a8")).scheme == "w8a8"
+    assert load_recipe(find_recipe(str(tmp_path / "my.recipe"))).scheme == "w4a8"
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("w8a8_statik", r"^w8a8_statik: no such file \(did you mean 'w8a8_static'\?\); shipped recipes: .*w4a8, "),
+    ("elsewhere/w8a8.yaml", r"^elsewhere/w8a8\.yaml: no such file"),
+    ("w8a8.json", r"^w8a8\.json: no such file"),
+    ("", r"no such file"),
+])
+def test_a_recipe_that_does_not_exist_is_refused_with_a_list_of_those_that_do(tmp_path, monkeypatch, name, said):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=said) as raised:
+        find_recipe(name)
+    assert all(shipped in str(raised.value) for shipped in SHIPPED)
+
+
+def test_int4_shares_of_the_real_models_are_what_the_docs_promise(recipe, models):
+    """4.25 bits per weight with groups of 128, for every layer of the 7B model."""
+    plan = recipe("scheme: w4a8_g128").plan(models["7b"])
+    bits = weights = 0.0
+    for site in layout.SITES:
+        outputs, inputs = layout.site_shape(models["7b"], site)
+        bits += plan.scheme(0, site).bits_per_weight(inputs) * outputs * inputs
+        weights += outputs * inputs
+    assert math.isclose(bits / weights, 4.25)

@@ -1,0 +1,136 @@
+"""calibration/statistics.py: merging is a commutative monoid, scaling is exact, and a NaN is never averaged away."""
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ms_pangu_quant.calibration.statistics import InputStats, merge_all
+from ms_pangu_quant.errors import DataError
+
+
+def same(one, other):
+    """Bit for bit."""
+    grams = (one.gram is None and other.gram is None) or one.gram.tobytes() == other.gram.tobytes()
+    return one.tokens == other.tokens and one.absmax.tobytes() == other.absmax.tobytes() and grams
+
+
+@st.composite
+def batches(draw, least=1):
+    """[tokens, channels] batches of small integers, whose products and sums are exact in float32; some are empty."""
+    channels = draw(st.integers(1, 5))
+    rows = st.lists(st.integers(-50, 50), min_size=channels, max_size=channels)
+    drawn = draw(st.lists(st.lists(rows, max_size=5), min_size=least, max_size=5))
+    return [np.array(batch, np.float32).reshape(-1, channels) for batch in drawn]
+
+
+def test_a_hand_computed_example():
+    stats = InputStats.observe(np.array([[1, -3], [-2, 0.5], [0, 2]], np.float32), gram=True)
+    assert stats.tokens == 3
+    assert stats.absmax.tolist() == [2, 3]
+    assert stats.gram.tolist() == [[5, -4], [-4, 13.25]]
+    assert (stats.absmax.dtype, stats.gram.dtype) == (np.float32, np.float64)
+    assert InputStats.observe(np.ones((1, 2), np.float32)).gram is None
+
+
+@given(batches(), st.booleans())
+def test_merging_batches_equals_observing_all_of_them_at_once(parts, gram):
+    whole = InputStats.observe(np.concatenate(parts), gram=gram)
+    assert same(merge_all(InputStats.observe(part, gram=gram) for part in parts), whole)
+
+
+@given(batches(least=3), st.booleans())
+def test_merge_is_associative_and_commutative(parts, gram):
+    one, two, three = (InputStats.observe(part, gram=gram) for part in parts[:3])
+    assert same(one.merge(two).merge(three), one.merge(two.merge(three)))
+    assert same(one.merge(two), two.merge(one))
+
+
+@given(batches(least=2), st.randoms(use_true_random=False))
+def test_the_order_of_batches_does_not_matter(parts, random):
+    stats = [InputStats.observe(part, gram=True) for part in parts]
+    whole = merge_all(stats)
+    random.shuffle(stats)
+    assert same(functools.reduce(InputStats.merge, stats), whole)
+
+
+@given(batches(), st.data())
+def test_scaling_by_powers_of_two_equals_observing_scaled_inputs_bit_for_bit(parts, data):
+    x = np.concatenate(parts)
+    exponents = data.draw(st.lists(st.integers(-20, 20), min_size=x.shape[1], max_size=x.shape[1]))
+    s = np.float32(2.0) ** np.array(exponents, np.float32)
+    assert same(InputStats.observe(x, gram=True).scaled(s), InputStats.observe(x / s, gram=True))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_scaling_by_anything_equals_observing_scaled_inputs_to_float32_rounding(seed):
+    generator = np.random.default_rng(seed)
+    x = generator.normal(size=(40, 6)).astype(np.float32)
+    s = generator.lognormal(sigma=3, size=6).astype(np.float32)
+    scaled, observed = InputStats.observe(x, gram=True).scaled(s), InputStats.observe(x / s, gram=True)
+    assert scaled.tokens == observed.tokens
+    assert scaled.absmax.dtype == np.float32
+    np.testing.assert_allclose(scaled.absmax, observed.absmax, rtol=1e-6)
+    size = np.sqrt(np.outer(np.diag(observed.gram), np.diag(observed.gram)))
+    assert (np.abs(scaled.gram - observed.gram) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_scaling_and_merging_may_be_swapped(seed):
+    generator = np.random.default_rng(seed)
+    one, two = (InputStats.observe(generator.normal(size=(9, 4)).astype(np.float32), gram=True) for _ in range(2))
+    s = (2.0 ** generator.integers(-5, 6, 4)).astype(np.float32)
+    assert same(one.merge(two).scaled(s), one.scaled(s).merge(two.scaled(s)))
+
+
+def test_the_gram_is_accurate_to_float32():
+    x = np.random.default_rng(0).normal(size=(300, 8)).astype(np.float32)
+    gram = InputStats.observe(x, gram=True).gram
+    exact = x.astype(np.float64).T @ x.astype(np.float64)
+    np.testing.assert_allclose(gram, exact, rtol=0, atol=1e-5 * np.diag(exact).max())
+
+
+def test_a_long_sum_of_grams_does_not_lose_small_batches():
+    """Why merged grams are float64: 2^24 + 1 is not a float32."""
+    large, small = np.full((1, 1), 4096, np.float32), np.ones((1, 1), np.float32)
+    total = merge_all([InputStats.observe(large, gram=True), *[InputStats.observe(small, gram=True)] * 3])
+    assert total.gram.tolist() == [[2.0**24 + 3]]
+
+
+def test_no_rows_are_the_neutral_element():
+    none = InputStats.observe(np.empty((0, 3), np.float32), gram=True)
+    some = InputStats.observe(np.array([[1, -2, 0]], np.float32), gram=True)
+    assert none.absmax.tolist() == [0, 0, 0]
+    assert same(none.merge(some), some)
+    assert same(some.merge(none), some)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("gram", [False, True])
+def test_a_nan_or_an_infinity_is_refused_naming_place_and_channel(bad, gram):
+    x = np.ones((4, 6), np.float32)
+    x[2, 3] = x[1, 5] = bad
+    with pytest.raises(DataError, match=r"^block 7 mlp_input: 2 of 6 channels .*first: 3"):
+        InputStats.observe(x, gram=gram, where="block 7 mlp_input")
+
+
+def test_statistics_of_different_inputs_do_not_merge():
+    wide, narrow = (InputStats.observe(np.ones((2, size), np.float32)) for size in (3, 4))
+    with_gram = InputStats.observe(np.ones((2, 3), np.float32), gram=True)
+    for one, other in ((wide, narrow), (wide, with_gram), (with_gram, wide)):
+        with pytest.raises(ValueError, match="do not merge"):
+            one.merge(other)
+    with pytest.raises(ValueError, match="no statistics"):
+        merge_all([])
+
+
+def test_observing_scaling_and_merging_leave_their_inputs_alone():
+    x = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
+    before = x.copy()
+    stats = InputStats.observe(x, gram=True)
+    kept = InputStats(stats.tokens, stats.absmax.copy(), stats.gram.copy())
+    stats.scaled(np.full(3, 2, np.float32))
+    stats.merge(stats)
+    assert (x == before).all()
+    assert same(stats, kept)

@@ -1,0 +1,454 @@
+"""checkpoint/writer.py: killed anywhere and resumed, the bytes are those of an undisturbed run; others are safe."""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles
+from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, JOURNAL, QuantizedWriter, free_bytes, hash_file
+from ms_pangu_quant.errors import OutputError
+
+BLOCKS = 3
+FINGERPRINT = {"checkpoint": "c0ffee", "recipe": "abc", "calibration data": "none"}
+FILES = [f"model-{number:05d}-of-00004.safetensors" for number in range(1, BLOCKS + 2)]
+JSON_FILES = {"config.json": {"model_type": "PanguEmbedded"}, "report.json": {"blocks": 3}}
+
+
+def tensors(index):
+    generator = np.random.default_rng(index)
+    prefix = f"model.layers.{index}."
+    return {f"{prefix}weight": generator.integers(-127, 128, (8, 16)).astype(np.int8),
+            f"{prefix}weight_scale": generator.lognormal(size=8).astype(np.float32)}
+
+
+def begin(output, *, resume=False, **changes):
+    return QuantizedWriter(output, {**FINGERPRINT, **changes}, blocks=BLOCKS, resume=resume)
+
+
+def write(writer, until=BLOCKS):
+    for index in range(writer.finished, until):
+        writer.write_block(tensors(index), {"index": index, "output_error": index / 8})
+
+
+def write_whole(out, finish, *, until=BLOCKS, before_more=lambda: None):
+    """A run that does something by hand after its first `until` blocks."""
+    with begin(out) as writer:
+        write(writer, until)
+        before_more()
+        write(writer)
+        finish(writer)
+
+
+def stop():
+    raise KeyboardInterrupt
+
+
+def contents(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+@pytest.fixture
+def source(make_checkpoint) -> Path:
+    """A float checkpoint with some of the files that are carried over."""
+    directory = make_checkpoint("source")
+    for name in ("tokenizer.model", "tokenizer_config.json", "modeling_openpangu_dense.py"):
+        (directory / name).write_text(f"this is {name}")
+    return directory
+
+
+@pytest.fixture
+def finish(source):
+    """writer -> the value of finish()."""
+    entries = TensorFiles(source).entries
+    outer = {name: entries[name] for name in ("model.embed_tokens.weight", "model.norm.weight")}
+    return lambda writer: writer.finish(outer, source, JSON_FILES)
+
+
+@pytest.fixture
+def undisturbed(tmp_path, finish) -> dict[str, bytes]:
+    with begin(tmp_path / "undisturbed") as writer:
+        write(writer)
+        finish(writer)
+    return contents(tmp_path / "undisturbed")
+
+
+def test_a_finished_directory_holds_what_a_loader_wants(tmp_path, source, finish):
+    out = tmp_path / "deep" / "out"
+    with begin(out) as writer:
+        write(writer)
+        assert writer.reports == [{"index": index, "output_error": index / 8} for index in range(BLOCKS)]
+        hashes = writer.hashes()
+        size = finish(writer)
+    assert set(contents(out)) == {*FILES, INDEX_FILE, "config.json", "report.json", "generation_config.json",
+                                  "tokenizer.model", "tokenizer_config.json"}
+    for index in range(BLOCKS):
+        stored = load_file(out / FILES[index])
+        assert stored.keys() == tensors(index).keys()
+        assert all(stored[name].tobytes() == tensor.tobytes() for name, tensor in tensors(index).items())
+    float_tensors = load_file(source / "model.safetensors")
+    outer = load_file(out / FILES[-1])
+    assert sorted(outer) == ["model.embed_tokens.weight", "model.norm.weight"]
+    assert all(outer[name].tobytes() == float_tensors[name].tobytes() for name in outer)
+    weight_map = json.loads((out / INDEX_FILE).read_text())["weight_map"]
+    assert weight_map == {name: file for file in FILES for name in load_file(out / file)}
+    assert hashes == {file: hashlib.sha256((out / file).read_bytes()).hexdigest() for file in FILES[:-1]}
+    assert size == sum((out / file).stat().st_size for file in FILES)
+    assert json.loads((out / "config.json").read_text()) == JSON_FILES["config.json"]
+    assert len(TensorFiles(out).entries) == 2 * BLOCKS + 2
+
+
+def test_only_the_tokenizer_and_generation_settings_are_carried_over(tmp_path, source, finish):
+    for name in CARRIED_OVER:
+        (source / name).write_text(f"this is {name}")
+    with begin(tmp_path / "out") as writer:
+        write(writer)
+        finish(writer)
+    carried = contents(tmp_path / "out").keys() & contents(source).keys() - {"config.json"}
+    assert carried == set(CARRIED_OVER)
+    assert all((tmp_path / "out" / name).read_text() == f"this is {name}" for name in carried)
+
+
+@pytest.mark.parametrize("done", range(BLOCKS + 1))
+def test_a_run_that_stopped_after_any_block_is_resumed_to_the_same_bytes(tmp_path, finish, undisturbed, done):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(out, finish, until=done, before_more=stop)
+    assert not (out / "config.json").exists()
+    assert not (out / INDEX_FILE).exists()
+    kept = {name: (out / name).stat().st_ino for name in FILES[:done]}
+    with begin(out, resume=True) as writer:
+        assert writer.finished == done
+        assert [report["index"] for report in writer.reports] == list(range(done))
+        assert {name: (out / name).stat().st_ino for name in FILES[:done]} == kept      # not written again
+        write(writer)
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize("failing", ["report.json", INDEX_FILE, "config.json"])
+def test_a_run_that_failed_while_finishing_is_resumed_and_config_json_comes_last(
+        tmp_path, finish, undisturbed, failing):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=failing):     # no file can take the name of a directory
+        write_whole(out, finish, before_more=(out / failing).mkdir)
+    assert not (out / "config.json").is_file()
+    (out / failing).rmdir()
+    with begin(out, resume=True) as writer:
+        assert writer.finished == BLOCKS
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
+def test_a_run_killed_between_config_json_and_its_last_step_is_resumed(tmp_path, finish, undisturbed, monkeypatch):
+    out = tmp_path / "out"
+    unlink = Path.unlink
+
+    def killed(path, *arguments, **settings):
+        if path.name == JOURNAL:
+            stop()
+        unlink(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(out, finish)
+    monkeypatch.undo()
+    with begin(out, resume=True) as writer:
+        assert writer.finished == BLOCKS
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "one bit"])
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_a_damaged_block_and_those_after_it_are_written_again(tmp_path, finish, undisturbed, block, damage):
+    out = tmp_path / "out"
+    with begin(out) as writer:
+        write(writer)
+    file = out / FILES[block]
+    data = bytearray(file.read_bytes())
+    file.unlink()
+    if damage == "truncated":
+        file.write_bytes(data[:-1])
+    elif damage == "one bit":
+        data[-1] ^= 1
+        file.write_bytes(data)
+    with begin(out, resume=True) as writer:
+        assert writer.finished == block
+        assert len(writer.reports) == block
+        write(writer)
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"recipe": "abd"}, "another recipe;"),
+    ({"checkpoint": "0", "recipe": "0"}, "another checkpoint, recipe;"),
+    ({"calibration data": "9"}, "another calibration data;"),
+    ({"version": "2"}, "another version;"),
+])
+def test_a_run_with_another_fingerprint_is_refused_naming_what_changed_and_leaves_it_alone(tmp_path, changes, named):
+    out = tmp_path / "out"
+    with begin(out) as writer:
+        write(writer, 1)
+    before = contents(out)
+    with pytest.raises(OutputError, match=f"^{out}: was begun with {named}"):
+        begin(out, resume=True, **changes)
+    assert contents(out) == before
+    with begin(out, resume=True) as writer:
+        assert writer.finished == 1
+
+
+def test_what_is_missing_from_a_fingerprint_is_a_change_too(tmp_path):
+    with begin(tmp_path / "out", version="1") as writer:
+        write(writer, 1)
+    with pytest.raises(OutputError, match="another version;"):
+        begin(tmp_path / "out", resume=True)
+
+
+def test_an_unfinished_run_is_continued_only_when_asked(tmp_path):
+    out = tmp_path / "out"
+    with begin(out) as writer:
+        write(writer, 1)
+    before = contents(out)
+    with pytest.raises(OutputError, match=f"^{out}: holds an unfinished run; continue it with --resume"):
+        begin(out)
+    assert contents(out) == before
+
+
+def test_resuming_where_there_is_nothing_begins(tmp_path, finish, undisturbed):
+    with begin(tmp_path / "out", resume=True) as writer:
+        assert writer.finished == 0
+        write(writer)
+        finish(writer)
+    assert contents(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(("file", "said"), [
+    ("config.json", "holds a finished checkpoint; choose another"),
+    ("notes.txt", r"is not empty \(it holds notes\.txt\); choose another"),
+    ("model.safetensors", r"is not empty \(it holds model\.safetensors\)"),
+])
+def test_a_directory_that_holds_anything_else_is_refused_and_left_alone(tmp_path, resume, file, said):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / file).write_text("mine")
+    with pytest.raises(OutputError, match=f"^{out}: {said}"):
+        begin(out, resume=resume)
+    assert contents(out) == {file: b"mine"}
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_finished_checkpoint_is_refused_and_left_alone(tmp_path, finish, undisturbed, resume):
+    out = tmp_path / "undisturbed"
+    with pytest.raises(OutputError, match="holds a finished checkpoint"):
+        begin(out, resume=resume)
+    assert contents(out) == undisturbed
+
+
+def test_an_empty_directory_is_used_and_not_removed(tmp_path):
+    with begin(tmp_path):
+        pass
+    assert tmp_path.is_dir()
+
+
+def test_a_run_that_wrote_no_block_leaves_no_directory_that_it_made_itself(tmp_path):
+    """So that a run that failed before it did anything does not ask for --resume the next time."""
+    with contextlib.suppress(KeyboardInterrupt), begin(tmp_path / "out"):
+        stop()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_whose_journal_could_not_be_written_is_removed_again(tmp_path, monkeypatch):
+    def full(*names):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        begin(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_write_left_is_removed(tmp_path):
+    out = tmp_path / "out"
+    with begin(out) as writer:
+        write(writer, 1)
+    (out / f".{FILES[1]}.partial").write_bytes(b"half a block")
+    with begin(out, resume=True) as writer:
+        assert writer.finished == 1
+    assert set(contents(out)) == {FILES[0], JOURNAL}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"fingerprint": 3, "blocks": []}',
+                                     b'{"fingerprint": {}, "blocks": null}', b'{"fingerprint": FP, "blocks": [7]}',
+                                     b'{"fingerprint": FP, "blocks": [{}]}'])
+def test_a_damaged_journal_is_refused_by_name(tmp_path, content):
+    out = tmp_path / "out"
+    with begin(out) as writer:
+        write(writer, 1)
+    (out / JOURNAL).write_bytes(content.replace(b"FP", json.dumps(FINGERPRINT).encode()))
+    with pytest.raises(OutputError, match=JOURNAL):
+        begin(out, resume=True)
+
+
+def test_a_second_writer_is_refused_while_the_first_is_open_and_accepted_after(tmp_path):
+    out = tmp_path / "out"
+    with begin(out) as first:
+        write(first, 1)
+        before = contents(out)
+        for resume in (False, True):
+            with pytest.raises(OutputError, match=f"^{out}: another process is writing here"):
+                begin(out, resume=resume)
+        assert contents(out) == before
+        write(first, 2)
+    with begin(out, resume=True) as second:
+        assert second.finished == 2
+
+
+def test_a_refused_writer_holds_no_lock(tmp_path):
+    out = tmp_path / "out"
+    with begin(out) as writer:
+        write(writer, 1)
+    for _ in range(3):
+        with pytest.raises(OutputError, match="another recipe"):
+            begin(out, resume=True, recipe="other")
+    with begin(out, resume=True) as writer:
+        assert writer.finished == 1
+
+
+@pytest.fixture
+def other_process(tmp_path) -> Iterator[subprocess.Popen]:
+    """A process that has written one block to tmp_path/out and would go on."""
+    code = f"""
+import sys, time
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_writer import begin, write
+writer = begin(Path({str(tmp_path / "out")!r}))
+write(writer, 1)
+print("ready", flush=True)
+time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
+                               cwd=Path(__file__).parents[2])
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_directory_another_process_writes_to_is_free_when_that_is_killed(
+        tmp_path, other_process, finish, undisturbed):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="another process is writing here"):
+        begin(out, resume=True)
+    other_process.send_signal(signal.SIGKILL)
+    other_process.wait()
+    with begin(out, resume=True) as writer:
+        assert writer.finished == 1
+        write(writer)
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
+@pytest.mark.parametrize("file", [FILES[1], JOURNAL])
+def test_a_full_disk_ends_the_run_with_an_output_error_and_what_was_done_is_kept(tmp_path, finish, undisturbed, file):
+    """/dev/full answers every write as a full disk does."""
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=rf"{file}: cannot write \(No space left on device\).*--resume"):
+        write_whole(out, finish, until=1, before_more=lambda: (out / f".{file}.partial").symlink_to("/dev/full"))
+    assert not list(out.glob(".*.partial"))
+    assert not (out / "config.json").exists()
+    assert (FILES[1] in contents(out)) == (file == JOURNAL)
+    with begin(out, resume=True) as writer:
+        assert writer.finished == 1
+        write(writer)
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
+def test_a_full_disk_while_the_tokenizer_is_copied_is_an_output_error(tmp_path, finish):
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match=r"tokenizer\.model: cannot write \(No space left on device\)"):
+        write_whole(out, finish, before_more=lambda: (out / "tokenizer.model").symlink_to("/dev/full"))
+    assert not (out / "config.json").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/out", "/proc/out", "x" * 300], ids=lambda place: place[:9])
+def test_a_place_where_no_directory_can_be_made_is_refused(tmp_path, place):
+    """A name that is too long stands for all that stat() cannot look at, such as what lies in another user's home."""
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OutputError, match=f"^{tmp_path / place}: cannot write here"):
+        begin(tmp_path / place)
+    assert contents(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere; the next test mounts a read-only disk instead")
+def test_a_directory_without_write_permission_is_an_output_error(tmp_path):
+    (tmp_path / "out").mkdir(mode=0o555)
+    with pytest.raises(OutputError, match="Permission denied"):
+        begin(tmp_path / "out")
+
+
+@pytest.fixture
+def remount(tmp_path) -> Iterator[tuple[Path, object]]:
+    """A small disk of its own, and a function that makes it read-only or writable."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)]
+    try:
+        mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a disk needs root")
+    yield disk, lambda mode: subprocess.run(["mount", "-o", f"remount,{mode}", str(disk)], check=True)
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def test_a_read_only_disk_is_an_output_error_from_the_start_and_in_the_middle(remount):
+    disk, switch = remount
+    (disk / "empty").mkdir()
+    with begin(disk / "out") as writer:
+        write(writer, 1)
+        switch("ro")
+        with pytest.raises(OutputError, match="Read-only file system"):
+            write(writer)
+    for path in (disk / "out", disk / "empty", disk / "new"):
+        with pytest.raises(OutputError, match="Read-only file system"):
+            begin(path, resume=True)
+    switch("rw")
+    with begin(disk / "out", resume=True) as writer:
+        assert writer.finished == 1
+
+
+def test_a_small_disk_that_fills_up_keeps_the_blocks_that_fit(remount):
+    disk, _ = remount
+    large = {"model.layers.0.weight": np.zeros(400_000, np.int8)}
+    with begin(disk / "out") as writer:
+        writer.write_block(large, {})
+        writer.write_block(large, {})
+        with pytest.raises(OutputError, match="No space left on device"):
+            writer.write_block(large, {})
+    assert sorted(contents(disk / "out")) == [JOURNAL, *FILES[:2]]
+    with begin(disk / "out", resume=True) as writer:
+        assert writer.finished == 2
+    assert free_bytes(disk / "out" / "not/there/yet") < 300_000
+
+
+def test_hashes_and_free_space_are_those_of_the_system(tmp_path):
+    (tmp_path / "file").write_bytes(b"x" * 100_000)
+    assert hash_file(tmp_path / "file") == hashlib.sha256(b"x" * 100_000).hexdigest()
+    status = os.statvfs(tmp_path)
+    assert 0 < free_bytes(tmp_path / "not/there/yet") <= status.f_blocks * status.f_frsize
