@@ -5,11 +5,10 @@ names, linear methods, a GPTModel subclass) and leaves the rest of MindFormers' 
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class Backend:
@@ -22,7 +21,8 @@ class Backend:
     linear_methods     quantization kind ("W8A8_DYNAMIC", ...) -> LinearMethodBase class.
     dtypes             keyword arguments of MindFormers' model config.
     chunked_prefill    prefill attends to the cache, so a prompt may come in pieces.
-    attention_mask     max query length of a prefill -> the tensor the attention cell wants.
+    attention_mask     (new tokens of each sequence, cached tokens of each, longest cache in tokens) -> the tensor the
+                       attention cell wants.
     new_caches         (layers, num_blocks, block_size, kv_heads, head_dim) -> (key_caches, value_caches) to pass in, or
                        None where the attention cells own their cache.
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
@@ -35,7 +35,7 @@ class Backend:
     linear_methods: Mapping[str, type]
     dtypes: Mapping[str, str]
     chunked_prefill: bool
-    attention_mask: Callable[[int], NDArray[Any]]
+    attention_mask: Callable[[Sequence[int], Sequence[int], int], Any]
     new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
     dynamic_mask: tuple[list[None], Any]
 

@@ -5,6 +5,8 @@ directory is refused when it is loaded rather than computed in some other precis
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mindspore as ms
 import numpy as np
 from mindformers.parallel_core.inference.base_models.gpt.gpt_model import GPTModel
@@ -13,15 +15,14 @@ from mindformers.parallel_core.inference.quantization.golden_stick.a8w8 import A
 from mindformers.parallel_core.inference.transformer.flash_attention import FlashAttention
 from mindformers.parallel_core.inference.transformer.norm import RMSNorm
 from mindspore import Tensor, mutable
-from numpy.typing import NDArray
 
 from ms_pangu_quant.backends import Backend
 
 _MASK = 128     # FlashAttentionScore's compressed causal mask is a triangle of this size
 
 
-def _causal_mask(queries: int) -> NDArray[np.float32]:
-    return np.triu(np.ones((_MASK, _MASK), np.float32), 1)
+def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
+    return Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16)
 
 
 def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int):

@@ -25,7 +25,8 @@ from mindspore.common.initializer import initializer
 from ms_pangu_quant.backends import Backend
 
 EXACT_INPUTS_W8 = 1024      # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
-EXACT_INPUTS_W4 = 8192      # 128 * 15 * 8192 < 2^24, with the nibbles read as 0..15
+EXACT_INPUTS_W4 = 16384     # 128 * 8 * 16384 = 2^24
+TINY = 1.1754944e-38        # smallest normal float32
 
 
 class RMSNorm(nn.Cell):
@@ -34,17 +35,24 @@ class RMSNorm(nn.Cell):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
+        self.outer = ops.MatMul()
         self.weight = Parameter(initializer("ones", (hidden_size,), config.layernorm_compute_dtype), name="weight",
                                 requires_grad=False)
 
     def construct(self, x):
         wide = x.astype(ms.float32)
         scale = mint.rsqrt(mint.mean(mint.square(wide), -1, True) + self.eps)
-        return (wide * scale * self.weight).astype(x.dtype)
+        return (wide * self.outer(scale, self.weight.reshape((1, -1)))).astype(x.dtype)
 
 
 class Rope(RotaryEmbedding):
     """Rotate-half rope on packed tokens; cos and sin [tokens, head_dim] are gathered by position, also in prefill."""
+
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        half = np.eye(self.dim // 2, dtype=np.float32)
+        self.turn = Tensor(np.block([[0 * half, half], [-half, 0 * half]]))     # (left, right) @ turn = (-right, left)
+        self.multiply = ops.MatMul()
 
     def _compute_cos_sin_cache(self):
         half = np.arange(0, self.dim, 2, dtype=np.float32) / np.float32(self.dim)
@@ -54,10 +62,9 @@ class Rope(RotaryEmbedding):
         return Tensor(np.cos(table).astype(np.float32)), Tensor(np.sin(table).astype(np.float32))
 
     def _rotate(self, x, cos, sin):
-        heads = x.reshape((x.shape[0], -1, self.dim))
-        left, right = heads[..., :self.dim // 2], heads[..., self.dim // 2:]
-        turned = heads * cos.expand_dims(1) + mint.cat((-right, left), -1) * sin.expand_dims(1)
-        return turned.reshape(x.shape)
+        heads = x.shape[-1] // self.dim
+        turned = self.multiply(x.reshape((-1, self.dim)), self.turn).reshape((-1, heads * self.dim))
+        return x * ops.tile(cos, (1, heads)) + turned * ops.tile(sin, (1, heads))
 
     def construct(self, query, key, rotary_pos_cos, rotary_pos_sin, seq_lens_tensor):
         return (self._rotate(query, rotary_pos_cos, rotary_pos_sin),
@@ -68,8 +75,11 @@ class PagedAttention(nn.Cell):
     """Writes keys and values to the paged cache, then attends to it; prefill, chunked prefill and batched decode.
 
     query [tokens, heads * head_dim], key and value [tokens, kv_heads * head_dim] are packed: sequence b contributes
-    q_seq_lens[b] tokens, the last of which has position batch_valid_length[b] - 1. attn_mask is not a mask but the query
-    offsets 0..max(q_seq_lens)-1, whose length tells the graph how far to pad; the mask follows from the lengths.
+    q_seq_lens[b] tokens, the last of which has position batch_valid_length[b] - 1. attn_mask is the additive mask
+    [batch, max_query, kv_tokens] of visible_mask(); its shape tells the graph how far to pad.
+
+    The query heads that share a key head are rows of one matrix, so keys are not copied for each of them, and heads come
+    in front of tokens by gathers of whole rows (8x faster than Transpose).
     """
 
     def __init__(self, head_num, head_dim=None, kv_head_num=None, scale_value=1.0, next_tokens=0, pa_kv_head_num=None,
@@ -78,51 +88,67 @@ class PagedAttention(nn.Cell):
         self.heads, self.kv_heads, self.head_dim = head_num, kv_head_num, head_dim
         self.scale = scale_value
         self.is_prefill = True
-        self.block_offsets = Tensor(np.arange(block_size, dtype=np.int32))
         self.block_size = block_size
-        self.head_of_query = Tensor((np.arange(head_num) // (head_num // kv_head_num)).astype(np.int32))
-        shape = (num_blocks * block_size, kv_head_num, head_dim)
+        shape = (num_blocks * block_size * kv_head_num, head_dim)       # row = slot * kv_heads + head; a reshape would copy
         # A plain operator cannot write into an input tensor in a CPU graph, so the cell owns its cache.
         self.key_cache = Parameter(initializer("zeros", shape, ms.float32), name="key_cache", requires_grad=False)
         self.value_cache = Parameter(initializer("zeros", shape, ms.float32), name="value_cache", requires_grad=False)
+        kv_head, head = np.arange(kv_head_num, dtype=np.int32), np.arange(head_num, dtype=np.int32)
+        self.kv_head, self.head = Tensor(kv_head), Tensor(head)
+        # [kv_heads, 1, block_size]: rows of a block, for each head
+        self.block_rows = Tensor(np.arange(block_size, dtype=np.int32) * kv_head_num + kv_head[:, None, None])
+        self.first_query = Tensor(np.zeros((kv_head_num, head_num // kv_head_num), np.int32))
         self.write = ops.ScatterUpdate()
-
-    def _read(self, cache, slots):
-        """Cache rows [batch, kv_tokens, heads, head_dim] of slots [batch, kv_tokens], one row for each query head."""
-        return ops.gather(ops.gather(cache, slots, 0), self.head_of_query, 2)
+        self.scores = ops.BatchMatMul(transpose_b=True)     # 3x faster than ops.matmul
+        self.mix = ops.BatchMatMul()
+        self.softmax = ops.Softmax(-1)
 
     def construct(self, query, key, value, slot_mapping=None, block_tables=None, batch_valid_length=None,
                   context_lens_tensor=None, q_seq_lens=None, actual_seq_qlen=None, actual_seq_kvlen=None,
                   attn_mask=None, padding_mask=None, prefix=None, key_cache=None, value_cache=None):
-        keys = self.write(self.key_cache, slot_mapping, key.reshape((-1, self.kv_heads, self.head_dim)))
-        values = self.write(self.value_cache, slot_mapping, value.reshape((-1, self.kv_heads, self.head_dim)))
+        rows = (slot_mapping * self.kv_heads).expand_dims(1) + self.kv_head                     # [tokens, kv_heads]
+        keys = self.write(self.key_cache, rows, key.reshape((-1, self.kv_heads, self.head_dim)))
+        values = self.write(self.value_cache, rows, value.reshape((-1, self.kv_heads, self.head_dim)))
         batch = block_tables.shape[0]
-        slots = (block_tables.expand_dims(-1) * self.block_size + self.block_offsets).reshape((batch, -1))
-        keys = self._read(keys, slots).transpose((0, 2, 3, 1))             # [batch, heads, head_dim, kv_tokens]
-        values = self._read(values, slots).transpose((0, 2, 1, 3))         # [batch, heads, kv_tokens, head_dim]
-        query = query.reshape((-1, self.heads, self.head_dim))
-        first = batch_valid_length - q_seq_lens                             # position of each sequence's first query
+        blocks = (block_tables * (self.block_size * self.kv_heads)).reshape((batch, 1, -1, 1))
+        rows = (blocks + self.block_rows).reshape((batch, self.kv_heads, -1))
+        keys, values = ops.gather(keys, rows, 0), ops.gather(values, rows, 0)   # [batch, kv_heads, kv_tokens, head_dim]
+        query = query * self.scale
+        group = self.heads // self.kv_heads
         if not self.is_prefill:
-            return self._attend(query.expand_dims(2), keys, values, first.expand_dims(1))
+            query = query.reshape((-1, self.kv_heads, group, self.head_dim))
+            context = self._attend(query, keys, values, ops.gather(attn_mask, self.first_query, 1))
+            return context.reshape((-1, self.heads * self.head_dim))
+        max_query = attn_mask.shape[1]
+        offset = ops.arange(max_query)
         ends = ops.cumsum(q_seq_lens, 0)
         starts = ends - q_seq_lens
+        head = self.head.expand_dims(1)
+        # Row of query.reshape(-1, head_dim) for each head of each padded query; padding repeats the last token.
+        row = starts.expand_dims(1) + ops.minimum(offset, (q_seq_lens - 1).expand_dims(1))      # [batch, max_query]
+        row = ((row * self.heads).expand_dims(1) + head).reshape((batch, self.kv_heads, -1))
+        query = ops.gather(query.reshape((-1, self.head_dim)), row, 0)  # [batch, kv_heads, group * max_query, head_dim]
+        every_query = (ops.zeros_like(head) + offset).reshape((self.kv_heads, -1))
+        context = self._attend(query, keys, values, ops.gather(attn_mask, every_query, 1))
+        # And the way back: row of context.reshape(-1, head_dim) for each head of each token.
         token = ops.cumsum(ops.ones_like(slot_mapping), 0) - 1
-        sequence = (token.expand_dims(1) >= ends.expand_dims(0)).astype(ms.int32).sum(1)
-        padded_row = sequence * attn_mask.shape[0] + token - ops.gather(starts, sequence, 0)
-        row = ops.minimum(starts.expand_dims(1) + attn_mask.expand_dims(0), token[-1])
-        query = ops.gather(query, row, 0).transpose((0, 2, 1, 3))          # [batch, heads, max_query, head_dim]
-        context = self._attend(query, keys, values, first.expand_dims(1) + attn_mask.expand_dims(0))
-        return ops.gather(context, padded_row, 0)
+        sequence = (token.expand_dims(1) >= ends).astype(ms.int32).sum(1)
+        row = sequence * (self.heads * max_query) + token - ops.gather(starts, sequence, 0)
+        row = row.expand_dims(1) + self.head * max_query                                        # [tokens, heads]
+        return ops.gather(context.reshape((-1, self.head_dim)), row, 0).reshape((-1, self.heads * self.head_dim))
 
-    def _attend(self, query, keys, values, position):
-        """Causal attention; query [batch, heads, queries, head_dim], position [batch, queries] of each query in its
-        sequence; returns [batch * queries, heads * head_dim]."""
-        scores = ops.matmul(query, keys) * self.scale
-        kv_position = (ops.cumsum(ops.ones_like(keys[0, 0, 0].astype(ms.int32)), 0) - 1).reshape((1, 1, -1))
-        visible = (kv_position <= position.expand_dims(-1)).expand_dims(1)
-        scores = ops.where(visible, scores, Tensor(-3e38, ms.float32))
-        context = ops.matmul(ops.softmax(scores, -1), values).transpose((0, 2, 1, 3))
-        return context.reshape((-1, self.heads * self.head_dim))
+    def _attend(self, query, keys, values, mask):
+        """query [batch, kv_heads, rows, head_dim], mask [batch, kv_heads, rows, kv_tokens] -> context, like query."""
+        return self.mix(self.softmax(self.scores(query, keys) + mask), values)
+
+
+def visible_mask(lengths, contexts, kv_tokens):
+    """What attention adds to its scores, float32 [batch, max(lengths), kv_tokens]: 0 for keys up to the query's position.
+
+    Made once for all layers: a comparison or a `where` that broadcasts costs 10x as much as adding.
+    """
+    position = np.asarray(contexts)[:, None] + np.arange(max(lengths))
+    return np.where(np.arange(kv_tokens) <= position[:, :, None], np.float32(0), np.float32(-1e30))
 
 
 class CpuGPTModel(GPTModel):
@@ -140,33 +166,34 @@ class CpuGPTModel(GPTModel):
         return output
 
 
-def per_token_codes(x):
+def per_token_codes(x, inputs):
     """Codes (as float32) [tokens, in] and scales [tokens, 1] of x [tokens, in]: scale = absmax / 127, half to even.
 
     A row of zeros gets scale 0 and codes 0; NaN and Inf propagate into the result.
     """
     scale = ops.abs(x).max(-1, keepdims=True) / 127.0
-    divisor = ops.where(scale == 0.0, ops.ones_like(scale), scale)
-    return ops.round(x / divisor), scale
+    divisor = ops.tile(ops.maximum(scale, TINY), (1, inputs))
+    return ops.Rint()(x / divisor), scale
 
 
-def integer_products(codes, weight, inputs, exact_inputs, multiply):
-    """Products of codes [tokens, in] and weight [out, in] (integers held in float32) over slices of exact_inputs inputs.
-
-    Each element of the returned list [tokens, out] is exact.
-    """
-    return [multiply(codes[:, start:start + exact_inputs], weight[:, start:start + exact_inputs])
-            for start in range(0, inputs, exact_inputs)]
-
-
-def integer_sum(parts, below_2_24):
-    """Exact sum of integers held in float32, as float32 (rounded once); in int32 unless it stays below 2^24."""
-    if not below_2_24:
-        parts = [part.astype(ms.int32) for part in parts]
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
+def exact_product(codes, weight, inputs, exact_inputs, multiply):
+    """codes [tokens, in] times weight [out, in], integers held in float32, rounded once: slices of exact_inputs inputs
+    are exact, and are added up in int32."""
+    if inputs <= exact_inputs:
+        return multiply(codes, weight)
+    total = 0
+    for start in range(0, inputs, exact_inputs):
+        part = multiply(codes[:, start:start + exact_inputs], weight[:, start:start + exact_inputs])
+        total = total + part.astype(ms.int32)
     return total.astype(ms.float32)
+
+
+def widened(weight, codes):
+    """int8 weight as float32, not before codes are there.
+
+    Without the dependency the casts of all layers run first, and the whole network is in memory in float32.
+    """
+    return ops.depend(weight, codes).astype(ms.float32)
 
 
 class W8A8DynamicLinear(A8W8DynamicLinearMethod):
@@ -174,15 +201,14 @@ class W8A8DynamicLinear(A8W8DynamicLinearMethod):
 
     def __init__(self, quant_config):
         super().__init__(quant_config)
-        self.multiply = ops.MatMul(transpose_b=True)
+        self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
 
     def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
-        codes, token_scale = per_token_codes(x.reshape((-1, self.input_size_per_partition)))
         inputs = self.input_size_per_partition
-        parts = integer_products(codes, layer.weight.astype(ms.float32), inputs, EXACT_INPUTS_W8, self.multiply)
-        total = integer_sum(parts, inputs <= EXACT_INPUTS_W8)
-        out = total * token_scale * layer.w_scale.astype(ms.float32)
-        return out if bias is None else out + bias
+        codes, token_scale = per_token_codes(x.reshape((-1, inputs)), inputs)
+        total = exact_product(codes, widened(layer.weight, codes), inputs, EXACT_INPUTS_W8, self.multiply)
+        out = total * self.outer(token_scale, layer.w_scale.astype(ms.float32).reshape((1, -1)))
+        return out if bias is None else self.add_bias(out, bias)
 
 
 class W8A8StaticLinear(A8W8LinearMethod):
@@ -191,36 +217,39 @@ class W8A8StaticLinear(A8W8LinearMethod):
 
     def __init__(self, quant_config):
         super().__init__(quant_config)
-        self.multiply = ops.MatMul(transpose_b=True)
+        self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
 
     def apply(self, layer, x, weight=None, bias=None):
-        x = x.reshape((-1, self.input_size_per_partition))
-        codes = ops.round(x * layer.input_scale.astype(ms.float32)) + layer.input_offset.astype(ms.float32)
-        codes = ops.clamp(codes, -128.0, 127.0)
         inputs = self.input_size_per_partition
-        parts = integer_products(codes, layer.weight.astype(ms.float32), inputs, EXACT_INPUTS_W8, self.multiply)
-        total = integer_sum(parts, inputs <= EXACT_INPUTS_W8)
-        out = (total + layer.quant_bias.astype(ms.float32)) * layer.deq_scale
-        return out if bias is None else out + bias
+        x = x.reshape((-1, inputs))
+        ones = ops.ones_like(x[:, :1])
+        codes = ops.Rint()(x * self.outer(ones, layer.input_scale.astype(ms.float32).reshape((1, -1))))
+        codes = ops.clamp(self.add_bias(codes, layer.input_offset.astype(ms.float32)), -128.0, 127.0)
+        total = exact_product(codes, widened(layer.weight, codes), inputs, EXACT_INPUTS_W8, self.multiply)
+        out = self.add_bias(total, layer.quant_bias.astype(ms.float32)) * self.outer(ones, layer.deq_scale.reshape((1, -1)))
+        return out if bias is None else self.add_bias(out, bias)
 
 
 class W4A8DynamicLinear(LinearMethodBase):
     """int4 weights, per-token int8 activations; dense W4A8 does not exist in MindFormers.
 
     weight uint8 [out, in/2]: byte j holds inputs 2j (low nibble) and 2j + 1 (high nibble), each as code + 8.
-    group_scale float32 [out, groups]. The even and the odd inputs are multiplied apart, so nothing is interleaved, and
-    8 * sum(codes) is taken off again.
+    group_scale float32 [out, groups]. A byte is unpacked by looking up its pair of codes, which then lie side by side.
     """
 
     def __init__(self, quant_config):
         self.group_size = int(quant_config.full_config.get("group_size") or 0)
-        self.multiply = ops.MatMul(transpose_b=True)
-        self.multiply_groups = ops.BatchMatMul(transpose_b=True)
+        self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
+        self.multiply_groups, self.outer_groups = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
+        byte = np.arange(256)
+        self.codes_of_byte = Tensor(np.stack([byte % 16 - 8, byte // 16 - 8], axis=1).astype(np.float32))
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, params_dtype, **extra_weight_attrs):
         outputs = sum(output_partition_sizes)
         self.input_size_per_partition, self.output_size_per_partition = input_size_per_partition, outputs
         self.groups = input_size_per_partition // self.group_size if self.group_size else 1
+        # Rows of weight.reshape(out * groups, -1), groups first.
+        self.by_group = Tensor(np.arange(outputs * self.groups, dtype=np.int32).reshape(outputs, self.groups).T)
         weight = Parameter(initializer("zeros", (outputs, input_size_per_partition // 2), ms.uint8), name="weight",
                            requires_grad=False)
         scale = Parameter(initializer("ones", (outputs, self.groups), ms.float32), name="group_scale", requires_grad=False)
@@ -228,28 +257,27 @@ class W4A8DynamicLinear(LinearMethodBase):
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
             layer.insert_param_to_cell(name, parameter)
 
+    def _unpack(self, packed):
+        return ops.gather(self.codes_of_byte, packed.astype(ms.int32), 0)
+
     def apply(self, layer, x, weight=None, bias=None):
         inputs, outputs, groups = self.input_size_per_partition, self.output_size_per_partition, self.groups
-        codes, token_scale = per_token_codes(x.reshape((-1, inputs)))
-        packed = layer.weight.astype(ms.float32)
-        high = ops.floor(packed * 0.0625)
-        low = packed - high * 16.0
+        codes, token_scale = per_token_codes(x.reshape((-1, inputs)), inputs)
         if groups == 1:
-            even, odd = codes[:, 0::2], codes[:, 1::2]
-            parts = [*integer_products(even, low, inputs // 2, EXACT_INPUTS_W4, self.multiply),
-                     *integer_products(odd, high, inputs // 2, EXACT_INPUTS_W4, self.multiply),
-                     codes.sum(-1, keepdims=True) * -8.0]
-            total = integer_sum(parts, inputs <= EXACT_INPUTS_W4)
-            out = total * token_scale * layer.group_scale.reshape((1, outputs))
+            codes_w = self._unpack(ops.depend(layer.weight, codes)).reshape((outputs, inputs))
+            total = exact_product(codes, codes_w, inputs, EXACT_INPUTS_W4, self.multiply)
+            out = total * self.outer(token_scale, layer.group_scale.reshape((1, outputs)))
         else:
-            grouped = codes.reshape((-1, groups, inputs // groups)).transpose((1, 0, 2))        # [groups, tokens, size]
-            low = low.reshape((outputs, groups, -1)).transpose((1, 0, 2))                       # [groups, out, size/2]
-            high = high.reshape((outputs, groups, -1)).transpose((1, 0, 2))
-            total = (self.multiply_groups(grouped[:, :, 0::2], low) + self.multiply_groups(grouped[:, :, 1::2], high)
-                     - grouped.sum(-1, keepdims=True) * 8.0)
+            size = inputs // groups
+            packed = ops.depend(layer.weight, codes).reshape((outputs * groups, size // 2))
+            packed = ops.gather(packed, self.by_group, 0)
+            codes_w = self._unpack(packed).reshape((groups, outputs, size))
+            row = ops.arange(codes.shape[0]) * groups + ops.arange(groups).expand_dims(1)       # [groups, tokens]
+            total = self.multiply_groups(ops.gather(codes.reshape((-1, size)), row, 0), codes_w)  # [groups, tokens, out]
             scale = layer.group_scale.transpose((1, 0)).expand_dims(1)                          # [groups, 1, out]
-            out = (total * scale).sum(0) * token_scale
-        return out if bias is None else out + bias
+            token_scale = ops.tile(token_scale.expand_dims(0), (groups, 1, 1))
+            out = (total * self.outer_groups(token_scale, scale)).sum(0)
+        return out if bias is None else self.add_bias(out, bias)
 
 
 def _rope(**arguments):
@@ -271,7 +299,7 @@ BACKEND = Backend(
     dtypes={"compute_dtype": "float32", "params_dtype": "float32", "layernorm_compute_dtype": "float32",
             "rotary_dtype": "float32"},
     chunked_prefill=True,
-    attention_mask=lambda queries: np.arange(queries, dtype=np.int32),
+    attention_mask=lambda *lengths: Tensor(visible_mask(*lengths)),
     new_caches=lambda layers, num_blocks, block_size, kv_heads, head_dim: None,
-    dynamic_mask=([None], ms.int32),
+    dynamic_mask=([None, None, None], ms.float32),
 )

@@ -18,7 +18,7 @@ from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import runtime
 
 BLOCK_SIZE = 16
-PREFILL_TOKENS = 1024       # longer prompts are prefilled in pieces
+PREFILL_TOKENS = 512       # longer prompts are prefilled in pieces
 
 
 @dataclass(frozen=True)

@@ -37,4 +37,4 @@ def packed_inputs(lengths: Sequence[int], contexts: Sequence[int], tables: Seque
         "slot_mapping": slots,
     }
     tensors = {name: Tensor(np.ascontiguousarray(value, np.int32)) for name, value in integers.items()}
-    return {**tensors, "attention_mask": Tensor(current_backend().attention_mask(max(lengths)))}
+    return {**tensors, "attention_mask": current_backend().attention_mask(lengths, contexts, width * block_size)}
