@@ -62,7 +62,6 @@ def quantize_command(
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: schemes, size, memory, time. Writes nothing.")] = False,
         allow_benchmark_overlap: Annotated[bool, typer.Option(
             "--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems.")] = False,
-        device: Device = "cpu",
         verbose: Verbose = False) -> None:
     """Quantize a float checkpoint, one block in memory at a time.
 
@@ -82,7 +81,7 @@ def quantize_command(
     if data is not None:
         from ms_pangu_quant.network import runtime
 
-        runtime.start(device, "graph", verbose=verbose)
+        runtime.start("cpu", "graph", verbose=verbose)
     started = time.monotonic()
     with _progress() as progress:
         hashing = progress.add_task("hashing", total=sum(path.stat().st_size for path in reader.files.files), kind="bytes")
@@ -114,7 +113,6 @@ def compare_command(
         limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
         max_length: Annotated[int, typer.Option(help="Cut each row to so many tokens.", min=2)] = 2048,
         as_json: AsJson = False,
-        device: Device = "cpu",
         verbose: Verbose = False) -> None:
     """How far a quantized checkpoint is from the float one: KL of next-token distributions, agreement, perplexity."""
     from ms_pangu_quant.inference.compare import compare
@@ -122,7 +120,7 @@ def compare_command(
 
     config = open_checkpoint(checkpoint).config
     rows = _token_data(data, checkpoint, config, limit, min(max_length, config.max_position_embeddings), None, True)
-    runtime.start(device, "graph", verbose=verbose)
+    runtime.start("cpu", "graph", verbose=verbose)
     with _progress() as progress:
         task = progress.add_task("blocks", total=2 * config.num_hidden_layers, kind="count")
         result = compare(checkpoint, directory, rows.sequences, on_block=lambda: progress.advance(task))

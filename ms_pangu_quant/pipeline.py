@@ -74,7 +74,7 @@ def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: To
     fingerprint = {"checkpoint": _checkpoint_hash(reader, on_bytes), "recipe": recipe.digest,
                    "calibration data": data.sha256 if data else "none", "version of ms_pangu_quant": version("ms_pangu_quant")}
     with QuantizedWriter(output, fingerprint, blocks=config.num_hidden_layers, resume=resume) as writer:
-        runner, hidden = _begin_stream(reader, plan, data)
+        runner, hidden = _begin_stream(reader, data)
         start = writer.finished
         for index in range(start):
             on_block(BlockReport(**writer.reports[index]))
@@ -108,7 +108,7 @@ def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> N
                         f"max_position_embeddings {config.max_position_embeddings}; lower calibration.max_length")
 
 
-def _begin_stream(reader: CheckpointReader, plan: Plan, data: TokenData | None) -> tuple[BlockRunner | None, Hidden | None]:
+def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[BlockRunner | None, Hidden | None]:
     """The block runner and the embeddings of the calibration tokens; nothing without data."""
     if data is None:
         return None, None
@@ -116,7 +116,7 @@ def _begin_stream(reader: CheckpointReader, plan: Plan, data: TokenData | None) 
 
     lengths = [len(sequence) for sequence in data.sequences]
     states = embedding_rows(reader.files, np.concatenate(data.sequences))
-    return BlockRunner(reader.config, plan.group_size, lengths), Hidden(states, lengths)
+    return BlockRunner(reader.config, lengths), Hidden(states, lengths)
 
 
 def _observe(runner: BlockRunner | None, block: Block, hidden: Hidden | None, gram: bool,

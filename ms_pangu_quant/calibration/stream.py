@@ -1,8 +1,10 @@
 """Runs one decoder block after another over packed calibration sequences.
 
-One block cell is built and compiled for each combination of linear methods (float, and the quantized ones the plan uses);
-weights are swapped from block to block. The cell is MindFormers' own decoder layer with the backend's cells, the same that
-serves later: only its order of calls is written out again here, because the inputs of the linear layers must come out.
+One block of the network is built, and its weights are swapped from block to block. The cell is MindFormers' own decoder
+layer with the backend's cells, the same that serves later: only its order of calls is written out again here, because the
+inputs of the linear layers must come out. A quantized block runs with the codes and scales it will be served with, but as
+float32 values: its inputs are rounded to their grid and its weights are dequantized, so the products are those of the
+integer layers up to float32 rounding, in the memory and at the speed of the float block.
 """
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
+from ms_pangu_quant.backends.cpu import per_token_codes
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block
-from ms_pangu_quant.formats.mindformers import FLOAT, QuantizedLinear, network_tensors
+from ms_pangu_quant.formats.mindformers import ArraySlice, QuantizedLinear, network_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, packed_inputs
 from ms_pangu_quant.network.pangu import build_network
@@ -46,43 +49,58 @@ class Hidden:
 
 
 class BlockCell(nn.Cell):
-    """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out."""
+    """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out.
 
-    def __init__(self, network) -> None:
+    rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
+              with the factor that `factors` [inputs] has for it.
+    """
+
+    def __init__(self, network, rounding: tuple[str, ...]) -> None:
         super().__init__(auto_prefix=False)     # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
+        self.rounding = rounding
 
-    def construct(self, hidden, positions, batch_valid_length, context_lens_tensor, q_seq_lens, block_tables,
+    def _round(self, x, place, factors):
+        if self.rounding[place] == "":
+            return x
+        if self.rounding[place] == "dynamic":
+            codes, scale = per_token_codes(x, x.shape[-1])
+            return codes * ops.tile(scale, (1, x.shape[-1]))
+        return ops.clamp(ops.Rint()(x * factors[place]), -128.0, 127.0) / factors[place]
+
+    def construct(self, hidden, factors, positions, batch_valid_length, context_lens_tensor, q_seq_lens, block_tables,
                   slot_mapping, attention_mask):
         attention, mlp = self.layer.self_attention, self.layer.mlp
         cos, sin = self.rope.get_cos_sin_for_decode(positions)
         attention_input = self.layer.input_layernorm(hidden)
-        query, key, value = attention.get_query_key_value_tensors(attention_input)
+        query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, factors))
         query, key = attention.rotary_emb(query, key, cos, sin, batch_valid_length)
         attention_output = attention.core_attention(
             query=query, key=key, value=value, slot_mapping=slot_mapping, block_tables=block_tables,
             batch_valid_length=batch_valid_length, context_lens_tensor=context_lens_tensor, q_seq_lens=q_seq_lens,
             attn_mask=attention_mask)
-        residual = hidden + attention.linear_proj(attention_output)
+        residual = hidden + attention.linear_proj(self._round(attention_output, 1, factors))
         mlp_input = self.layer.pre_mlp_layernorm(residual)
-        gate, up = ops.function.array_func.split_ext(mlp.linear_fc1(mlp_input), (self.inner, self.inner), -1)
+        gate, up = ops.function.array_func.split_ext(mlp.linear_fc1(self._round(mlp_input, 2, factors)),
+                                                     (self.inner, self.inner), -1)
         mlp_hidden = up * mlp.activation_func(gate)
-        output = residual + mlp.linear_fc2(mlp_hidden)
+        output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, factors))
         return output, attention_input, attention_output, mlp_input, mlp_hidden
 
 
 class BlockRunner:
     """Runs float and quantized blocks of one checkpoint in the mode the process was started in."""
 
-    def __init__(self, config: ModelConfig, group_size: int, lengths: Sequence[int]) -> None:
-        self._config, self._group_size = config, group_size
-        self._cells: dict[tuple[str, ...] | None, tuple[BlockCell, object]] = {}
+    def __init__(self, config: ModelConfig, lengths: Sequence[int]) -> None:
+        self._config = config
         self._max_tokens = self._batch_tokens()
         probe = Hidden(np.empty((0, 0), np.float32), lengths)
         self._blocks = max(sum(blocks_for(length, BLOCK_SIZE) for length in batch)
                            for _, batch in probe.batches(self._max_tokens))
+        self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
+        self._cells: dict[tuple[str, ...], BlockCell] = {}
 
     def observe(self, block: Block, hidden: Hidden, *, gram: bool,
                 where: str) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
@@ -105,36 +123,39 @@ class BlockRunner:
 
     def _run(self, block: Block, linears: Mapping[str, QuantizedLinear],
              hidden: Hidden) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        cell, network = self._cell(linears)
-        network.load_tensors(network_tensors(layout.block_prefix(0), block, linears))
+        readers = [linears.get(layout.sites_reading(name)[0].name) for name in layout.INPUT_NAMES]
+        cell = self._cell(tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static"
+                                for linear in readers))
+        factors = Tensor(np.array([linear.input_scale or 1.0 if linear else 1.0 for linear in readers], np.float32))
+        self._network.load_tensors(_float_tensors(block, linears))
         for rows, lengths in hidden.batches(self._max_tokens):
             free = iter(range(self._blocks))
             tables = [[next(free) for _ in range(blocks_for(length, BLOCK_SIZE))] for length in lengths]
             inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
-            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), *inputs.values())
+            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), factors, *inputs.values())
 
-    def _cell(self, linears: Mapping[str, QuantizedLinear]):
-        kinds = tuple(linears[site.name].kind if site.name in linears else FLOAT for site in layout.SITES)
-        if kinds not in self._cells:
-            named = {f"{layout.block_prefix(0)}{site.name}.weight": kind
-                     for site, kind in zip(layout.SITES, kinds, strict=True)}
-            network = build_network(self._config, kinds=named, group_size=self._group_size, num_blocks=self._blocks,
-                                    block_size=BLOCK_SIZE, layers=1, whole=False)
-            cell = BlockCell(network)
+    def _cell(self, rounding: tuple[str, ...]) -> BlockCell:
+        if rounding not in self._cells:
+            cell = BlockCell(self._network, rounding)
             cell.set_train(False)
             if runtime.mode() == "graph":
                 vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
-                mask_shape, mask_dtype = network.backend.dynamic_mask
-                cell.set_inputs(Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32), vector, vector, vector,
-                                vector, table, vector, Tensor(shape=mask_shape, dtype=mask_dtype))
-            self._cells[kinds] = cell, network
-        return self._cells[kinds]
+                mask_shape, mask_dtype = self._network.backend.dynamic_mask
+                cell.set_inputs(Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
+                                Tensor(shape=[len(rounding)], dtype=ms.float32), vector, vector, vector, vector, table,
+                                vector, Tensor(shape=mask_shape, dtype=mask_dtype))
+            self._cells[rounding] = cell
+        return self._cells[rounding]
 
     def _batch_tokens(self) -> int:
         """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""
-        widest: dict[str, int] = {}
-        for site in layout.SITES:       # a fused layer's output is as wide as its parts together
-            outputs, inputs = layout.site_shape(self._config, site)
-            groups = inputs // self._group_size if self._group_size else 1
-            widest[site.fused] = widest.get(site.fused, 0) + outputs * groups
-        return int(np.clip(_LARGEST_TEMPORARY // (4 * max(widest.values())), 64, 2048))
+        widest = max(2 * self._config.intermediate_size,
+                     (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim)
+        return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+
+
+def _float_tensors(block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, ArraySlice]]:
+    """A block for the float network, quantized layers dequantized; one of them in memory at a time."""
+    yield from network_tensors(layout.block_prefix(0), block, {})
+    for site, linear in linears.items():
+        yield f"{layout.block_prefix(0)}{site}.weight", ArraySlice(linear.weight.dequantize())

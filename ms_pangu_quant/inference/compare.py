@@ -1,7 +1,8 @@
 """How far a quantized checkpoint's next-token distributions are from the float one's: KL, agreement, perplexity.
 
 Both models are streamed block by block and the vocabulary slice by slice, so two 7B models compare in the memory of one
-block; the network is the one that serves.
+block. Quantized layers run with their codes and scales as float32 values (see calibration.stream), which gives the served
+network's results up to float32 rounding.
 """
 from __future__ import annotations
 
@@ -68,7 +69,7 @@ def _final_states(reader: CheckpointReader | QuantizedReader, sequences: Sequenc
 
     inputs = [sequence[:-1] for sequence in sequences]
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(inputs)), [len(sequence) for sequence in inputs])
-    runner = BlockRunner(reader.config, reader.group_size if isinstance(reader, QuantizedReader) else 0, hidden.lengths)
+    runner = BlockRunner(reader.config, hidden.lengths)
     for index in range(reader.config.num_hidden_layers):
         block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
         hidden = runner.advance(block, linears, hidden)
