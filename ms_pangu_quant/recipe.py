@@ -92,7 +92,8 @@ class Recipe:
     def digest(self) -> str:
         """sha256 of what the recipe says, whatever its comments, order of keys and `why`."""
         raw = {key: value for key, value in yaml.safe_load(self.text).items() if key != "why"}
-        return hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()
+        layers = list((raw.pop("layers", None) or {}).items())      # the last pattern that matches decides
+        return hashlib.sha256(json.dumps([raw, layers], sort_keys=True).encode()).hexdigest()
 
     @property
     def needs_gram(self) -> bool:
@@ -139,7 +140,10 @@ class Recipe:
             outputs, inputs = layout.site_shape(config, site)
             if scheme is None:
                 continue
-            scheme.weight.groups(inputs)
+            try:
+                scheme.weight.groups(inputs)
+            except RecipeError as error:
+                raise RecipeError(f"{self.where}: {name}: {error}") from None
             if scheme.weight.bits == 4:
                 sizes.add(scheme.weight.group_size)
                 if outputs % 2 or inputs % 2:
@@ -194,7 +198,7 @@ def load_recipe(path: Path) -> Recipe:
 
 
 def _scheme_name(name: Any, where: str) -> str:
-    if name != KEEP_FLOAT and name not in PRESETS:
+    if not isinstance(name, str) or (name != KEEP_FLOAT and name not in PRESETS):
         raise RecipeError(f"{where} is {name!r}{_did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
                           f"{', '.join([*PRESETS, KEEP_FLOAT])}")
     return str(name)

@@ -37,7 +37,9 @@ class TensorScheme:
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise RecipeError(f"bits: got {self.bits}, wanted 4 or 8")
-        if (self.granularity == "group") != (self.group_size > 0):
+        if self.granularity not in ("tensor", "token", "channel", "group"):
+            raise RecipeError(f"granularity: got {self.granularity!r}, wanted tensor, token, channel or group")
+        if (self.granularity == "group") != (self.group_size > 0) or self.group_size < 0:
             raise RecipeError(f"group_size: got {self.group_size} with granularity {self.granularity!r}; "
                               "a positive group_size goes with granularity 'group', and only with it")
         if self.group_size % 2:

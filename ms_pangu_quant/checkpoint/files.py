@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,7 +246,8 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> Writte
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):         # the disk may have become read-only
+            temporary.unlink(missing_ok=True)
         raise OutputError(f"{path}: cannot write ({error.strerror or error}); free space or choose another --output, "
                           "then run again with --resume") from None
     except BaseException:

@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class QuantizedWriter:
         self._fingerprint = dict(fingerprint)
         self._blocks = blocks
         self._records: list[dict[str, Any]] = []
-        self._created = not output.exists()
         try:
+            self._created = not output.exists()
             output.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
@@ -66,8 +67,10 @@ class QuantizedWriter:
             raise OutputError(f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output")
         try:
             state = json.loads(journal.read_text(encoding="utf-8"))
-            fingerprint, records = dict(state["fingerprint"]), list(state["blocks"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            fingerprint = dict(state["fingerprint"])
+            records = [{key: record[key] for key in ("file", "sha256", "nbytes", "tensors", "report")}
+                       for record in state["blocks"]]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{journal}: damaged ({error}); delete {self.output} and start again") from None
         changed = sorted(key for key in {*fingerprint, *self._fingerprint}
                          if fingerprint.get(key) != self._fingerprint.get(key))
@@ -143,10 +146,12 @@ class QuantizedWriter:
         write_json(self.output / JOURNAL, {"fingerprint": self._fingerprint, "blocks": self._records})
 
     def close(self) -> None:
-        """Release the lock; a directory this run created and wrote nothing to is removed."""
+        """Release the lock; a directory that this run created and wrote no block to is removed."""
         os.close(self._lock)
-        if self._created and not any(self.output.iterdir()):
-            self.output.rmdir()
+        with suppress(OSError):
+            if self._created and {path.name for path in self.output.iterdir()} <= {JOURNAL} and not self._records:
+                (self.output / JOURNAL).unlink(missing_ok=True)
+                self.output.rmdir()
 
     def __enter__(self) -> QuantizedWriter:
         return self

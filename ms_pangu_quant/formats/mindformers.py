@@ -79,14 +79,14 @@ def decode(kind: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
 
 
 def stored_shapes(kind: str, outputs: int, inputs: int, group_size: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """What encode produces for a layer [outputs, inputs]: key -> (shape, kinds of dtype allowed: "i" or "f")."""
+    """What encode produces for a layer [outputs, inputs]: key -> (shape, dtype: "int8", "int32", or "f" for any float)."""
     if kind == "W4A8_DYNAMIC":
         groups = inputs // group_size if group_size else 1
-        return {"weight": ((inputs, outputs // 2), "i"), "weight_scale": ((groups, outputs), "f")}
+        return {"weight": ((inputs, outputs // 2), "int8"), "weight_scale": ((groups, outputs), "f")}
     if kind == "W8A8_DYNAMIC":
-        return {"weight": ((outputs, inputs), "i"), "weight_scale": ((outputs,), "f")}
-    return {"weight": ((outputs, inputs), "i"), "deq_scale": ((outputs,), "f"), "input_scale": ((inputs,), "f"),
-            "input_offset": ((inputs,), "i"), "quant_bias": ((outputs,), "i")}
+        return {"weight": ((outputs, inputs), "int8"), "weight_scale": ((outputs,), "f")}
+    return {"weight": ((outputs, inputs), "int8"), "deq_scale": ((outputs,), "f"), "input_scale": ((inputs,), "f"),
+            "input_offset": ((inputs,), "int8"), "quant_bias": ((outputs,), "int32")}
 
 
 def runtime_tensors(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
@@ -124,7 +124,11 @@ class QuantizedReader:
         if not isinstance(settings, Mapping) or settings.get("quant_method") != "golden-stick":
             raise CheckpointError(f"{directory / 'config.json'}: quantization_config is {settings!r}, wanted "
                                   "quant_method 'golden-stick'; other quantized formats are not read here")
-        self.group_size = int(settings.get("group_size") or 0)
+        group_size = settings.get("group_size", 0)
+        if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
+            raise CheckpointError(f"{directory / 'config.json'}: quantization_config.group_size is {group_size!r}, wanted a "
+                                  "whole number; 0 is one scale per output channel")
+        self.group_size = group_size
         self.description = _read_description(directory / QUANTIZATION_FILE)
         self.files = TensorFiles(directory)
         self.kinds = {f"{layout.block_prefix(index)}{site.name}.weight": self._kind(index, site)
@@ -141,7 +145,7 @@ class QuantizedReader:
 
     def _check(self) -> None:
         expected = layout.outer_shapes(self.config)
-        integers: dict[str, tuple[int, ...]] = {}
+        integers: dict[str, tuple[tuple[int, ...], str]] = {}
         for index in range(self.config.num_hidden_layers):
             prefix = layout.block_prefix(index)
             for name, shape in layout.block_shapes(self.config).items():
@@ -152,15 +156,18 @@ class QuantizedReader:
                     continue
                 del expected[f"{prefix}{site.name}.weight"]
                 outputs, inputs = layout.site_shape(self.config, site)
-                for key, (shape, dtype_kind) in stored_shapes(kind, outputs, inputs, self.group_size).items():
-                    (expected if dtype_kind == "f" else integers)[f"{prefix}{site.name}.{key}"] = shape
+                for key, (shape, dtype) in stored_shapes(kind, outputs, inputs, self.group_size).items():
+                    if dtype == "f":
+                        expected[f"{prefix}{site.name}.{key}"] = shape
+                    else:
+                        integers[f"{prefix}{site.name}.{key}"] = shape, dtype
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
         self.files.check(expected, optional=[*optional, *integers])
-        for name, shape in integers.items():
+        for name, (shape, dtype) in integers.items():
             entry = self.files.entries.get(name)
-            if entry is None or entry.shape != shape or entry.dtype.kind != "i":
+            if entry is None or entry.shape != shape or entry.dtype.name != dtype:
                 found = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
-                raise CheckpointError(f"{self.directory}: {name}: got {found}, {QUANTIZATION_FILE} implies integers "
+                raise CheckpointError(f"{self.directory}: {name}: got {found}, {QUANTIZATION_FILE} implies {dtype} "
                                       f"{list(shape)}")
 
     def block(self, index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
@@ -176,7 +183,10 @@ def read_block(files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str]
         kind = kinds[f"{prefix}{site.name}.weight"]
         if kind != FLOAT:
             keys = stored_shapes(kind, *layout.site_shape(config, site), group_size)
-            linears[site.name] = decode(kind, {key: files.entries[f"{prefix}{site.name}.{key}"].read() for key in keys})
+            tensors = {key: files.entries[f"{prefix}{site.name}.{key}"].read() for key in keys}
+            _check_static(prefix + site.name, tensors)
+            linears[site.name] = decode(kind, tensors)
+    _check_fused_inputs(prefix, linears)
     names = [name for name in layout.block_shapes(config) if name.removesuffix(".weight") not in linears]
     return Block(config, {name: files.read_float32(prefix + name) for name in names}), linears
 
@@ -186,6 +196,26 @@ def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
     if path.is_dir() and (path / "config.json").exists() and is_quantized(path, ModelConfig.from_file(path / "config.json")):
         return QuantizedReader(path)
     return CheckpointReader(path)
+
+
+def _check_static(name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Refuse what decode would drop: zero points, a bias inside quant_bias, a scale for each input channel."""
+    for key in ("input_offset", "quant_bias"):
+        if key in tensors and tensors[key].any():
+            raise CheckpointError(f"{name}.{key}: is not zero; only symmetric activations with a separate bias are read here")
+    scale = tensors.get("input_scale")
+    if scale is not None and not (scale == scale[0]).all():
+        raise CheckpointError(f"{name}.input_scale: differs between channels; wanted one scale for the whole input")
+
+
+def _check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> None:
+    """Layers that read the same input round it once, so they need the same scale."""
+    for input_name in layout.INPUT_NAMES:
+        scales = {prefix + site.name: linears[site.name].input_scale for site in layout.sites_reading(input_name)
+                  if site.name in linears}
+        if len(set(scales.values())) > 1:
+            listed = ", ".join(f"{name}.input_scale: {scale}" for name, scale in scales.items())
+            raise CheckpointError(f"{listed}; these layers read the same input and need the same scale")
 
 
 def network_tensors(prefix: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, Any]]:

@@ -146,7 +146,7 @@ class Scheduler:
         if self._stop:
             window = 4 * max(map(len, self._stop)) + 4      # a character is at most four byte tokens
             tail = self._model.tokenizer.decode(answer[-window:])
-            found = next((stop for stop in self._stop if stop in tail), None)
+            found = min((stop for stop in self._stop if stop in tail), key=tail.find, default=None)
             if found is not None:
                 return Completion(tuple(answer), "stop", found)
         if len(answer) >= sequence.request.max_new_tokens:

@@ -151,9 +151,9 @@ def test_stored_shapes_are_those_of_what_encode_makes(kind, groups):
     stored = encode(linear(kind, groups=groups))
     promised = mindformers.stored_shapes(kind, 6, 8, 8 // groups if groups > 1 else 0)
     assert list(promised) == list(stored)
-    for key, (shape, letter) in promised.items():
+    for key, (shape, dtype) in promised.items():
         assert stored[key].shape == shape
-        assert ("i" if stored[key].dtype.kind == "i" else "f") == letter
+        assert (stored[key].dtype.name if stored[key].dtype.kind == "i" else "f") == dtype
 
 
 def test_runtime_tensors_are_the_stored_ones_in_float32_but_for_int4_which_is_packed_for_the_cpu():

@@ -1,7 +1,0 @@
-"""Show what a checkpoint directory holds: `pangu-quant inspect` as a file, for launchers such as msrun that start Python files."""
-import sys
-
-from ms_pangu_quant.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main(["inspect", *sys.argv[1:]]))
