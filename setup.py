@@ -1,11 +1,13 @@
 """Packaging of ms_pangu_quant: every dependency an install needs is named here, once."""
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="ms_pangu_quant",
     version="0.1.0",
     description="Post-training quantization (W8A8, W4A8) of openPangu-Embedded models in MindSpore",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.12",
     packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],

@@ -3,6 +3,7 @@
 Results go to the standard output, progress and errors to the standard error. Exit codes: 0 done, 2 something the user can
 mend (one line says what), 130 interrupted.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,13 +39,20 @@ from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
 from ms_pangu_quant.pipeline import REPORT_FILE, BlockReport, check_data, quantize
 from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-                  context_settings={"help_option_names": ["-h", "--help"]},
-                  help="Post-training quantization (W8A8, W4A8) of openPangu-Embedded checkpoints in MindSpore.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-training quantization (W8A8, W4A8) of openPangu-Embedded checkpoints in MindSpore.",
+)
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
-Checkpoint = Annotated[Path, typer.Argument(help="Hugging Face checkpoint directory (openPangu-Embedded or Llama).", show_default=False)]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Hugging Face checkpoint directory (openPangu-Embedded or Llama).", show_default=False)
+]
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory, float or quantized.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what MindSpore and MindFormers print.")]
 Device = Annotated[str, typer.Option(help="cpu or ascend.")]
@@ -53,16 +61,24 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 @app.command("quantize")
 def quantize_command(
-        checkpoint: Checkpoint,
-        recipe: Annotated[str, typer.Option(help="Recipe file, or the name of a shipped one: w8a8, w4a8_g128, ...", show_default=False)],
-        output: Annotated[Path, typer.Option(help="Directory to write; must be empty or absent, or --resume.", show_default=False)],
-        calibration: Annotated[Path | None, typer.Option(
-            help="Calibration data: .jsonl, .parquet or a dataset directory whose rows have text, messages or token_ids.")] = None,
-        resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in --output.")] = False,
-        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: schemes, size, memory, time. Writes nothing.")] = False,
-        allow_benchmark_overlap: Annotated[bool, typer.Option(
-            "--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems.")] = False,
-        verbose: Verbose = False) -> None:
+    checkpoint: Checkpoint,
+    recipe: Annotated[
+        str, typer.Option(help="Recipe file, or the name of a shipped one: w8a8, w4a8_g128, ...", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option(help="Directory to write; must be empty or absent, or --resume.", show_default=False)],
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="Calibration data: .jsonl, .parquet or a dataset directory whose rows have text, messages or token_ids."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in --output.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan: schemes, size, memory, time. Writes nothing.")
+    ] = False,
+    allow_benchmark_overlap: Annotated[
+        bool, typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems.")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
     """Quantize a float checkpoint, one block in memory at a time.
 
     Example: pangu-quant quantize openPangu-7B --recipe w8a8 --calibration chats.jsonl --output openPangu-7B-w8a8
@@ -72,8 +88,9 @@ def quantize_command(
     data = None
     if calibration is not None:
         settings = chosen.calibration
-        data = _token_data(calibration, checkpoint, reader.config, settings.samples, settings.max_length, settings.seed,
-                           allow_benchmark_overlap)
+        data = _token_data(
+            calibration, checkpoint, reader.config, settings.samples, settings.max_length, settings.seed, allow_benchmark_overlap
+        )
     if dry_run:
         check_data(reader.config, chosen, data)
         _print_plan(estimate(reader, chosen, data), chosen, data)
@@ -87,11 +104,20 @@ def quantize_command(
         hashing = progress.add_task("hashing", total=sum(path.stat().st_size for path in reader.files.files), kind="bytes")
         blocks = progress.add_task("blocks", total=reader.config.num_hidden_layers, kind="count", start=False)
         on_block = _block_printer(progress, blocks, reader.config.num_hidden_layers)
-        result = quantize(reader, chosen, output, data=data, resume=resume, on_block=on_block,
-                          on_bytes=lambda count: progress.advance(hashing, count))
+        result = quantize(
+            reader,
+            chosen,
+            output,
+            data=data,
+            resume=resume,
+            on_block=on_block,
+            on_bytes=lambda count: progress.advance(hashing, count),
+        )
     ratio = result.bytes_after / result.bytes_before
-    out.print(f"{result.output}: {_size(result.bytes_before)} -> {_size(result.bytes_after)} ({ratio:.0%}), "
-              f"{time.monotonic() - started:.0f} s, peak memory {_peak_memory()}")
+    out.print(
+        f"{result.output}: {_size(result.bytes_before)} -> {_size(result.bytes_after)} ({ratio:.0%}), "
+        f"{time.monotonic() - started:.0f} s, peak memory {_peak_memory()}"
+    )
     _print_layers(_inspection(output))
 
 
@@ -107,13 +133,14 @@ def inspect_command(directory: Directory, as_json: AsJson = False) -> None:
 
 @app.command("compare")
 def compare_command(
-        checkpoint: Checkpoint,
-        directory: Directory,
-        data: Annotated[Path, typer.Option(help="Text to compare on: rows of text, messages or token_ids.", show_default=False)],
-        limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
-        max_length: Annotated[int, typer.Option(help="Cut each row to so many tokens.", min=2)] = 2048,
-        as_json: AsJson = False,
-        verbose: Verbose = False) -> None:
+    checkpoint: Checkpoint,
+    directory: Directory,
+    data: Annotated[Path, typer.Option(help="Text to compare on: rows of text, messages or token_ids.", show_default=False)],
+    limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
+    max_length: Annotated[int, typer.Option(help="Cut each row to so many tokens.", min=2)] = 2048,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
     """How far a quantized checkpoint is from the float one: KL of next-token distributions, agreement, perplexity."""
     from ms_pangu_quant.inference.compare import compare
     from ms_pangu_quant.network import runtime
@@ -129,7 +156,9 @@ def compare_command(
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("tokens", f"{result.tokens}", f"in {len(rows.sequences)} texts")
-    table.add_row("mean KL", f"{result.kl_mean:.3g} nats", f"standard error {result.kl_se:.1g}; 99th percentile {result.kl_p99:.3g}")
+    table.add_row(
+        "mean KL", f"{result.kl_mean:.3g} nats", f"standard error {result.kl_se:.1g}; 99th percentile {result.kl_p99:.3g}"
+    )
     table.add_row("top-1 agreement", f"{result.top1_agreement:.2%}", "")
     table.add_row("perplexity", f"{result.ppl_quantized:.4f}", f"reference {result.ppl_reference:.4f}")
     out.print(table)
@@ -137,19 +166,24 @@ def compare_command(
 
 @app.command("generate")
 def generate_command(
-        directory: Directory,
-        prompt: Annotated[list[str] | None, typer.Option(help="User message; may be given several times; - reads standard input.")] = None,
-        token_ids: Annotated[str | None, typer.Option(help="Prompt as comma-separated ids, for a checkpoint without a tokenizer.")] = None,
-        mode: Annotated[str, typer.Option(help=f"Thinking mode: {', '.join(THINKING_MODES)}.")] = "slow_think",
-        max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
-        temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-        top_p: Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")] = 1.0,
-        top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")] = 0,
-        seed: Annotated[int, typer.Option(help="Makes a draw repeatable.")] = 0,
-        stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
-        as_json: AsJson = False,
-        device: Device = "cpu",
-        verbose: Verbose = False) -> None:
+    directory: Directory,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="User message; may be given several times; - reads standard input.")
+    ] = None,
+    token_ids: Annotated[
+        str | None, typer.Option(help="Prompt as comma-separated ids, for a checkpoint without a tokenizer.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help=f"Thinking mode: {', '.join(THINKING_MODES)}.")] = "slow_think",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Makes a draw repeatable.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+) -> None:
     """Generate text from a float or quantized checkpoint in MindSpore graph mode."""
     from ms_pangu_quant.inference.model import load
 
@@ -161,11 +195,12 @@ def generate_command(
             prompts = [[int(part) for part in token_ids.split(",")]]
         except ValueError:
             raise RequestError(f"--token-ids: got {token_ids!r}, wanted numbers separated by commas") from None
-    needed = max_new_tokens + max(map(len, prompts))      # a character is at least one byte, a token at least one too
+    needed = max_new_tokens + max(map(len, prompts))  # a character is at least one byte, a token at least one too
     model = load(directory, device, kv_cache_tokens=max(8192, 2 * needed), verbose=verbose)
     started = time.monotonic()
-    answers = model.generate(prompts, max_new_tokens, mode=mode, temperature=temperature, top_p=top_p, top_k=top_k,
-                             seed=seed, stop=stop or ())
+    answers = model.generate(
+        prompts, max_new_tokens, mode=mode, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
+    )
     seconds = time.monotonic() - started
     for number, answer in enumerate(answers):
         if as_json:
@@ -180,11 +215,25 @@ def generate_command(
     err.print(f"[dim]{count} tokens in {seconds:.1f} s; ended by {', '.join(answer.finish_reason for answer in answers)}[/dim]")
 
 
-def _token_data(path: Path, checkpoint: Path, config: ModelConfig, samples: int | None, max_length: int, seed: int | None,
-                allow_benchmark_overlap: bool) -> TokenData:
+def _token_data(
+    path: Path,
+    checkpoint: Path,
+    config: ModelConfig,
+    samples: int | None,
+    max_length: int,
+    seed: int | None,
+    allow_benchmark_overlap: bool,
+) -> TokenData:
     tokenizer = Tokenizer.from_directory(checkpoint) if (checkpoint / "tokenizer.model").exists() else None
-    return load_token_data(path, tokenizer=tokenizer, vocab_size=config.vocab_size, max_length=max_length, samples=samples,
-                           seed=seed, allow_benchmark_overlap=allow_benchmark_overlap)
+    return load_token_data(
+        path,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        max_length=max_length,
+        samples=samples,
+        seed=seed,
+        allow_benchmark_overlap=allow_benchmark_overlap,
+    )
 
 
 def _progress() -> Progress:
@@ -192,8 +241,16 @@ def _progress() -> Progress:
         def render(self, task):
             return DownloadColumn().render(task) if task.fields["kind"] == "bytes" else super().render(task)
 
-    return Progress(TextColumn("{task.description:8}"), BarColumn(bar_width=24), Amount(), TimeElapsedColumn(),
-                    TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal)
+    return Progress(
+        TextColumn("{task.description:8}"),
+        BarColumn(bar_width=24),
+        Amount(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
 
 
 def _block_printer(progress: Progress, task: Any, total: int) -> Callable[[BlockReport], None]:
@@ -227,17 +284,30 @@ def _inspection(directory: Path) -> dict[str, Any]:
         for site in layout.SITES:
             name = f"{layout.block_prefix(index)}{site.name}"
             outputs, inputs = layout.site_shape(reader.config, site)
-            stored = 8 * sum(entry.nbytes for key, entry in reader.files.entries.items()
-                             if key.startswith(f"{name}.") and not key.endswith(".bias"))
+            stored = 8 * sum(
+                entry.nbytes
+                for key, entry in reader.files.entries.items()
+                if key.startswith(f"{name}.") and not key.endswith(".bias")
+            )
             error = blocks[index]["weight_error"].get(site.name) if index < len(blocks) else None
-            layers.append({"name": name, "scheme": reader.kinds[f"{name}.weight"] if quantized else "FLOAT",
-                           "bits_per_weight": stored / (outputs * inputs), "weight_error": error})
+            layers.append(
+                {
+                    "name": name,
+                    "scheme": reader.kinds[f"{name}.weight"] if quantized else "FLOAT",
+                    "bits_per_weight": stored / (outputs * inputs),
+                    "weight_error": error,
+                }
+            )
             bits, weights = bits + stored, weights + outputs * inputs
     return {
-        "directory": str(directory), "quantized": quantized, "layers": layers,
+        "directory": str(directory),
+        "quantized": quantized,
+        "layers": layers,
         "output_error": [block["output_error"] for block in blocks],
-        "bytes": reader.files.nbytes, "bytes_before": report.get("bytes_before"),
-        "bits_per_weight": bits / weights, "weights": weights,
+        "bytes": reader.files.nbytes,
+        "bytes_before": report.get("bytes_before"),
+        "bits_per_weight": bits / weights,
+        "weights": weights,
     }
 
 
@@ -252,18 +322,22 @@ def _print_layers(inspection: dict[str, Any]) -> None:
         table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
     per_block = len(layout.SITES)
     for index in range(len(inspection["layers"]) // per_block):
-        layers = inspection["layers"][index * per_block:(index + 1) * per_block]
+        layers = inspection["layers"][index * per_block : (index + 1) * per_block]
         kinds = sorted({layer["scheme"].removesuffix("_DYNAMIC") for layer in layers})
         bits = sum(layer["bits_per_weight"] for layer in layers) / per_block
         output = inspection["output_error"][index] if inspection["output_error"] else None
-        table.add_row(str(index), "+".join(kinds), f"{bits:.2f}", _number(output),
-                      *(_number(layer["weight_error"]) for layer in layers))
+        table.add_row(
+            str(index), "+".join(kinds), f"{bits:.2f}", _number(output), *(_number(layer["weight_error"]) for layer in layers)
+        )
     if inspection["quantized"]:
         out.print(table)
     before = inspection["bytes_before"]
     size = f"{_size(before)} -> {_size(inspection['bytes'])}" if before else _size(inspection["bytes"])
-    out.print(f"{size}, {inspection['bits_per_weight']:.2f} bits per weight in {inspection['weights']:,} weights"
-              + ("; errors are relative to the norm" if inspection["quantized"] else ", not quantized"), soft_wrap=True)
+    out.print(
+        f"{size}, {inspection['bits_per_weight']:.2f} bits per weight in {inspection['weights']:,} weights"
+        + ("; errors are relative to the norm" if inspection["quantized"] else ", not quantized"),
+        soft_wrap=True,
+    )
 
 
 def _print_plan(plan: Estimate, recipe: Recipe, data: TokenData | None) -> None:
@@ -274,10 +348,16 @@ def _print_plan(plan: Estimate, recipe: Recipe, data: TokenData | None) -> None:
         table.add_row(names, blocks, kind, f"{bits:.2f}")
     out.print(table)
     if data is not None:
-        out.print(f"calibration: {len(data.sequences)} texts, {data.tokens} tokens ({data.truncated} cut to "
-                  f"{recipe.calibration.max_length})", soft_wrap=True)
-    out.print(f"size: {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; peak memory about {_size(plan.peak_bytes)}; "
-              f"about {plan.seconds / 60:.1f} minutes on this machine", soft_wrap=True)
+        out.print(
+            f"calibration: {len(data.sequences)} texts, {data.tokens} tokens ({data.truncated} cut to "
+            f"{recipe.calibration.max_length})",
+            soft_wrap=True,
+        )
+    out.print(
+        f"size: {_size(plan.bytes_before)} -> {_size(plan.bytes_after)}; peak memory about {_size(plan.peak_bytes)}; "
+        f"about {plan.seconds / 60:.1f} minutes on this machine",
+        soft_wrap=True,
+    )
 
 
 def _number(value: float | None) -> str:
@@ -307,7 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):       # click's own: a wrong option
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own: a wrong option
             error.show()  # type: ignore[attr-defined]
             return int(error.exit_code)
         raise
