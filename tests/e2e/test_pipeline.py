@@ -59,7 +59,8 @@ def test_the_streamed_comparison_equals_the_served_models_logits(quantized):
         agree.append(a.argmax(1) == b.argmax(1))
     # A float32 sum in another order moves a code now and then, so the two paths agree closely, not exactly.
     assert streamed.kl_mean == pytest.approx(np.concatenate(kl).mean(), rel=0.05)
-    assert streamed.top1_agreement == pytest.approx(np.concatenate(agree).mean(), abs=2e-3)
+    # One token of these is 0.14 %, and a code that moves can turn a near tie.
+    assert streamed.top1_agreement == pytest.approx(np.concatenate(agree).mean(), abs=5e-3)
     assert streamed.tokens == sum(len(sequence) - 1 for sequence in sequences)
 
 
