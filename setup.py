@@ -1,4 +1,5 @@
 """Packaging of ms_pangu_quant: every dependency an install needs is named here, once."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -11,16 +12,16 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.12",
     packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],
-    package_dir={"ms_pangu_quant.configs": "configs"},      # the recipes travel with the package
+    package_dir={"ms_pangu_quant.configs": "configs"},  # the recipes travel with the package
     package_data={"ms_pangu_quant": ["assets/*", "assets/*/*"], "ms_pangu_quant.configs": ["*.yaml"]},
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
         "mindspore==2.9.0",
         "mindformers==1.9.0",
-        "numpy>=1.26,<2",          # MindSpore 2.9 is built against the NumPy 1 ABI
+        "numpy>=1.26,<2",  # MindSpore 2.9 is built against the NumPy 1 ABI
         "safetensors>=0.5,<1",
-        "ml_dtypes>=0.4,<1",       # bfloat16 for NumPy
-        "datasets>=4.0,<5",        # 5.x needs a pyarrow that refuses NumPy 1
+        "ml_dtypes>=0.4,<1",  # bfloat16 for NumPy
+        "datasets>=4.0,<5",  # 5.x needs a pyarrow that refuses NumPy 1
         "sentencepiece>=0.2,<0.3",
         "jinja2>=3.1,<4",
         "pyyaml>=6,<7",
@@ -29,9 +30,15 @@ setup(
         "psutil>=5.9,<8",
     ],
     extras_require={
-        "dev": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "hypothesis>=6.100,<7", "ruff>=0.9,<1", "mypy>=1.14,<3",
-                "types-PyYAML"],
-        "goldens": ["torch==2.13.0", "transformers==4.57.1"],   # only to make the golden files anew
+        "dev": [
+            "pytest>=8,<10",
+            "pytest-timeout>=2.3,<3",
+            "hypothesis>=6.100,<7",
+            "ruff>=0.9,<1",
+            "mypy>=1.14,<3",
+            "types-PyYAML",
+        ],
+        "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
     },
     entry_points={"console_scripts": ["pangu-quant=ms_pangu_quant.cli:main"]},
 )

@@ -1,4 +1,5 @@
 """What a run will take, before it starts: schemes per layer, exact size on disk, and memory and time to within a factor."""
+
 from __future__ import annotations
 
 import time
@@ -13,8 +14,8 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.recipe import Plan, Recipe
 
-_LIBRARIES = 0.85 * 2**30       # resident after MindSpore and MindFormers are imported and a block graph is compiled
-_PYTHON = 0.15 * 2**30          # resident without them
+_LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
+_PYTHON = 0.15 * 2**30  # resident without them
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,11 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None) -
     plan = recipe.plan(reader.config)
     weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES))
     tokens = data.tokens if data else 0
-    streams = 3 * 4 * tokens * reader.config.hidden_size           # hidden states in, out, and the float yardstick
+    streams = 3 * 4 * tokens * reader.config.hidden_size  # hidden states in, out, and the float yardstick
     # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
     blocks = reader.config.num_hidden_layers
-    products = 2 * 2 * tokens * weights * blocks                   # float and quantized pass
+    products = 2 * 2 * tokens * weights * blocks  # float and quantized pass
     seconds = 5 + reader.files.nbytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
     return Estimate(_groups(plan, reader.config), reader.files.nbytes, stored_bytes(reader, recipe, plan), peak, seconds)
 

@@ -4,6 +4,7 @@ The loop in quantize() is the whole method. Each block is looked at with the hid
 already quantized, produce; so every block's statistics are those it will meet when it is served, and its error is measured
 against what the float block would have made of the same input.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -59,9 +60,16 @@ class QuantizeResult:
     resumed_at: int
 
 
-def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: TokenData | None = None,
-             resume: bool = False, on_block: Callable[[BlockReport], None] = lambda report: None,
-             on_bytes: Callable[[int], None] = lambda count: None) -> QuantizeResult:
+def quantize(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    output: Path,
+    *,
+    data: TokenData | None = None,
+    resume: bool = False,
+    on_block: Callable[[BlockReport], None] = lambda report: None,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> QuantizeResult:
     """Quantize the checkpoint of `reader` as `recipe` says into the directory `output`.
 
     data      calibration tokens; required if the recipe has transforms or static activations, else only measured on.
@@ -71,8 +79,12 @@ def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: To
     """
     check_data(reader.config, recipe, data)
     config, plan = reader.config, recipe.plan(reader.config)
-    fingerprint = {"checkpoint": _checkpoint_hash(reader, on_bytes), "recipe": recipe.digest,
-                   "calibration data": data.sha256 if data else "none", "version of ms_pangu_quant": version("ms_pangu_quant")}
+    fingerprint = {
+        "checkpoint": _checkpoint_hash(reader, on_bytes),
+        "recipe": recipe.digest,
+        "calibration data": data.sha256 if data else "none",
+        "version of ms_pangu_quant": version("ms_pangu_quant"),
+    }
     with QuantizedWriter(output, fingerprint, blocks=config.num_hidden_layers, resume=resume) as writer:
         runner, hidden = _begin_stream(reader, data)
         start = writer.finished
@@ -90,9 +102,11 @@ def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: To
             writer.write_block(_stored_tensors(reader, index, block, linears), asdict(report))
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
-        files = {QUANTIZATION_FILE: _description(config, plan),
-                 REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
-                 "config.json": mindformers.output_config(config, plan.group_size)}
+        files = {
+            QUANTIZATION_FILE: _description(config, plan),
+            REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
+            "config.json": mindformers.output_config(config, plan.group_size),
+        }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
         after = writer.finish(outer, reader.directory, files)
     return QuantizeResult(output, reports, reader.files.nbytes, after, start)
@@ -100,12 +114,16 @@ def quantize(reader: CheckpointReader, recipe: Recipe, output: Path, *, data: To
 
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
     if data is None and recipe.needs_calibration:
-        raise RecipeError(f"{recipe.where}: needs calibration data for its transforms or static activations; pass "
-                          "--calibration FILE, or take a recipe that rounds without data (w8a8_rtn, w4a8_rtn)")
+        raise RecipeError(
+            f"{recipe.where}: needs calibration data for its transforms or static activations; pass "
+            "--calibration FILE, or take a recipe that rounds without data (w8a8_rtn, w4a8_rtn)"
+        )
     longest = max((len(sequence) for sequence in data.sequences), default=0) if data else 0
     if longest > config.max_position_embeddings:
-        raise DataError(f"calibration sequences of {longest} tokens are longer than the model's "
-                        f"max_position_embeddings {config.max_position_embeddings}; lower calibration.max_length")
+        raise DataError(
+            f"calibration sequences of {longest} tokens are longer than the model's "
+            f"max_position_embeddings {config.max_position_embeddings}; lower calibration.max_length"
+        )
 
 
 def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[BlockRunner | None, Hidden | None]:
@@ -119,15 +137,17 @@ def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[Blo
     return BlockRunner(reader.config, lengths), Hidden(states, lengths)
 
 
-def _observe(runner: BlockRunner | None, block: Block, hidden: Hidden | None, gram: bool,
-             index: int) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
+def _observe(
+    runner: BlockRunner | None, block: Block, hidden: Hidden | None, gram: bool, index: int
+) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
     if runner is None or hidden is None:
         return {}, None
     return runner.observe(block, hidden, gram=gram, where=f"block {index}")
 
 
-def _round_block(block: Block, plan: Plan, recipe: Recipe, stats: Mapping[str, InputStats],
-                 index: int) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
+def _round_block(
+    block: Block, plan: Plan, recipe: Recipe, stats: Mapping[str, InputStats], index: int
+) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
     """Round the planned layers; the returned block no longer holds their float weights."""
     linears, error = {}, {}
     for site in layout.SITES:
@@ -150,16 +170,22 @@ def _input_scale(scheme: QuantScheme, stats: InputStats | None) -> float | None:
     return float(round_down_to_bfloat16(np.array([scheme.activation.divisor / largest], np.float32))[0])
 
 
-def _advance(runner: BlockRunner | None, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden | None,
-             target: NDArray[np.float32] | None) -> tuple[Hidden | None, float | None]:
+def _advance(
+    runner: BlockRunner | None,
+    block: Block,
+    linears: Mapping[str, QuantizedLinear],
+    hidden: Hidden | None,
+    target: NDArray[np.float32] | None,
+) -> tuple[Hidden | None, float | None]:
     if runner is None or hidden is None or target is None:
         return None, None
     hidden = runner.advance(block, linears, hidden)
     return hidden, relative_error(hidden.states, target)
 
 
-def _replay(writer: QuantizedWriter, plan: Plan, config: ModelConfig, index: int, runner: BlockRunner | None,
-            hidden: Hidden | None) -> Hidden | None:
+def _replay(
+    writer: QuantizedWriter, plan: Plan, config: ModelConfig, index: int, runner: BlockRunner | None, hidden: Hidden | None
+) -> Hidden | None:
     """Hidden states after a block that an earlier run wrote."""
     if runner is None or hidden is None:
         return None
@@ -168,8 +194,9 @@ def _replay(writer: QuantizedWriter, plan: Plan, config: ModelConfig, index: int
     return runner.advance(block, linears, hidden)
 
 
-def _stored_tensors(reader: CheckpointReader, index: int, block: Block,
-                    linears: Mapping[str, QuantizedLinear]) -> dict[str, NDArray[Any] | TensorEntry]:
+def _stored_tensors(
+    reader: CheckpointReader, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
+) -> dict[str, NDArray[Any] | TensorEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)
     tensors: dict[str, NDArray[Any] | TensorEntry] = {}
@@ -201,19 +228,35 @@ def _description(config: ModelConfig, plan: Plan) -> dict[str, str]:
     return {**description, **dict.fromkeys(layout.outer_shapes(config), mindformers.FLOAT)}
 
 
-def _report(reader: CheckpointReader, fingerprint: Mapping[str, str], recipe: Recipe, plan: Plan, data: TokenData | None,
-            blocks: tuple[BlockReport, ...], hashes: Mapping[str, str]) -> dict[str, Any]:
+def _report(
+    reader: CheckpointReader,
+    fingerprint: Mapping[str, str],
+    recipe: Recipe,
+    plan: Plan,
+    data: TokenData | None,
+    blocks: tuple[BlockReport, ...],
+    hashes: Mapping[str, str],
+) -> dict[str, Any]:
     """What produced the checkpoint and what it cost; holds no times, so that the same run gives the same bytes."""
     return {
         "fingerprint": dict(fingerprint),
         "recipe": {"why": recipe.why, "text": recipe.text},
-        "calibration": None if data is None else {
-            "sequences": len(data.sequences), "tokens": data.tokens, "truncated": data.truncated, "sha256": data.sha256,
-            "seed": recipe.calibration.seed, "max_length": recipe.calibration.max_length},
+        "calibration": None
+        if data is None
+        else {
+            "sequences": len(data.sequences),
+            "tokens": data.tokens,
+            "truncated": data.truncated,
+            "sha256": data.sha256,
+            "seed": recipe.calibration.seed,
+            "max_length": recipe.calibration.max_length,
+        },
         "bytes_before": reader.files.nbytes,
         "blocks": [asdict(block) for block in blocks],
-        "schemes": {f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else mindformers.FLOAT
-                    for (index, name), scheme in plan.schemes.items()},
+        "schemes": {
+            f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else mindformers.FLOAT
+            for (index, name), scheme in plan.schemes.items()
+        },
         "files": dict(hashes),
         "versions": {package: version(package) for package in ("ms_pangu_quant", "mindspore", "mindformers", "numpy")},
     }

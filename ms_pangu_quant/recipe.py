@@ -3,6 +3,7 @@
 Reading is strict. An unknown key is an error with a suggestion, a pattern that matches no layer is an error, and so are
 layers that MindFormers computes as one (q/k/v, gate/up) but that would get different schemes.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -92,7 +93,7 @@ class Recipe:
     def digest(self) -> str:
         """sha256 of what the recipe says, whatever its comments, order of keys and `why`."""
         raw = {key: value for key, value in yaml.safe_load(self.text).items() if key != "why"}
-        layers = list((raw.pop("layers", None) or {}).items())      # the last pattern that matches decides
+        layers = list((raw.pop("layers", None) or {}).items())  # the last pattern that matches decides
         return hashlib.sha256(json.dumps([raw, layers], sort_keys=True).encode()).hexdigest()
 
     @property
@@ -101,20 +102,27 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        static = any(name != KEEP_FLOAT and not PRESETS[name].activation.dynamic
-                     for name in (self.scheme, *(name for _, name in self.layers)))
+        static = any(
+            name != KEEP_FLOAT and not PRESETS[name].activation.dynamic
+            for name in (self.scheme, *(name for _, name in self.layers))
+        )
         return static or bool(self.transforms) or self.quantizer.needs_gram
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
-        names = {f"{layout.block_prefix(index)}{site.name}": (index, site)
-                 for index in range(config.num_hidden_layers) for site in layout.SITES}
+        names = {
+            f"{layout.block_prefix(index)}{site.name}": (index, site)
+            for index in range(config.num_hidden_layers)
+            for site in layout.SITES
+        }
         chosen = dict.fromkeys(names, self.scheme)
         for pattern, scheme in self.layers:
             matched = fnmatch.filter(names, pattern)
             if not matched:
-                raise RecipeError(f"{self.where}: layers: pattern {pattern!r} matches no layer; layers are called "
-                                  f"{next(iter(names))} and so on, * matches anything")
+                raise RecipeError(
+                    f"{self.where}: layers: pattern {pattern!r} matches no layer; layers are called "
+                    f"{next(iter(names))} and so on, * matches anything"
+                )
             chosen.update(dict.fromkeys(matched, scheme))
         schemes = {(index, site.name): self._scheme(chosen[name]) for name, (index, site) in names.items()}
         self._check_fused(config, chosen)
@@ -126,12 +134,17 @@ class Recipe:
     def _check_fused(self, config: ModelConfig, chosen: Mapping[str, str]) -> None:
         for index in range(config.num_hidden_layers):
             for fused in {site.fused for site in layout.SITES}:
-                parts = {site.name: chosen[f"{layout.block_prefix(index)}{site.name}"]
-                         for site in layout.SITES if site.fused == fused}
+                parts = {
+                    site.name: chosen[f"{layout.block_prefix(index)}{site.name}"]
+                    for site in layout.SITES
+                    if site.fused == fused
+                }
                 if len(set(parts.values())) > 1:
                     listed = ", ".join(f"{name}: {scheme}" for name, scheme in parts.items())
-                    raise RecipeError(f"{self.where}: block {index}: {listed}; MindFormers computes these as one layer "
-                                      "and would use the first scheme for all: give them the same")
+                    raise RecipeError(
+                        f"{self.where}: block {index}: {listed}; MindFormers computes these as one layer "
+                        "and would use the first scheme for all: give them the same"
+                    )
 
     def _group_size(self, config: ModelConfig, schemes: Mapping[tuple[int, str], QuantScheme | None]) -> int:
         sizes = set()
@@ -147,11 +160,15 @@ class Recipe:
             if scheme.weight.bits == 4:
                 sizes.add(scheme.weight.group_size)
                 if outputs % 2 or inputs % 2:
-                    raise RecipeError(f"{self.where}: {name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
-                                      "needs even sizes: keep it float or in w8a8")
+                    raise RecipeError(
+                        f"{self.where}: {name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
+                        "needs even sizes: keep it float or in w8a8"
+                    )
         if len(sizes) > 1:
-            raise RecipeError(f"{self.where}: int4 group sizes {sorted(sizes)} (0 is per channel) are mixed; MindFormers "
-                              "has one group_size for the whole network")
+            raise RecipeError(
+                f"{self.where}: int4 group sizes {sorted(sizes)} (0 is per channel) are mixed; MindFormers "
+                "has one group_size for the whole network"
+            )
         return sizes.pop() if sizes else 0
 
 
@@ -181,15 +198,18 @@ def load_recipe(path: Path) -> Recipe:
     layers = _mapping(raw.get("layers") or {}, f"{where}: layers")
     weight_range = raw.get("weight_range", "narrow")
     if weight_range not in ("narrow", "full"):
-        raise RecipeError(f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, "
-                          "max/7.5)")
+        raise RecipeError(
+            f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, max/7.5)"
+        )
     return Recipe(
         why=str(raw.get("why", "")),
         scheme=_scheme_name(raw["scheme"], f"{where}: scheme"),
         layers=tuple((str(pattern), _scheme_name(name, f"{where}: layers: {pattern}")) for pattern, name in layers.items()),
         full_range=weight_range == "full",
-        transforms=tuple(_build(item, TRANSFORMS, f"{where}: transforms") for item in _sequence(
-            raw.get("transforms") or [], f"{where}: transforms")),
+        transforms=tuple(
+            _build(item, TRANSFORMS, f"{where}: transforms")
+            for item in _sequence(raw.get("transforms") or [], f"{where}: transforms")
+        ),
         quantizer=_build(raw.get("rounding", "rtn"), QUANTIZERS, f"{where}: rounding"),
         calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
         text=text,
@@ -199,13 +219,15 @@ def load_recipe(path: Path) -> Recipe:
 
 def _scheme_name(name: Any, where: str) -> str:
     if not isinstance(name, str) or (name != KEEP_FLOAT and name not in PRESETS):
-        raise RecipeError(f"{where} is {name!r}{_did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
-                          f"{', '.join([*PRESETS, KEEP_FLOAT])}")
+        raise RecipeError(
+            f"{where} is {name!r}{_did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
+            f"{', '.join([*PRESETS, KEEP_FLOAT])}"
+        )
     return str(name)
 
 
 def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> Any:
-    """"rtn" or {smooth: {alpha: 0.5}} -> the object."""
+    """ "rtn" or {smooth: {alpha: 0.5}} -> the object."""
     if isinstance(item, str):
         item = {item: {}}
     item = _mapping(item, where)
@@ -250,8 +272,9 @@ def _sequence(value: Any, where: str) -> Sequence[Any]:
 def _check_keys(raw: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
     for key in raw:
         if key not in allowed:
-            raise RecipeError(f"{where}: unknown key {str(key)!r}{_did_you_mean(str(key), allowed)}; known: "
-                              f"{', '.join(allowed)}")
+            raise RecipeError(
+                f"{where}: unknown key {str(key)!r}{_did_you_mean(str(key), allowed)}; known: {', '.join(allowed)}"
+            )
 
 
 def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ A TensorScheme says how one tensor is rounded; a QuantScheme pairs the weight's 
 schemes the runtime can compute. Only symmetric schemes exist: the integer kernels of the target have no zero point for
 weights, and per-token activations of these models are centred well enough that none is missed.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -40,8 +41,10 @@ class TensorScheme:
         if self.granularity not in ("tensor", "token", "channel", "group"):
             raise RecipeError(f"granularity: got {self.granularity!r}, wanted tensor, token, channel or group")
         if (self.granularity == "group") != (self.group_size > 0) or self.group_size < 0:
-            raise RecipeError(f"group_size: got {self.group_size} with granularity {self.granularity!r}; "
-                              "a positive group_size goes with granularity 'group', and only with it")
+            raise RecipeError(
+                f"group_size: got {self.group_size} with granularity {self.granularity!r}; "
+                "a positive group_size goes with granularity 'group', and only with it"
+            )
         if self.group_size % 2:
             raise RecipeError(f"group_size: got {self.group_size}, wanted an even number (two int4 share a byte)")
 

@@ -1,4 +1,5 @@
 """Fixtures that need the frameworks: small checkpoints, and the embedded one quantized once for the whole session."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -59,8 +60,15 @@ def token_data(name: str, samples: int, seed: int | None = None):
     from ms_pangu_quant.calibration.data import load_token_data
     from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 
-    return load_token_data(ASSETS / f"{name}.jsonl", tokenizer=Tokenizer.from_directory(MINI), vocab_size=1024,
-                           max_length=512, samples=samples, seed=seed, allow_benchmark_overlap=True)
+    return load_token_data(
+        ASSETS / f"{name}.jsonl",
+        tokenizer=Tokenizer.from_directory(MINI),
+        vocab_size=1024,
+        max_length=512,
+        samples=samples,
+        seed=seed,
+        allow_benchmark_overlap=True,
+    )
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

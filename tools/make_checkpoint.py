@@ -19,6 +19,7 @@ embedding and head 2.5/sqrt(hidden), so logits have a std of a few whatever the 
 What it does not do: write a tokenizer or modelling code, imitate the outlier channels of trained models, import
 mindspore.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -39,31 +40,67 @@ from typing import Any
 
 import numpy as np
 
-DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}    # safetensors' name, bytes
+DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}  # safetensors' name, bytes
 SHARD_BYTES = 4_500_000_000
-SLICE = 1 << 21                     # values one task draws: 16 MB of random words at most in flight per task
-CELL = 1 << 14                      # values drawn at a time inside a task, so that they stay in the L2 cache
-SUM_STD = math.sqrt(4 * (65536**2 - 1) / 12)    # std of the sum of four uniform 16-bit integers
+SLICE = 1 << 21  # values one task draws: 16 MB of random words at most in flight per task
+CELL = 1 << 14  # values drawn at a time inside a task, so that they stay in the L2 cache
+SUM_STD = math.sqrt(4 * (65536**2 - 1) / 12)  # std of the sum of four uniform 16-bit integers
 
-EMBEDDED: dict[str, Any] = {        # what openPangu-Embedded-1B and -7B have in common
+EMBEDDED: dict[str, Any] = {  # what openPangu-Embedded-1B and -7B have in common
     "architectures": ["PanguEmbeddedForCausalLM"],
     "auto_map": {
         "AutoConfig": "configuration_openpangu_dense.PanguEmbeddedConfig",
         "AutoModel": "modeling_openpangu_dense.PanguEmbeddedModel",
         "AutoModelForCausalLM": "modeling_openpangu_dense.PanguEmbeddedForCausalLM",
     },
-    "model_type": "PanguEmbedded", "bias": True, "attention_dropout": 0.0, "hidden_act": "silu",
-    "initializer_range": 0.02, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "vocab_size": 153376,
-    "bos_token_id": 1, "eos_token_id": 45892, "pad_token_id": 0, "use_cache": True, "transformers_version": "4.53.2",
+    "model_type": "PanguEmbedded",
+    "bias": True,
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 153376,
+    "bos_token_id": 1,
+    "eos_token_id": 45892,
+    "pad_token_id": 0,
+    "use_cache": True,
+    "transformers_version": "4.53.2",
 }
-SHAPES: dict[str, dict[str, Any]] = {      # no head_dim: the published configs have none either
-    "1b": {**EMBEDDED, "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 26,
-           "num_attention_heads": 12, "num_key_value_heads": 6, "rope_theta": 4000000.0, "tie_word_embeddings": True},
-    "7b": {**EMBEDDED, "hidden_size": 4096, "intermediate_size": 12800, "num_hidden_layers": 34,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "rope_theta": 16000000.0, "tie_word_embeddings": False},
-    "tiny": {**EMBEDDED, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "rope_theta": 10000.0, "tie_word_embeddings": True, "vocab_size": 96,
-             "max_position_embeddings": 512, "eos_token_id": 2},
+SHAPES: dict[str, dict[str, Any]] = {  # no head_dim: the published configs have none either
+    "1b": {
+        **EMBEDDED,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 6,
+        "rope_theta": 4000000.0,
+        "tie_word_embeddings": True,
+    },
+    "7b": {
+        **EMBEDDED,
+        "hidden_size": 4096,
+        "intermediate_size": 12800,
+        "num_hidden_layers": 34,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "rope_theta": 16000000.0,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        **EMBEDDED,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+        "vocab_size": 96,
+        "max_position_embeddings": 512,
+        "eos_token_id": 2,
+    },
 }
 HELP = """\
 Write a random openPangu-Embedded checkpoint in Hugging Face layout (config.json, generation_config.json,
@@ -91,6 +128,7 @@ class MakeCheckpointError(Exception):
 @dataclass(frozen=True)
 class Tensor:
     """One tensor to draw: mean + std * (near normal, |x| <= 3.46)."""
+
     name: str
     shape: tuple[int, ...]
     std: float
@@ -119,7 +157,7 @@ def plan_tensors(config: dict[str, Any]) -> list[Tensor]:
         raise MakeCheckpointError(f"config: {missing.args[0]} is missing") from None
     head_dim = config.get("head_dim") or hidden // heads
     bias = config.get("attention_bias", False) if config.get("model_type") == "llama" else config.get("bias", True)
-    depth = 1 / math.sqrt(2 * layers)           # two additions to the residual stream per layer
+    depth = 1 / math.sqrt(2 * layers)  # two additions to the residual stream per layer
 
     def linear(name: str, out: int, fan_in: int, gain: float = 1.0, biased: bool = False) -> Iterator[Tensor]:
         yield Tensor(f"{name}.weight", (out, fan_in), gain / math.sqrt(fan_in))
@@ -182,16 +220,16 @@ def draw(tensor: Tensor, start: int, stop: int, seed: int, dtype: str) -> np.nda
     low_halves = np.uint64(0x0000FFFF0000FFFF)
     out = np.empty(stop - start, {"bfloat16": np.uint16, "float16": np.float16, "float32": np.float32}[dtype])
     for cell in range(0, out.size, CELL):
-        part = out[cell:cell + CELL]
+        part = out[cell : cell + CELL]
         words = stream.random_raw(part.size)
         pairs = words >> np.uint64(16)
         pairs &= low_halves
         words &= low_halves
-        pairs += words                                      # two 17-bit sums in each word
+        pairs += words  # two 17-bit sums in each word
         halves = pairs.view(np.uint32)
         sums = (halves[0::2] + halves[1::2]).astype(np.int32)
-        sums -= 2 * 65535                                   # symmetric around 0
-        values = sums.astype(np.float32)                    # exact: |sum| < 2**24
+        sums -= 2 * 65535  # symmetric around 0
+        values = sums.astype(np.float32)  # exact: |sum| < 2**24
         values *= scale
         values += mean
         part[:] = bfloat16_bits(values) if dtype == "bfloat16" else values
@@ -209,8 +247,15 @@ def bfloat16_bits(values: np.ndarray) -> np.ndarray:
     return rounded
 
 
-def write_checkpoint(output: Path, config: dict[str, Any], *, seed: int, dtype: str = "bfloat16",
-                     shard_bytes: int = SHARD_BYTES, on_bytes: Callable[[int], None] = lambda count: None) -> None:
+def write_checkpoint(
+    output: Path,
+    config: dict[str, Any],
+    *,
+    seed: int,
+    dtype: str = "bfloat16",
+    shard_bytes: int = SHARD_BYTES,
+    on_bytes: Callable[[int], None] = lambda count: None,
+) -> None:
     """Write config and random weights into `output`, which must be empty or absent; all or nothing.
 
     config    as config.json will say, any sizes; model_type "PanguEmbedded" or "llama". torch_dtype becomes `dtype`.
@@ -235,8 +280,7 @@ def write_checkpoint(output: Path, config: dict[str, Any], *, seed: int, dtype: 
                     file.write(piece)
                     on_bytes(piece.nbytes)
         weight_map = {tensor.name: name for name, tensors in shards.items() for tensor in tensors}
-        documents = {"generation_config.json": generation_config(config),
-                     "config.json": {**config, "torch_dtype": dtype}}
+        documents = {"generation_config.json": generation_config(config), "config.json": {**config, "torch_dtype": dtype}}
         if len(shards) > 1:
             metadata = {"total_parameters": data_bytes // DTYPES[dtype][1], "total_size": data_bytes}
             index = {"metadata": metadata, "weight_map": weight_map}
@@ -248,7 +292,7 @@ def write_checkpoint(output: Path, config: dict[str, Any], *, seed: int, dtype: 
         for path in written:
             path.unlink(missing_ok=True)
         for path in made_here:
-            with contextlib.suppress(OSError):      # somebody else put something there: theirs
+            with contextlib.suppress(OSError):  # somebody else put something there: theirs
                 path.rmdir()
         raise
 
@@ -299,8 +343,7 @@ def generation_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=HELP, epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=HELP, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", required=True, choices=list(SHAPES), help="whose sizes to use; see below")
     parser.add_argument("--output", required=True, type=Path, metavar="D", help="directory to write: new, or empty")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other weights (default: 0)")
@@ -325,10 +368,13 @@ def run(chosen: argparse.Namespace) -> str:
     began = time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task("", total=total)
-        write_checkpoint(chosen.output, config, seed=chosen.seed, dtype=chosen.dtype,
-                         on_bytes=lambda count: progress.advance(bar, count))
-    return (f"{chosen.output}: {len(tensors)} tensors, {total / 1e9:.3g} GB, "
-            f"{len(list(chosen.output.glob('*.safetensors')))} file(s), {time.monotonic() - began:.1f} s")
+        write_checkpoint(
+            chosen.output, config, seed=chosen.seed, dtype=chosen.dtype, on_bytes=lambda count: progress.advance(bar, count)
+        )
+    return (
+        f"{chosen.output}: {len(tensors)} tensors, {total / 1e9:.3g} GB, "
+        f"{len(list(chosen.output.glob('*.safetensors')))} file(s), {time.monotonic() - began:.1f} s"
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

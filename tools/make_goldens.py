@@ -15,6 +15,7 @@ mini.npz: the embedded checkpoint (bfloat16 weights, computed in float32) on the
 
 Needs torch and transformers, which nothing else in this project does: `make goldens` installs them first.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,20 +33,21 @@ ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
 ASSETS = ROOT / "ms_pangu_quant/assets"
 SEED = 7
-LENGTHS = (1, 7, 33, 64)        # tokens
-MINI_TEXTS, MINI_STEP = 2, 8    # texts of validation.jsonl; every 8th position is kept
-TOLERANCE = 1e-4                # of --check, absolute: logits are 1 to 10, other CPUs differ by about 1e-5
+LENGTHS = (1, 7, 33, 64)  # tokens
+MINI_TEXTS, MINI_STEP = 2, 8  # texts of validation.jsonl; every 8th position is kept
+TOLERANCE = 1e-4  # of --check, absolute: logits are 1 to 10, other CPUs differ by about 1e-5
 
-GROUPS: dict[str, dict[str, Any]] = {       # query heads per key/value head
+GROUPS: dict[str, dict[str, Any]] = {  # query heads per key/value head
     "gqa1": {"num_attention_heads": 4, "num_key_value_heads": 4},
     "gqa2": {"num_attention_heads": 4, "num_key_value_heads": 2},
     "gqa4": {"num_attention_heads": 8, "num_key_value_heads": 2},
 }
 CASES: dict[str, dict[str, Any]] = {
     f"pangu_{group}_{'tied' if tied else 'untied'}": {**heads, "tie_word_embeddings": tied}
-    for group, heads in GROUPS.items() for tied in (True, False)
+    for group, heads in GROUPS.items()
+    for tied in (True, False)
 }
-CASES["pangu_head_dim"] = {**GROUPS["gqa2"], "head_dim": 24}    # 4 heads of 24 in a hidden size of 64
+CASES["pangu_head_dim"] = {**GROUPS["gqa2"], "head_dim": 24}  # 4 heads of 24 in a hidden size of 64
 CASES["llama_no_bias"] = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": False}
 
 
@@ -57,10 +59,24 @@ def load_llama(directory: Path) -> Any:
 
     config = json.loads((directory / "config.json").read_text())
     biased = config["attention_bias"] if config["model_type"] == "llama" else config["bias"]
-    fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-              "rope_theta", "rms_norm_eps", "vocab_size", "max_position_embeddings", "tie_word_embeddings",
-              "hidden_act", "bos_token_id", "eos_token_id", "pad_token_id", "head_dim")
-    kept = {field: config[field] for field in fields if field in config}    # head_dim may be absent
+    fields = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rope_theta",
+        "rms_norm_eps",
+        "vocab_size",
+        "max_position_embeddings",
+        "tie_word_embeddings",
+        "hidden_act",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "head_dim",
+    )
+    kept = {field: config[field] for field in fields if field in config}  # head_dim may be absent
     model = LlamaForCausalLM(LlamaConfig(**kept, attention_bias=biased, mlp_bias=False, attn_implementation="eager"))
     model = model.to(torch.float32).eval()
     weights = {name: tensor.float() for name, tensor in load_file(directory / "model.safetensors").items()}
@@ -99,7 +115,7 @@ def tiny_golden(case: str, directory: Path) -> dict[str, Any]:
     golden = {**describe(directory), "seed": np.int64(SEED)}
     for i, length in enumerate(LENGTHS):
         words = np.random.PCG64(length).random_raw(length)
-        ids = (3 + words % np.uint64(config["vocab_size"] - 3)).astype(np.int32)    # above pad, bos and eos
+        ids = (3 + words % np.uint64(config["vocab_size"] - 3)).astype(np.int32)  # above pad, bos and eos
         golden |= {f"ids_{i}": ids, f"logits_{i}": logits_of(model, ids)}
     return golden
 

@@ -1,4 +1,5 @@
 """Quantize a checkpoint: `pangu-quant quantize` as a file, for launchers such as msrun that start Python files."""
+
 import sys
 
 from ms_pangu_quant.cli import main

@@ -3,6 +3,7 @@
 A backend substitutes what has no kernel on its device through MindFormers' own points of extension (layer specs, rope
 names, linear methods, a GPTModel subclass) and leaves the rest of MindFormers' network as it is.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ class Backend:
     new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
     dynamic_mask: tuple[list[None], Any]
 
+
 def current_backend() -> Backend:
     """The backend of the device this process was started on."""
     import mindspore as ms
@@ -48,4 +50,3 @@ def current_backend() -> Backend:
     else:
         from ms_pangu_quant.backends.ascend import BACKEND
     return BACKEND
-

@@ -3,6 +3,7 @@
 Nothing here has been run on an NPU. Dense W4A8 does not exist in MindFormers and has no method here yet, so a W4A8
 directory is refused when it is loaded rather than computed in some other precision.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from mindspore import Tensor, mutable
 
 from ms_pangu_quant.backends import Backend
 
-_MASK = 128     # FlashAttentionScore's compressed causal mask is a triangle of this size
+_MASK = 128  # FlashAttentionScore's compressed causal mask is a triangle of this size
 
 
 def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
@@ -27,8 +28,9 @@ def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int
 
 def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int):
     def caches():
-        return mutable([Tensor(np.zeros((num_blocks, block_size, kv_heads, head_dim), np.float32), ms.bfloat16)
-                        for _ in range(layers)])
+        return mutable(
+            [Tensor(np.zeros((num_blocks, block_size, kv_heads, head_dim), np.float32), ms.bfloat16) for _ in range(layers)]
+        )
 
     return caches(), caches()
 
@@ -39,8 +41,12 @@ BACKEND = Backend(
     rope_name="rope",
     gpt_model=GPTModel,
     linear_methods={"W8A8": A8W8LinearMethod, "W8A8_DYNAMIC": A8W8DynamicLinearMethod},
-    dtypes={"compute_dtype": "bfloat16", "params_dtype": "bfloat16", "layernorm_compute_dtype": "float32",
-            "rotary_dtype": "bfloat16"},
+    dtypes={
+        "compute_dtype": "bfloat16",
+        "params_dtype": "bfloat16",
+        "layernorm_compute_dtype": "float32",
+        "rotary_dtype": "bfloat16",
+    },
     chunked_prefill=False,
     attention_mask=_causal_mask,
     new_caches=_new_caches,

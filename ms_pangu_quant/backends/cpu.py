@@ -7,6 +7,7 @@ the result is the integer accumulator, bit for bit, at the speed of the float ma
 
 It does not try to be as fast as kernels could be, and it holds one int4 as half a byte but unpacks it at each use.
 """
+
 from __future__ import annotations
 
 import mindspore as ms
@@ -24,9 +25,9 @@ from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend
 
-EXACT_INPUTS_W8 = 1024      # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
-EXACT_INPUTS_W4 = 16384     # 128 * 8 * 16384 = 2^24
-TINY = 1.1754944e-38        # smallest normal float32
+EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
+EXACT_INPUTS_W4 = 16384  # 128 * 8 * 16384 = 2^24
+TINY = 1.1754944e-38  # smallest normal float32
 
 
 class RMSNorm(nn.Cell):
@@ -36,8 +37,9 @@ class RMSNorm(nn.Cell):
         super().__init__()
         self.eps = eps
         self.outer = ops.MatMul()
-        self.weight = Parameter(initializer("ones", (hidden_size,), config.layernorm_compute_dtype), name="weight",
-                                requires_grad=False)
+        self.weight = Parameter(
+            initializer("ones", (hidden_size,), config.layernorm_compute_dtype), name="weight", requires_grad=False
+        )
 
     def construct(self, x):
         wide = x.astype(ms.float32)
@@ -51,7 +53,7 @@ class Rope(RotaryEmbedding):
     def __init__(self, **arguments) -> None:
         super().__init__(**arguments)
         half = np.eye(self.dim // 2, dtype=np.float32)
-        self.turn = Tensor(np.block([[0 * half, half], [-half, 0 * half]]))     # (left, right) @ turn = (-right, left)
+        self.turn = Tensor(np.block([[0 * half, half], [-half, 0 * half]]))  # (left, right) @ turn = (-right, left)
         self.multiply = ops.MatMul()
 
     def _compute_cos_sin_cache(self):
@@ -67,8 +69,7 @@ class Rope(RotaryEmbedding):
         return x * ops.tile(cos, (1, heads)) + turned * ops.tile(sin, (1, heads))
 
     def construct(self, query, key, rotary_pos_cos, rotary_pos_sin, seq_lens_tensor):
-        return (self._rotate(query, rotary_pos_cos, rotary_pos_sin),
-                self._rotate(key, rotary_pos_cos, rotary_pos_sin))
+        return (self._rotate(query, rotary_pos_cos, rotary_pos_sin), self._rotate(key, rotary_pos_cos, rotary_pos_sin))
 
 
 class PagedAttention(nn.Cell):
@@ -82,14 +83,23 @@ class PagedAttention(nn.Cell):
     in front of tokens by gathers of whole rows (8x faster than Transpose).
     """
 
-    def __init__(self, head_num, head_dim=None, kv_head_num=None, scale_value=1.0, next_tokens=0, pa_kv_head_num=None,
-                 num_blocks=1, block_size=16):
+    def __init__(
+        self,
+        head_num,
+        head_dim=None,
+        kv_head_num=None,
+        scale_value=1.0,
+        next_tokens=0,
+        pa_kv_head_num=None,
+        num_blocks=1,
+        block_size=16,
+    ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = head_num, kv_head_num, head_dim
         self.scale = scale_value
         self.is_prefill = True
         self.block_size = block_size
-        shape = (num_blocks * block_size * kv_head_num, head_dim)       # row = slot * kv_heads + head; a reshape would copy
+        shape = (num_blocks * block_size * kv_head_num, head_dim)  # row = slot * kv_heads + head; a reshape would copy
         # A plain operator cannot write into an input tensor in a CPU graph, so the cell owns its cache.
         self.key_cache = Parameter(initializer("zeros", shape, ms.float32), name="key_cache", requires_grad=False)
         self.value_cache = Parameter(initializer("zeros", shape, ms.float32), name="value_cache", requires_grad=False)
@@ -99,20 +109,35 @@ class PagedAttention(nn.Cell):
         self.block_rows = Tensor(np.arange(block_size, dtype=np.int32) * kv_head_num + kv_head[:, None, None])
         self.first_query = Tensor(np.zeros((kv_head_num, head_num // kv_head_num), np.int32))
         self.write = ops.ScatterUpdate()
-        self.scores = ops.BatchMatMul(transpose_b=True)     # 3x faster than ops.matmul
+        self.scores = ops.BatchMatMul(transpose_b=True)  # 3x faster than ops.matmul
         self.mix = ops.BatchMatMul()
         self.softmax = ops.Softmax(-1)
 
-    def construct(self, query, key, value, slot_mapping=None, block_tables=None, batch_valid_length=None,
-                  context_lens_tensor=None, q_seq_lens=None, actual_seq_qlen=None, actual_seq_kvlen=None,
-                  attn_mask=None, padding_mask=None, prefix=None, key_cache=None, value_cache=None):
-        rows = (slot_mapping * self.kv_heads).expand_dims(1) + self.kv_head                     # [tokens, kv_heads]
+    def construct(
+        self,
+        query,
+        key,
+        value,
+        slot_mapping=None,
+        block_tables=None,
+        batch_valid_length=None,
+        context_lens_tensor=None,
+        q_seq_lens=None,
+        actual_seq_qlen=None,
+        actual_seq_kvlen=None,
+        attn_mask=None,
+        padding_mask=None,
+        prefix=None,
+        key_cache=None,
+        value_cache=None,
+    ):
+        rows = (slot_mapping * self.kv_heads).expand_dims(1) + self.kv_head  # [tokens, kv_heads]
         keys = self.write(self.key_cache, rows, key.reshape((-1, self.kv_heads, self.head_dim)))
         values = self.write(self.value_cache, rows, value.reshape((-1, self.kv_heads, self.head_dim)))
         batch = block_tables.shape[0]
         blocks = (block_tables * (self.block_size * self.kv_heads)).reshape((batch, 1, -1, 1))
         rows = (blocks + self.block_rows).reshape((batch, self.kv_heads, -1))
-        keys, values = ops.gather(keys, rows, 0), ops.gather(values, rows, 0)   # [batch, kv_heads, kv_tokens, head_dim]
+        keys, values = ops.gather(keys, rows, 0), ops.gather(values, rows, 0)  # [batch, kv_heads, kv_tokens, head_dim]
         query = query * self.scale
         group = self.heads // self.kv_heads
         if not self.is_prefill:
@@ -125,7 +150,7 @@ class PagedAttention(nn.Cell):
         starts = ends - q_seq_lens
         head = self.head.expand_dims(1)
         # Row of query.reshape(-1, head_dim) for each head of each padded query; padding repeats the last token.
-        row = starts.expand_dims(1) + ops.minimum(offset, (q_seq_lens - 1).expand_dims(1))      # [batch, max_query]
+        row = starts.expand_dims(1) + ops.minimum(offset, (q_seq_lens - 1).expand_dims(1))  # [batch, max_query]
         row = ((row * self.heads).expand_dims(1) + head).reshape((batch, self.kv_heads, -1))
         query = ops.gather(query.reshape((-1, self.head_dim)), row, 0)  # [batch, kv_heads, group * max_query, head_dim]
         every_query = (ops.zeros_like(head) + offset).reshape((self.kv_heads, -1))
@@ -134,7 +159,7 @@ class PagedAttention(nn.Cell):
         token = ops.cumsum(ops.ones_like(slot_mapping), 0) - 1
         sequence = (token.expand_dims(1) >= ends).astype(ms.int32).sum(1)
         row = sequence * (self.heads * max_query) + token - ops.gather(starts, sequence, 0)
-        row = row.expand_dims(1) + self.head * max_query                                        # [tokens, heads]
+        row = row.expand_dims(1) + self.head * max_query  # [tokens, heads]
         return ops.gather(context.reshape((-1, self.head_dim)), row, 0).reshape((-1, self.heads * self.head_dim))
 
     def _attend(self, query, keys, values, mask):
@@ -157,7 +182,7 @@ class CpuGPTModel(GPTModel):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.move_lens_to_cpu = False
-        self.is_chunked = True          # cos and sin are gathered by position in prefill too
+        self.is_chunked = True  # cos and sin are gathered by position in prefill too
         self.all_positions = False
 
     def pre_gather_func(self, output, context_lens_tensor, seq_lens_tensor):
@@ -183,7 +208,7 @@ def exact_product(codes, weight, inputs, exact_inputs, multiply):
         return multiply(codes, weight)
     total = 0
     for start in range(0, inputs, exact_inputs):
-        part = multiply(codes[:, start:start + exact_inputs], weight[:, start:start + exact_inputs])
+        part = multiply(codes[:, start : start + exact_inputs], weight[:, start : start + exact_inputs])
         total = total + part.astype(ms.int32)
     return total.astype(ms.float32)
 
@@ -250,8 +275,9 @@ class W4A8DynamicLinear(LinearMethodBase):
         self.groups = input_size_per_partition // self.group_size if self.group_size else 1
         # Rows of weight.reshape(out * groups, -1), groups first.
         self.by_group = Tensor(np.arange(outputs * self.groups, dtype=np.int32).reshape(outputs, self.groups).T)
-        weight = Parameter(initializer("zeros", (outputs, input_size_per_partition // 2), ms.uint8), name="weight",
-                           requires_grad=False)
+        weight = Parameter(
+            initializer("zeros", (outputs, input_size_per_partition // 2), ms.uint8), name="weight", requires_grad=False
+        )
         scale = Parameter(initializer("ones", (outputs, self.groups), ms.float32), name="group_scale", requires_grad=False)
         for name, parameter in (("weight", weight), ("group_scale", scale)):
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
@@ -272,32 +298,41 @@ class W4A8DynamicLinear(LinearMethodBase):
             packed = ops.depend(layer.weight, codes).reshape((outputs * groups, size // 2))
             packed = ops.gather(packed, self.by_group, 0)
             codes_w = self._unpack(packed).reshape((groups, outputs, size))
-            row = ops.arange(codes.shape[0]) * groups + ops.arange(groups).expand_dims(1)       # [groups, tokens]
+            row = ops.arange(codes.shape[0]) * groups + ops.arange(groups).expand_dims(1)  # [groups, tokens]
             total = self.multiply_groups(ops.gather(codes.reshape((-1, size)), row, 0), codes_w)  # [groups, tokens, out]
-            scale = layer.group_scale.transpose((1, 0)).expand_dims(1)                          # [groups, 1, out]
+            scale = layer.group_scale.transpose((1, 0)).expand_dims(1)  # [groups, 1, out]
             token_scale = ops.tile(token_scale.expand_dims(0), (groups, 1, 1))
             out = (total * self.outer_groups(token_scale, scale)).sum(0)
         return out if bias is None else self.add_bias(out, bias)
 
 
 def _rope(**arguments):
-    return Rope(kv_channels=arguments["kv_channels"], rotary_percent=arguments["rotary_percent"],
-                rotary_base=arguments["rotary_base"], rotary_dtype=arguments["rotary_dtype"],
-                rotary_cos_format=arguments["rotary_cos_format"],
-                max_position_embeddings=arguments["original_max_position_embeddings"])
+    return Rope(
+        kv_channels=arguments["kv_channels"],
+        rotary_percent=arguments["rotary_percent"],
+        rotary_base=arguments["rotary_base"],
+        rotary_dtype=arguments["rotary_dtype"],
+        rotary_cos_format=arguments["rotary_cos_format"],
+        max_position_embeddings=arguments["original_max_position_embeddings"],
+    )
 
 
-rope_utils.ROPE_FUNCTION["pangu_cpu_rope"] = _rope      # MindFormers' own table of rope kinds
+rope_utils.ROPE_FUNCTION["pangu_cpu_rope"] = _rope  # MindFormers' own table of rope kinds
 
 BACKEND = Backend(
     norm=RMSNorm,
     core_attention=lambda num_blocks, block_size: ModuleSpec(
-        module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}),
+        module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}
+    ),
     rope_name="pangu_cpu_rope",
     gpt_model=CpuGPTModel,
     linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},
-    dtypes={"compute_dtype": "float32", "params_dtype": "float32", "layernorm_compute_dtype": "float32",
-            "rotary_dtype": "float32"},
+    dtypes={
+        "compute_dtype": "float32",
+        "params_dtype": "float32",
+        "layernorm_compute_dtype": "float32",
+        "rotary_dtype": "float32",
+    },
     chunked_prefill=True,
     attention_mask=lambda *lengths: Tensor(visible_mask(*lengths)),
     new_caches=lambda layers, num_blocks, block_size, kv_heads, head_dim: None,

@@ -12,6 +12,7 @@ Rows used are checked, of JSON files all rows; only rows used are tokenized. JSO
 cannot say which line is wrong, and guesses types from a file's beginning. Nothing is looked up on the network (a name
 that is no path is an error), and nothing stays on disk.
 """
+
 from __future__ import annotations
 
 import codecs
@@ -39,20 +40,23 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMS = ("token_ids", "messages", "text")
-SHORTEST = 2        # tokens: one to read and one to predict
+SHORTEST = 2  # tokens: one to read and one to predict
 
-_SURROGATE = re.compile("[\ud800-\udfff]")      # JSON can spell half a character, UTF-8 and Arrow cannot
-_WANTED = ("wanted a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a dataset saved with "
-           "save_to_disk (nothing is downloaded)")
-_NAMED = 5          # offending rows that a message names
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, UTF-8 and Arrow cannot
+_WANTED = (
+    "wanted a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a dataset saved with "
+    "save_to_disk (nothing is downloaded)"
+)
+_NAMED = 5  # offending rows that a message names
 
 
 class TextEncoder(Protocol):
     """What messages and text need of a tokenizer."""
 
     def encode(self, text: str) -> Sequence[int]: ...
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, mode: str = ...,
-                    add_generation_prompt: bool = ...) -> Sequence[int]: ...
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, mode: str = ..., add_generation_prompt: bool = ...
+    ) -> Sequence[int]: ...
 
 
 @runtime_checkable
@@ -97,9 +101,16 @@ class _Table:
         return f"{self.path}: {self.unit} {self.numbers[index]}"
 
 
-def load_token_data(path: Path, *, tokenizer: TextEncoder | None, vocab_size: int, max_length: int,
-                    samples: int | None = None, seed: int | None = None,
-                    allow_benchmark_overlap: bool = False) -> TokenData:
+def load_token_data(
+    path: Path,
+    *,
+    tokenizer: TextEncoder | None,
+    vocab_size: int,
+    max_length: int,
+    samples: int | None = None,
+    seed: int | None = None,
+    allow_benchmark_overlap: bool = False,
+) -> TokenData:
     """Reads a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a save_to_disk directory.
 
     tokenizer   the checkpoint's; None will do for token_ids
@@ -116,8 +127,10 @@ def load_token_data(path: Path, *, tokenizer: TextEncoder | None, vocab_size: in
     tables = _read(path, vocab_size)
     form = _common_form(path, tables)
     if form != "token_ids" and tokenizer is None:
-        raise DataError(f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.model to encode it; "
-                        "add tokenizer.model to the checkpoint, or give rows of 'token_ids'")
+        raise DataError(
+            f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.model to encode it; "
+            "add tokenizer.model to the checkpoint, or give rows of 'token_ids'"
+        )
     ends = list(accumulate(len(table.rows) for table in tables))
     rows = []
     for position in _order(ends[-1], seed)[:samples]:
@@ -132,8 +145,9 @@ def load_token_data(path: Path, *, tokenizer: TextEncoder | None, vocab_size: in
         _refuse_benchmarks(path, form, rows, decoder)
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
     sequences = tuple(ids[:max_length] for ids in whole)
-    return TokenData(sequences, _sha256(sequences), str(path), ends[-1],
-                     sum(len(ids) > max_length for ids in whole), overlap_checked)
+    return TokenData(
+        sequences, _sha256(sequences), str(path), ends[-1], sum(len(ids) > max_length for ids in whole), overlap_checked
+    )
 
 
 def _order(rows: int, seed: int | None) -> Sequence[int] | NDArray[np.int64]:
@@ -150,8 +164,10 @@ def _read(path: Path, vocab_size: int) -> list[_Table]:
             raise DataError(f"{path}: got a dataset of splits ({splits}), wanted the folder of one of them")
         files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file())
     with _silent_datasets():
-        tables = [_read_arrow(file) if file.is_dir() or file.suffix not in (".jsonl", ".json") else
-                  _read_json(file, vocab_size) for file in files]
+        tables = [
+            _read_arrow(file) if file.is_dir() or file.suffix not in (".jsonl", ".json") else _read_json(file, vocab_size)
+            for file in files
+        ]
     if not any(len(table.rows) for table in tables):
         raise DataError(f"{path}: {'no rows' if files else 'no .jsonl or .parquet file in it'}; {_WANTED}")
     return tables
@@ -159,6 +175,7 @@ def _read(path: Path, vocab_size: int) -> list[_Table]:
 
 def _read_arrow(path: Path) -> _Table:
     from datasets import Dataset, load_from_disk
+
     try:
         if path.is_dir():
             rows = load_from_disk(str(path.resolve()), keep_in_memory=True).with_format(None)
@@ -169,7 +186,7 @@ def _read_arrow(path: Path) -> _Table:
             raise DataError(f"{path}: got a file of unknown kind; {_WANTED}")
     except DataError:
         raise
-    except Exception as error:      # of many types: from datasets, pyarrow and the file system
+    except Exception as error:  # of many types: from datasets, pyarrow and the file system
         raise DataError(f"{path}: not readable ({error.__cause__ or error}); {_WANTED}") from error
     columns = [column for column in rows.column_names if column in FORMS]
     if not columns:
@@ -180,8 +197,12 @@ def _read_arrow(path: Path) -> _Table:
 
 def _read_json(path: Path, vocab_size: int) -> _Table:
     from datasets import Dataset, Features, Value
-    types = {"token_ids": [Value("int64")], "messages": [{"role": Value("string"), "content": Value("string")}],
-             "text": Value("string")}
+
+    types = {
+        "token_ids": [Value("int64")],
+        "messages": [{"role": Value("string"), "content": Value("string")}],
+        "text": Value("string"),
+    }
     columns: dict[str, list[Any]] = {form: [] for form in FORMS}
     numbers: list[int] = []
     try:
@@ -226,9 +247,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)       # without json's own line number, which is within this line
-                raise DataError(f"{path}: line {number}: not valid JSON ({reason}): got "
-                                f"{short(line.decode(errors='replace').strip())}, wanted one object per line") from None
+                reason = getattr(error, "msg", error)  # without json's own line number, which is within this line
+                raise DataError(
+                    f"{path}: line {number}: not valid JSON ({reason}): got "
+                    f"{short(line.decode(errors='replace').strip())}, wanted one object per line"
+                ) from None
             yield number, row
 
 
@@ -243,8 +266,9 @@ def _common_form(path: Path, tables: Sequence[_Table]) -> str:
             index = missing.index(True)
             row = table.rows[index]
             got = " and ".join(repr(form) for form in FORMS if row.get(form) is not None) or "nothing"
-            raise DataError(f"{table.place(index)}: got {got}, where other rows have {wanted!r}; "
-                            "wanted the same form in every row")
+            raise DataError(
+                f"{table.place(index)}: got {got}, where other rows have {wanted!r}; wanted the same form in every row"
+            )
     return wanted
 
 
@@ -267,13 +291,16 @@ def _checked(form: str, value: Any, vocab_size: int, place: str) -> Any:
     if form == "token_ids":
         strangers = [token for token in value if type(token) is not int or not 0 <= token < vocab_size]
         if strangers:
-            raise DataError(f"{place}: token_ids: got {short(strangers[0])}, wanted integers from 0 to "
-                            f"{vocab_size - 1}, the model's vocabulary")
+            raise DataError(
+                f"{place}: token_ids: got {short(strangers[0])}, wanted integers from 0 to "
+                f"{vocab_size - 1}, the model's vocabulary"
+            )
         return value
     for index, message in enumerate(value):
         if not isinstance(message, dict) or not all(_is_text(message.get(key)) for key in ("role", "content")):
-            raise DataError(f"{place}: messages[{index}]: got {short(message)}, "
-                            "wanted {'role': ..., 'content': ...}, both strings")
+            raise DataError(
+                f"{place}: messages[{index}]: got {short(message)}, wanted {{'role': ..., 'content': ...}}, both strings"
+            )
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
@@ -297,9 +324,11 @@ def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], d
             found.append(f"{place.removeprefix(f'{path}: ')}: {name}")
     if found:
         more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
-        raise DataError(f"{path}: {len(found)} of {len(rows)} rows hold a benchmark problem "
-                        f"({'; '.join(found[:_NAMED])}{more}); scores measured after calibrating on them would "
-                        "flatter. Remove these rows, or set allow_benchmark_overlap")
+        raise DataError(
+            f"{path}: {len(found)} of {len(rows)} rows hold a benchmark problem "
+            f"({'; '.join(found[:_NAMED])}{more}); scores measured after calibrating on them would "
+            "flatter. Remove these rows, or set allow_benchmark_overlap"
+        )
 
 
 def _encode(form: str, value: Any, tokenizer: TextEncoder | None, vocab_size: int, place: str) -> NDArray[np.int32]:
@@ -308,13 +337,18 @@ def _encode(form: str, value: Any, tokenizer: TextEncoder | None, vocab_size: in
     else:
         assert tokenizer is not None
         with _placed(place):
-            ids = (tokenizer.encode(value) if form == "text" else
-                   tokenizer.encode_chat(value, mode="slow_think", add_generation_prompt=False))
+            ids = (
+                tokenizer.encode(value)
+                if form == "text"
+                else tokenizer.encode_chat(value, mode="slow_think", add_generation_prompt=False)
+            )
     if len(ids) < SHORTEST:
         raise DataError(f"{place}: got {len(ids)} token{'s' * (len(ids) != 1)}, wanted {SHORTEST} or more")
     if max(ids) >= vocab_size:
-        raise DataError(f"{place}: the tokenizer gives id {max(ids)}, the model's ids end at {vocab_size - 1}; "
-                        "is tokenizer.model from another checkpoint?")
+        raise DataError(
+            f"{place}: the tokenizer gives id {max(ids)}, the model's ids end at {vocab_size - 1}; "
+            "is tokenizer.model from another checkpoint?"
+        )
     array = np.array(ids, np.int32)
     array.flags.writeable = False
     return array
@@ -331,13 +365,14 @@ def _sha256(sequences: Sequence[NDArray[np.int32]]) -> str:
 def _placed(place: str) -> Iterator[None]:
     try:
         yield
-    except RequestError as error:       # the tokenizer refuses this row
+    except RequestError as error:  # the tokenizer refuses this row
         raise DataError(f"{place}: {error}") from None
 
 
 @contextmanager
 def _silent_datasets() -> Iterator[None]:
     import datasets
+
     bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

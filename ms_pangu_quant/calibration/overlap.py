@@ -11,6 +11,7 @@ A run that is only a part of a text must hold four different real words, or ever
 Not found: paraphrases, translations, renamed variables, and bodies under 13 words without their `def` line
 (`return x + y` is HumanEval/53 and also half of all Python).
 """
+
 from __future__ import annotations
 
 import gzip
@@ -46,7 +47,7 @@ def find_benchmark(text: str) -> str | None:
     words = _words(text)
     for start, head in enumerate(zip(*(words[offset:] for offset in range(index.head)), strict=False)):
         for length in index.heads.get(head, ()):
-            name = index.runs.get(tuple(words[start:start + length]))
+            name = index.runs.get(tuple(words[start : start + length]))
             if name is not None:
                 return name
     return None
@@ -75,7 +76,7 @@ def _runs(words: list[str], longest: int) -> Iterator[tuple[str, ...]]:
         return
     real = {word for word in words if len(word) > 1 and word.isalpha()}
     for start in range(len(words) - longest + 1):
-        run = words[start:start + longest]
+        run = words[start : start + longest]
         if len(real.intersection(run)) >= REAL_WORDS:
             yield tuple(run)
 
@@ -93,7 +94,7 @@ def _texts() -> Iterator[tuple[str, str, int]]:
         task = f"MBPP/{problem['task_id']}"
         yield f"{task} prompt", problem.get("text") or problem["prompt"], PROMPT_RUN
         signature, newline, body = problem["code"].partition("\n")
-        while newline and "def " not in signature:      # imports, constants and classes may stand before the function
+        while newline and "def " not in signature:  # imports, constants and classes may stand before the function
             line, newline, body = body.partition("\n")
             signature += "\n" + line
         yield from _solution(task, signature, body)

@@ -3,6 +3,7 @@
 A monoid: statistics of two batches merge into the statistics of both, in any order and grouping, so batches, processes
 and machines combine. Scaling is exact: the statistics of x / s follow from those of x, without seeing x again.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -33,8 +34,10 @@ class InputStats:
         absmax = np.abs(x).max(axis=0, initial=0.0)
         if not np.isfinite(absmax).all():
             channels = np.flatnonzero(~np.isfinite(absmax))
-            raise DataError(f"{where}: {channels.size} of {absmax.size} channels are NaN or infinite (first: "
-                            f"{channels[0]}); the checkpoint overflows on this calibration data")
+            raise DataError(
+                f"{where}: {channels.size} of {absmax.size} channels are NaN or infinite (first: "
+                f"{channels[0]}); the checkpoint overflows on this calibration data"
+            )
         return cls(len(x), absmax.astype(np.float32), (x.T @ x).astype(np.float64) if gram else None)
 
     def merge(self, other: InputStats) -> InputStats:

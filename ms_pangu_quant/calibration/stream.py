@@ -6,6 +6,7 @@ inputs of the linear layers must come out. A quantized block runs with the codes
 float32 values: its inputs are rounded to their grid and its weights are dequantized, so the products are those of the
 integer layers up to float32 rounding, in the memory and at the speed of the float block.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from ms_pangu_quant.network.batch import blocks_for, packed_inputs
 from ms_pangu_quant.network.pangu import build_network
 
 BLOCK_SIZE = 16
-_LARGEST_TEMPORARY = 1 << 25        # bytes; MindSpore keeps many at once
+_LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class BlockCell(nn.Cell):
     """
 
     def __init__(self, network, rounding: tuple[str, ...]) -> None:
-        super().__init__(auto_prefix=False)     # parameters keep the names the network loads them by
+        super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
@@ -70,21 +71,39 @@ class BlockCell(nn.Cell):
             return codes * ops.tile(scale, (1, x.shape[-1]))
         return ops.clamp(ops.Rint()(x * factors[place]), -128.0, 127.0) / factors[place]
 
-    def construct(self, hidden, factors, positions, batch_valid_length, context_lens_tensor, q_seq_lens, block_tables,
-                  slot_mapping, attention_mask):
+    def construct(
+        self,
+        hidden,
+        factors,
+        positions,
+        batch_valid_length,
+        context_lens_tensor,
+        q_seq_lens,
+        block_tables,
+        slot_mapping,
+        attention_mask,
+    ):
         attention, mlp = self.layer.self_attention, self.layer.mlp
         cos, sin = self.rope.get_cos_sin_for_decode(positions)
         attention_input = self.layer.input_layernorm(hidden)
         query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, factors))
         query, key = attention.rotary_emb(query, key, cos, sin, batch_valid_length)
         attention_output = attention.core_attention(
-            query=query, key=key, value=value, slot_mapping=slot_mapping, block_tables=block_tables,
-            batch_valid_length=batch_valid_length, context_lens_tensor=context_lens_tensor, q_seq_lens=q_seq_lens,
-            attn_mask=attention_mask)
+            query=query,
+            key=key,
+            value=value,
+            slot_mapping=slot_mapping,
+            block_tables=block_tables,
+            batch_valid_length=batch_valid_length,
+            context_lens_tensor=context_lens_tensor,
+            q_seq_lens=q_seq_lens,
+            attn_mask=attention_mask,
+        )
         residual = hidden + attention.linear_proj(self._round(attention_output, 1, factors))
         mlp_input = self.layer.pre_mlp_layernorm(residual)
-        gate, up = ops.function.array_func.split_ext(mlp.linear_fc1(self._round(mlp_input, 2, factors)),
-                                                     (self.inner, self.inner), -1)
+        gate, up = ops.function.array_func.split_ext(
+            mlp.linear_fc1(self._round(mlp_input, 2, factors)), (self.inner, self.inner), -1
+        )
         mlp_hidden = up * mlp.activation_func(gate)
         output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, factors))
         return output, attention_input, attention_output, mlp_input, mlp_hidden
@@ -97,13 +116,15 @@ class BlockRunner:
         self._config = config
         self._max_tokens = self._batch_tokens()
         probe = Hidden(np.empty((0, 0), np.float32), lengths)
-        self._blocks = max(sum(blocks_for(length, BLOCK_SIZE) for length in batch)
-                           for _, batch in probe.batches(self._max_tokens))
+        self._blocks = max(
+            sum(blocks_for(length, BLOCK_SIZE) for length in batch) for _, batch in probe.batches(self._max_tokens)
+        )
         self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
         self._cells: dict[tuple[str, ...], BlockCell] = {}
 
-    def observe(self, block: Block, hidden: Hidden, *, gram: bool,
-                where: str) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
+    def observe(
+        self, block: Block, hidden: Hidden, *, gram: bool, where: str
+    ) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
         """Float outputs [tokens, hidden] of the block and the statistics of its linear layers' inputs."""
         stats: dict[str, InputStats] = {}
         output = np.empty_like(hidden.states)
@@ -121,11 +142,13 @@ class BlockRunner:
             output[rows] = states.asnumpy()
         return Hidden(output, hidden.lengths)
 
-    def _run(self, block: Block, linears: Mapping[str, QuantizedLinear],
-             hidden: Hidden) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    def _run(
+        self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         readers = [linears.get(layout.sites_reading(name)[0].name) for name in layout.INPUT_NAMES]
-        cell = self._cell(tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static"
-                                for linear in readers))
+        cell = self._cell(
+            tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers)
+        )
         factors = Tensor(np.array([linear.input_scale or 1.0 if linear else 1.0 for linear in readers], np.float32))
         self._network.load_tensors(_float_tensors(block, linears))
         for rows, lengths in hidden.batches(self._max_tokens):
@@ -141,16 +164,26 @@ class BlockRunner:
             if runtime.mode() == "graph":
                 vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
                 mask_shape, mask_dtype = self._network.backend.dynamic_mask
-                cell.set_inputs(Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
-                                Tensor(shape=[len(rounding)], dtype=ms.float32), vector, vector, vector, vector, table,
-                                vector, Tensor(shape=mask_shape, dtype=mask_dtype))
+                cell.set_inputs(
+                    Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
+                    Tensor(shape=[len(rounding)], dtype=ms.float32),
+                    vector,
+                    vector,
+                    vector,
+                    vector,
+                    table,
+                    vector,
+                    Tensor(shape=mask_shape, dtype=mask_dtype),
+                )
             self._cells[rounding] = cell
         return self._cells[rounding]
 
     def _batch_tokens(self) -> int:
         """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""
-        widest = max(2 * self._config.intermediate_size,
-                     (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim)
+        widest = max(
+            2 * self._config.intermediate_size,
+            (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
+        )
         return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
 
 

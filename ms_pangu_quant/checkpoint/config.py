@@ -4,6 +4,7 @@ Both families are the same network: pre-norm RMSNorm, SwiGLU, rotate-half rope, 
 the attention biases `bias`, Llama `attention_bias`. Anything that would change the graph (rope scaling, experts, sliding
 windows, attention sinks, a vision tower) is refused by name rather than loaded wrongly.
 """
+
 from __future__ import annotations
 
 import json
@@ -61,7 +62,9 @@ class ModelConfig:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path.parent}: no config.json here; wanted a Hugging Face checkpoint directory") from None
+            raise CheckpointError(
+                f"{path.parent}: no config.json here; wanted a Hugging Face checkpoint directory"
+            ) from None
         except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
         if not isinstance(raw, dict):
@@ -76,12 +79,14 @@ class ModelConfig:
         kv_heads = _count(raw, "num_key_value_heads", where, default=heads)
         hidden = _count(raw, "hidden_size", where)
         if raw.get("head_dim") is None and hidden % heads:
-            raise CheckpointError(f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, "
-                                  "and head_dim is not given")
+            raise CheckpointError(
+                f"{where}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and head_dim is not given"
+            )
         head_dim = _count(raw, "head_dim", where, default=hidden // heads)
         if heads % kv_heads:
-            raise CheckpointError(f"{where}: num_attention_heads {heads} is not a multiple of "
-                                  f"num_key_value_heads {kv_heads}")
+            raise CheckpointError(
+                f"{where}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+            )
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim is {head_dim}, wanted an even number (rope rotates halves)")
         is_llama = raw["model_type"] == "llama"
@@ -113,8 +118,10 @@ def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:
         if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
         if value:
-            raise CheckpointError(f"{where}: {key!r} marks {variant}; only openPangu-Embedded-1B/-7B and plain Llama "
-                                  "checkpoints have the graph built here")
+            raise CheckpointError(
+                f"{where}: {key!r} marks {variant}; only openPangu-Embedded-1B/-7B and plain Llama "
+                "checkpoints have the graph built here"
+            )
     model_type = raw.get("model_type")
     if model_type not in _SUPPORTED:
         raise CheckpointError(f"{where}: model_type is {model_type!r}, wanted one of {', '.join(map(repr, _SUPPORTED))}")

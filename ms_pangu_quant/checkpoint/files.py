@@ -5,6 +5,7 @@ the data is then read with plain file reads, because a memory map would count th
 Writing: tensors are streamed into a temporary file that is renamed when it is complete, so a name in the directory is
 always a whole file.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -26,9 +27,16 @@ from ms_pangu_quant.errors import CheckpointError, OutputError
 INDEX_FILE = "model.safetensors.index.json"
 _CHUNK = 16 << 20
 _DTYPES: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
@@ -89,8 +97,10 @@ class TensorFiles:
             self.files = sorted({directory / name for name in weight_map.values()})
             for file in self.files:
                 if not file.is_file():
-                    raise CheckpointError(f"{index_path}: names {file.name}, which is not in the directory; "
-                                          "download it, or use the index that belongs to these files")
+                    raise CheckpointError(
+                        f"{index_path}: names {file.name}, which is not in the directory; "
+                        "download it, or use the index that belongs to these files"
+                    )
         else:
             self.files = sorted(directory.glob("*.safetensors"))
         if not self.files:
@@ -114,7 +124,7 @@ class TensorFiles:
         raw = self.entries[name].read(start, stop)
         if raw.dtype == np.float32:
             return raw
-        if raw.dtype == ml_dtypes.bfloat16:     # a bfloat16 is the upper half of a float32
+        if raw.dtype == ml_dtypes.bfloat16:  # a bfloat16 is the upper half of a float32
             wide = raw.view(np.uint16).astype(np.uint32)
             wide <<= 16
             return wide.view(np.float32)
@@ -139,21 +149,31 @@ class TensorFiles:
         for name, shape in expected.items():
             entry = self.entries.get(name)
             if entry is None:
-                hint = ("; this layer's bias is part of the model, a checkpoint without it is another one"
-                        if name.endswith("o_proj.bias") else "")
-                raise CheckpointError(f"{self.directory}: {name} is missing; {config.name} implies a tensor of shape "
-                                      f"{list(shape)}{hint}")
+                hint = (
+                    "; this layer's bias is part of the model, a checkpoint without it is another one"
+                    if name.endswith("o_proj.bias")
+                    else ""
+                )
+                raise CheckpointError(
+                    f"{self.directory}: {name} is missing; {config.name} implies a tensor of shape {list(shape)}{hint}"
+                )
             if entry.shape != shape:
-                raise CheckpointError(f"{entry.file}: {name}: got {list(entry.shape)}, {config.name} implies "
-                                      f"{list(shape)}; is config.json from another checkpoint?")
+                raise CheckpointError(
+                    f"{entry.file}: {name}: got {list(entry.shape)}, {config.name} implies "
+                    f"{list(shape)}; is config.json from another checkpoint?"
+                )
             if entry.dtype.kind in "iub":
-                raise CheckpointError(f"{entry.file}: {name}: got {entry.dtype}, wanted a floating-point tensor; "
-                                      "is this checkpoint quantized already?")
+                raise CheckpointError(
+                    f"{entry.file}: {name}: got {entry.dtype}, wanted a floating-point tensor; "
+                    "is this checkpoint quantized already?"
+                )
         extra = sorted(set(self.entries) - set(expected) - set(optional))
         if extra:
             more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-            raise CheckpointError(f"{self.entries[extra[0]].file}: {extra[0]}{more}: not a tensor of the model that "
-                                  f"{config.name} describes; is config.json from another checkpoint?")
+            raise CheckpointError(
+                f"{self.entries[extra[0]].file}: {extra[0]}{more}: not a tensor of the model that "
+                f"{config.name} describes; is config.json from another checkpoint?"
+            )
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -182,7 +202,7 @@ def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str
 
 def _read_header(file: Path) -> dict[str, TensorEntry]:
     try:
-        with safe_open(file, framework="np"):       # validates; the data is not touched
+        with safe_open(file, framework="np"):  # validates; the data is not touched
             pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
@@ -214,8 +234,11 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
     header: dict[str, Any] = {"__metadata__": {"format": "np"}}
     offset = 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + tensor.nbytes]}
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
         offset += tensor.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
@@ -246,10 +269,12 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> Writte
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):         # the disk may have become read-only
+        with suppress(OSError):  # the disk may have become read-only
             temporary.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot write ({error.strerror or error}); free space or choose another --output, "
-                          "then run again with --resume") from None
+        raise OutputError(
+            f"{path}: cannot write ({error.strerror or error}); free space or choose another --output, "
+            "then run again with --resume"
+        ) from None
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

@@ -2,6 +2,7 @@
 
 Every other module that needs a tensor's name, shape or neighbour asks here; nothing else spells "self_attn.q_proj".
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
 """Reads a float checkpoint one decoder block at a time; the whole of it is never in memory."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -58,8 +59,9 @@ class CheckpointReader:
 
     def block(self, index: int) -> Block:
         prefix = layout.block_prefix(index)
-        return Block(self.config, {name: self.files.read_float32(prefix + name)
-                                   for name in layout.block_shapes(self.config)})
+        return Block(
+            self.config, {name: self.files.read_float32(prefix + name) for name in layout.block_shapes(self.config)}
+        )
 
     def blocks(self) -> Iterator[Block]:
         for index in range(self.config.num_hidden_layers):
@@ -75,5 +77,8 @@ def embedding_rows(files: TensorFiles, token_ids: NDArray[np.int32]) -> NDArray[
 
 
 def is_quantized(directory: Path, config: ModelConfig) -> bool:
-    return ((directory / QUANTIZATION_FILE).exists() or (directory / "quant_model_description.json").exists()
-            or bool(config.raw.get("quantization_config")))
+    return (
+        (directory / QUANTIZATION_FILE).exists()
+        or (directory / "quant_model_description.json").exists()
+        or bool(config.raw.get("quantization_config"))
+    )

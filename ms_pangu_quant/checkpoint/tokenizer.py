@@ -34,7 +34,7 @@ THINKING_MODES = ("slow_think", "auto_think", "no_think")
 
 _SUFFIXES = ("", " /auto_think", " /no_think")
 _ROLES = ("system", "user", "assistant", "tool", "function")
-_MAX_TEMPLATE, _MAX_RENDERED = 64 << 10, 4 << 20     # characters
+_MAX_TEMPLATE, _MAX_RENDERED = 64 << 10, 4 << 20  # characters
 _OPENPANGU_TEMPLATE = (
     "{% set label = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具', 'function': '方法'} %}"
     "{% for message in messages %}"
@@ -49,9 +49,9 @@ _OPENPANGU_TEMPLATE = (
 class Thought:
     """Generated ids, without the markers and eos."""
 
-    thought: tuple[int, ...] | None     # None: there was none
+    thought: tuple[int, ...] | None  # None: there was none
     answer: tuple[int, ...]
-    closed: bool                        # False only if generation stopped inside the thought; the answer is empty then
+    closed: bool  # False only if generation stopped inside the thought; the answer is empty then
 
 
 class Tokenizer:
@@ -65,16 +65,20 @@ class Tokenizer:
         config, model = _read_json(where, required=True), _read_json(directory / "config.json")
         limit = model["vocab_size"] if isinstance(model.get("vocab_size"), int) else 2**31
         if (count := pieces.GetPieceSize()) > limit:
-            raise CheckpointError(f"{directory / 'tokenizer.model'}: got {count} pieces, config.json's vocab_size is "
-                                  f"{limit}; is the tokenizer from another checkpoint?")
+            raise CheckpointError(
+                f"{directory / 'tokenizer.model'}: got {count} pieces, config.json's vocab_size is "
+                f"{limit}; is the tokenizer from another checkpoint?"
+            )
         added = _added_tokens(directory, config, limit)
         self._named = named = _named_tokens(directory, config, model, added, pieces)
         if "eos_token" not in named:
-            raise CheckpointError(f"{where}: names no eos_token, and config.json no eos_token_id, so that generation "
-                                  "would never stop; take both files from the original checkpoint")
+            raise CheckpointError(
+                f"{where}: names no eos_token, and config.json no eos_token_id, so that generation "
+                "would never stop; take both files from the original checkpoint"
+            )
         self._texts = {i: pieces.IdToPiece(i) for i in named.values() if i < count}
         self._texts |= {token_id: text for text, token_id in added.items()}
-        self._added = {text: token_id for token_id, text in self._texts.items()}    # all that sentencepiece never sees
+        self._added = {text: token_id for token_id, text in self._texts.items()}  # all that sentencepiece never sees
         self._splitter = re.compile("(" + "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) + ")")
         self.vocab_size: int = max(count, 1 + max(self._texts))
         self.eos_id, self.bos_id, self.pad_id = named["eos_token"], named.get("bos_token"), named.get("pad_token")
@@ -122,8 +126,9 @@ class Tokenizer:
         for token_id in map(int, ids):
             text = self._texts.get(token_id)
             if text is None and not 0 <= token_id < self._pieces.GetPieceSize():
-                raise RequestError(f"no token of {self._where.parent} has the id {token_id}; wanted 0 to "
-                                   f"{self.vocab_size - 1}")
+                raise RequestError(
+                    f"no token of {self._where.parent} has the id {token_id}; wanted 0 to {self.vocab_size - 1}"
+                )
             if text is None and not self._pieces.IsControl(token_id):
                 run.append(token_id)
             elif token_id not in skipped:
@@ -153,9 +158,11 @@ class Tokenizer:
                     raise TemplateError(f"more than {_MAX_RENDERED} characters of output")
         except RequestError:
             raise
-        except Exception as error:      # a template can fail in any way
-            raise CheckpointError(f"{self._where.parent}: chat_template fails, {type(error).__name__}: {error}; take "
-                                  "the original checkpoint's, or none for the openPangu format") from None
+        except Exception as error:  # a template can fail in any way
+            raise CheckpointError(
+                f"{self._where.parent}: chat_template fails, {type(error).__name__}: {error}; take "
+                "the original checkpoint's, or none for the openPangu format"
+            ) from None
         prompt = "".join(rendered)
         for index, message in enumerate(chat):
             if message["content"].strip() not in prompt:
@@ -189,7 +196,7 @@ def _index(ids: tuple[int, ...], wanted: int | None, default: int) -> int:
 
 
 def _find(text: str, added: Mapping[str, int], pieces: SentencePieceProcessor) -> int | None:
-    piece_id = pieces.PieceToId(text)      # unk for what it does not know
+    piece_id = pieces.PieceToId(text)  # unk for what it does not know
     return added.get(text, piece_id if pieces.IdToPiece(piece_id) == text else None)
 
 
@@ -203,7 +210,7 @@ def _read(path: Path, todo: str = "copy it from the original checkpoint") -> byt
 def _read_pieces(path: Path) -> SentencePieceProcessor:
     proto = _read(path, "only tokenizers made with sentencepiece are supported (a tokenizer.json alone is not)")
     with suppress(RuntimeError, OSError):
-        if proto:       # an empty file loads, as a model without pieces
+        if proto:  # an empty file loads, as a model without pieces
             return SentencePieceProcessor(model_proto=proto)
     todo = "run git lfs pull" if proto.startswith(b"version https://git-lfs") else "download it again"
     raise CheckpointError(f"{path}: these {len(proto)} bytes are not a sentencepiece model; {todo}")
@@ -235,8 +242,10 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], limit: int) -> dic
         token_id = _id(value, f"{path}: added token {text!r}", limit)
         if added.setdefault(text, token_id) != token_id or texts.setdefault(token_id, text) != text:
             other = texts.get(token_id, text)
-            raise CheckpointError(f"{path}: added token {text!r} with id {token_id} clashes with {other!r} with id "
-                                  f"{added[other]}; keep the right one")
+            raise CheckpointError(
+                f"{path}: added token {text!r} with id {token_id} clashes with {other!r} with id "
+                f"{added[other]}; keep the right one"
+            )
     return added
 
 
@@ -258,8 +267,13 @@ def _id(value: Any, what: str, limit: int) -> int:
     return token_id
 
 
-def _named_tokens(directory: Path, config: Mapping[str, Any], model: dict[str, Any], added: Mapping[str, int],
-                  pieces: SentencePieceProcessor) -> dict[str, int]:
+def _named_tokens(
+    directory: Path,
+    config: Mapping[str, Any],
+    model: dict[str, Any],
+    added: Mapping[str, int],
+    pieces: SentencePieceProcessor,
+) -> dict[str, int]:
     """Ids of bos_token, eos_token, pad_token, unk_token: as the tokenizer's files say, else the two configs' ids."""
     where = directory / "tokenizer_config.json"
     texts = _read_json(directory / "special_tokens_map.json")
@@ -271,12 +285,14 @@ def _named_tokens(directory: Path, config: Mapping[str, Any], model: dict[str, A
         if (token := config.get(name) or texts.get(name)) is not None:
             text = _content(token, where)
             if (found := _find(text, added, pieces)) is None:
-                raise CheckpointError(f"{where}: {name} {text!r} is neither an added token nor a piece of tokenizer."
-                                      "model; list it in added_tokens_decoder with its id")
+                raise CheckpointError(
+                    f"{where}: {name} {text!r} is neither an added token nor a piece of tokenizer."
+                    "model; list it in added_tokens_decoder with its id"
+                )
             named[name] = found
         elif isinstance(value, int) and value in added.values():
             named[name] = value
-        elif value not in (None, -1):   # old Llama configs have pad_token_id -1
+        elif value not in (None, -1):  # old Llama configs have pad_token_id -1
             named[name] = _id(value, f"{directory / 'config.json'}: {name}_id", pieces.GetPieceSize())
     return named
 
@@ -299,7 +315,7 @@ def _compile(template: Any, where: Path) -> Template:
         raise CheckpointError(f"{where}: chat_template is not a string of at most {_MAX_TEMPLATE} characters")
     sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.globals["raise_exception"] = _raise_exception
-    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)    # jinja's own would escape < and >
+    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own would escape < and >
     try:
         return sandbox.from_string(template)
     except (TemplateError, RecursionError) as error:

@@ -4,6 +4,7 @@ While a run is under way the directory holds one file for each finished block an
 hashes; config.json and the index, without which no loader accepts the directory, are written last. The journal carries a
 fingerprint of everything the result depends on, and a run with another fingerprint is refused.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -22,8 +23,15 @@ from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorEntry, write_json,
 from ms_pangu_quant.errors import OutputError
 
 JOURNAL = ".quantize_journal.json"
-CARRIED_OVER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                "tokenizer.json", "chat_template.jinja", "generation_config.json")
+CARRIED_OVER = (
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 
 
 class QuantizedWriter:
@@ -46,13 +54,15 @@ class QuantizedWriter:
             self._begin(resume)
         except BlockingIOError:
             os.close(self._lock)
-            raise OutputError(f"{output}: another process is writing here; wait for it, or choose another --output") from None
+            raise OutputError(
+                f"{output}: another process is writing here; wait for it, or choose another --output"
+            ) from None
         except BaseException:
             self.close()
             raise
 
     def _begin(self, resume: bool) -> None:
-        for leftover in self.output.glob(".*.partial"):     # of a run that was killed while writing
+        for leftover in self.output.glob(".*.partial"):  # of a run that was killed while writing
             leftover.unlink()
         journal = self.output / JOURNAL
         if not journal.exists():
@@ -64,19 +74,26 @@ class QuantizedWriter:
             self._save()
             return
         if not resume:
-            raise OutputError(f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output")
+            raise OutputError(
+                f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output"
+            )
         try:
             state = json.loads(journal.read_text(encoding="utf-8"))
             fingerprint = dict(state["fingerprint"])
-            records = [{key: record[key] for key in ("file", "sha256", "nbytes", "tensors", "report")}
-                       for record in state["blocks"]]
+            records = [
+                {key: record[key] for key in ("file", "sha256", "nbytes", "tensors", "report")}
+                for record in state["blocks"]
+            ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{journal}: damaged ({error}); delete {self.output} and start again") from None
-        changed = sorted(key for key in {*fingerprint, *self._fingerprint}
-                         if fingerprint.get(key) != self._fingerprint.get(key))
+        changed = sorted(
+            key for key in {*fingerprint, *self._fingerprint} if fingerprint.get(key) != self._fingerprint.get(key)
+        )
         if changed:
-            raise OutputError(f"{self.output}: was begun with another {', '.join(changed)}; a run can be resumed only with "
-                              "what it was begun with: choose another --output")
+            raise OutputError(
+                f"{self.output}: was begun with another {', '.join(changed)}; a run can be resumed only with "
+                "what it was begun with: choose another --output"
+            )
         self._records = self._intact(records)
         self._save()
 
@@ -104,8 +121,15 @@ class QuantizedWriter:
         """Write the next block's tensors; when this returns, a resumed run will not do it again."""
         name = self._file_name(self.finished)
         written = write_safetensors(self.output / name, tensors)
-        self._records.append({"file": name, "sha256": written.sha256, "nbytes": written.nbytes,
-                              "tensors": list(tensors), "report": dict(report)})
+        self._records.append(
+            {
+                "file": name,
+                "sha256": written.sha256,
+                "nbytes": written.nbytes,
+                "tensors": list(tensors),
+                "report": dict(report),
+            }
+        )
         self._save()
 
     def finish(self, outer: Mapping[str, TensorEntry], source: Path, json_files: Mapping[str, Any]) -> int:

@@ -13,6 +13,7 @@ safetensors with Hugging Face names, and config.json whose quantization_config h
 weight_scale and input_scale are bfloat16 tensors when every value is one: MindFormers' parameters have the network's dtype,
 and its loaders widen but never narrow.
 """
+
 from __future__ import annotations
 
 import json
@@ -57,9 +58,13 @@ def encode(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
         raise ValueError("a static layer needs the scale of its input")
     outputs, inputs = codes.shape
     factor = np.float32(linear.input_scale)
-    return {"weight": codes, "deq_scale": scale[:, 0] / factor,
-            "input_scale": _narrow(np.full(inputs, factor, np.float32)),
-            "input_offset": np.zeros(inputs, np.int8), "quant_bias": np.zeros(outputs, np.int32)}
+    return {
+        "weight": codes,
+        "deq_scale": scale[:, 0] / factor,
+        "input_scale": _narrow(np.full(inputs, factor, np.float32)),
+        "input_offset": np.zeros(inputs, np.int8),
+        "quant_bias": np.zeros(outputs, np.int32),
+    }
 
 
 def decode(kind: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
@@ -73,7 +78,7 @@ def decode(kind: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
     deq_scale = tensors["deq_scale"].astype(np.float32)
     factor = np.float32(tensors["input_scale"][0])
     scale = deq_scale * factor
-    narrow = scale.astype(ml_dtypes.bfloat16).astype(np.float32)     # deq_scale was rounded: find the scale it came from
+    narrow = scale.astype(ml_dtypes.bfloat16).astype(np.float32)  # deq_scale was rounded: find the scale it came from
     scale = np.where(narrow / factor == deq_scale, narrow, scale)[:, None]
     return QuantizedLinear(kind, QuantizedWeight(tensors["weight"], scale), float(factor))
 
@@ -85,8 +90,13 @@ def stored_shapes(kind: str, outputs: int, inputs: int, group_size: int) -> dict
         return {"weight": ((inputs, outputs // 2), "int8"), "weight_scale": ((groups, outputs), "f")}
     if kind == "W8A8_DYNAMIC":
         return {"weight": ((outputs, inputs), "int8"), "weight_scale": ((outputs,), "f")}
-    return {"weight": ((outputs, inputs), "int8"), "deq_scale": ((outputs,), "f"), "input_scale": ((inputs,), "f"),
-            "input_offset": ((inputs,), "int8"), "quant_bias": ((outputs,), "int32")}
+    return {
+        "weight": ((outputs, inputs), "int8"),
+        "deq_scale": ((outputs,), "f"),
+        "input_scale": ((inputs,), "f"),
+        "input_offset": ((inputs,), "int8"),
+        "quant_bias": ((outputs,), "int32"),
+    }
 
 
 def runtime_tensors(linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
@@ -102,10 +112,17 @@ def output_config(config: ModelConfig, group_size: int) -> dict[str, Any]:
     raw = dict(config.raw)
     for key in ("auto_map", "attention_bias", "mlp_bias"):
         raw.pop(key, None)
-    raw.update(architectures=["PanguEmbeddedForCausalLM"], model_type="PanguEmbedded", bias=config.attention_bias,
-               head_dim=config.head_dim, rope_theta=config.rope_theta, rms_norm_eps=config.rms_norm_eps,
-               num_key_value_heads=config.num_key_value_heads, tie_word_embeddings=config.tie_word_embeddings,
-               quantization_config={"quant_method": "golden-stick", "group_size": group_size})
+    raw.update(
+        architectures=["PanguEmbeddedForCausalLM"],
+        model_type="PanguEmbedded",
+        bias=config.attention_bias,
+        head_dim=config.head_dim,
+        rope_theta=config.rope_theta,
+        rms_norm_eps=config.rms_norm_eps,
+        num_key_value_heads=config.num_key_value_heads,
+        tie_word_embeddings=config.tie_word_embeddings,
+        quantization_config={"quant_method": "golden-stick", "group_size": group_size},
+    )
     return raw
 
 
@@ -122,25 +139,33 @@ class QuantizedReader:
         self.config = ModelConfig.from_file(directory / "config.json")
         settings = self.config.raw.get("quantization_config")
         if not isinstance(settings, Mapping) or settings.get("quant_method") != "golden-stick":
-            raise CheckpointError(f"{directory / 'config.json'}: quantization_config is {settings!r}, wanted "
-                                  "quant_method 'golden-stick'; other quantized formats are not read here")
+            raise CheckpointError(
+                f"{directory / 'config.json'}: quantization_config is {settings!r}, wanted "
+                "quant_method 'golden-stick'; other quantized formats are not read here"
+            )
         group_size = settings.get("group_size", 0)
         if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
-            raise CheckpointError(f"{directory / 'config.json'}: quantization_config.group_size is {group_size!r}, wanted a "
-                                  "whole number; 0 is one scale per output channel")
+            raise CheckpointError(
+                f"{directory / 'config.json'}: quantization_config.group_size is {group_size!r}, wanted a "
+                "whole number; 0 is one scale per output channel"
+            )
         self.group_size = group_size
         self.description = _read_description(directory / QUANTIZATION_FILE)
         self.files = TensorFiles(directory)
-        self.kinds = {f"{layout.block_prefix(index)}{site.name}.weight": self._kind(index, site)
-                      for index in range(self.config.num_hidden_layers) for site in layout.SITES}
+        self.kinds = {
+            f"{layout.block_prefix(index)}{site.name}.weight": self._kind(index, site)
+            for index in range(self.config.num_hidden_layers)
+            for site in layout.SITES
+        }
         self._check()
 
     def _kind(self, index: int, site: layout.LinearSite) -> str:
         name = f"{layout.block_prefix(index)}{site.name}.weight"
         kind = self.description.get(name)
         if kind not in (*KINDS, FLOAT):
-            raise CheckpointError(f"{self.directory / QUANTIZATION_FILE}: {name} is {kind!r}, wanted one of "
-                                  f"{', '.join((*KINDS, FLOAT))}")
+            raise CheckpointError(
+                f"{self.directory / QUANTIZATION_FILE}: {name} is {kind!r}, wanted one of {', '.join((*KINDS, FLOAT))}"
+            )
         return str(kind)
 
     def _check(self) -> None:
@@ -167,15 +192,17 @@ class QuantizedReader:
             entry = self.files.entries.get(name)
             if entry is None or entry.shape != shape or entry.dtype.name != dtype:
                 found = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
-                raise CheckpointError(f"{self.directory}: {name}: got {found}, {QUANTIZATION_FILE} implies {dtype} "
-                                      f"{list(shape)}")
+                raise CheckpointError(
+                    f"{self.directory}: {name}: got {found}, {QUANTIZATION_FILE} implies {dtype} {list(shape)}"
+                )
 
     def block(self, index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
         return read_block(self.files, self.config, self.kinds, self.group_size, index)
 
 
-def read_block(files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str], group_size: int,
-               index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
+def read_block(
+    files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str], group_size: int, index: int
+) -> tuple[Block, dict[str, QuantizedLinear]]:
     """The float tensors of a stored block, and its quantized layers by site name; `kinds` as in the description."""
     prefix = layout.block_prefix(index)
     linears = {}
@@ -193,7 +220,11 @@ def read_block(files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str]
 
 def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
     """The reader of a directory; whether it is quantized is told by its files, never by its name."""
-    if path.is_dir() and (path / "config.json").exists() and is_quantized(path, ModelConfig.from_file(path / "config.json")):
+    if (
+        path.is_dir()
+        and (path / "config.json").exists()
+        and is_quantized(path, ModelConfig.from_file(path / "config.json"))
+    ):
         return QuantizedReader(path)
     return CheckpointReader(path)
 
@@ -202,7 +233,9 @@ def _check_static(name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
     """Refuse what decode would drop: zero points, a bias inside quant_bias, a scale for each input channel."""
     for key in ("input_offset", "quant_bias"):
         if key in tensors and tensors[key].any():
-            raise CheckpointError(f"{name}.{key}: is not zero; only symmetric activations with a separate bias are read here")
+            raise CheckpointError(
+                f"{name}.{key}: is not zero; only symmetric activations with a separate bias are read here"
+            )
     scale = tensors.get("input_scale")
     if scale is not None and not (scale == scale[0]).all():
         raise CheckpointError(f"{name}.input_scale: differs between channels; wanted one scale for the whole input")
@@ -211,8 +244,11 @@ def _check_static(name: str, tensors: Mapping[str, NDArray[Any]]) -> None:
 def _check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> None:
     """Layers that read the same input round it once, so they need the same scale."""
     for input_name in layout.INPUT_NAMES:
-        scales = {prefix + site.name: linears[site.name].input_scale for site in layout.sites_reading(input_name)
-                  if site.name in linears}
+        scales = {
+            prefix + site.name: linears[site.name].input_scale
+            for site in layout.sites_reading(input_name)
+            if site.name in linears
+        }
         if len(set(scales.values())) > 1:
             listed = ", ".join(f"{name}.input_scale: {scale}" for name, scale in scales.items())
             raise CheckpointError(f"{listed}; these layers read the same input and need the same scale")

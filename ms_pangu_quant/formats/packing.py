@@ -1,4 +1,5 @@
 """int4 codes in bytes. Three layouts exist, and confusing two of them serves noise, so each has a name here."""
+
 from __future__ import annotations
 
 from typing import Any

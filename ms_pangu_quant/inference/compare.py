@@ -4,6 +4,7 @@ Both models are streamed block by block and the vocabulary slice by slice, so tw
 block. Quantized layers run with their codes and scales as float32 values (see calibration.stream), which gives the served
 network's results up to float32 rounding.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -40,8 +41,9 @@ class Comparison:
     ppl_quantized: float
 
 
-def compare(reference: Path, quantized: Path, sequences: Sequence[NDArray[np.int32]],
-            on_block: Callable[[], None] = lambda: None) -> Comparison:
+def compare(
+    reference: Path, quantized: Path, sequences: Sequence[NDArray[np.int32]], on_block: Callable[[], None] = lambda: None
+) -> Comparison:
     """Compare two directories (float or quantized) on token sequences, each [length >= 2].
 
     on_block  called after each of the blocks_to_run() blocks.
@@ -51,19 +53,27 @@ def compare(reference: Path, quantized: Path, sequences: Sequence[NDArray[np.int
     for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
         got, wanted = (getattr(reader.config, key) for reader in reversed(readers))
         if got != wanted:
-            raise CheckpointError(f"{quantized}: {key} is {got}, but {reference} has {wanted}; these are not the same model")
+            raise CheckpointError(
+                f"{quantized}: {key} is {got}, but {reference} has {wanted}; these are not the same model"
+            )
     states = [_final_states(reader, sequences, on_block) for reader in readers]
     targets = np.concatenate([sequence[1:] for sequence in sequences])
     kl, agree, nll = _divergence(readers, states, targets)
     ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
     return Comparison(
-        tokens=len(targets), kl_mean=float(kl.mean()), kl_se=_cluster_error(np.split(kl, ends)),
-        kl_p99=float(np.percentile(kl, 99)), top1_agreement=float(agree.mean()),
-        ppl_reference=float(np.exp(nll[0].mean())), ppl_quantized=float(np.exp(nll[1].mean())))
+        tokens=len(targets),
+        kl_mean=float(kl.mean()),
+        kl_se=_cluster_error(np.split(kl, ends)),
+        kl_p99=float(np.percentile(kl, 99)),
+        top1_agreement=float(agree.mean()),
+        ppl_reference=float(np.exp(nll[0].mean())),
+        ppl_quantized=float(np.exp(nll[1].mean())),
+    )
 
 
-def _final_states(reader: CheckpointReader | QuantizedReader, sequences: Sequence[NDArray[np.int32]],
-                  on_block: Callable[[], None]) -> NDArray[np.float32]:
+def _final_states(
+    reader: CheckpointReader | QuantizedReader, sequences: Sequence[NDArray[np.int32]], on_block: Callable[[], None]
+) -> NDArray[np.float32]:
     """Normalised hidden states [tokens, hidden] of every token that has a next one."""
     from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 
@@ -79,8 +89,9 @@ def _final_states(reader: CheckpointReader | QuantizedReader, sequences: Sequenc
     return states * scale * reader.files.read_float32(layout.FINAL_NORM)
 
 
-def _divergence(readers: Sequence[CheckpointReader | QuantizedReader], states: Sequence[NDArray[np.float32]],
-                targets: NDArray[np.int32]) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[NDArray[np.float64]]]:
+def _divergence(
+    readers: Sequence[CheckpointReader | QuantizedReader], states: Sequence[NDArray[np.float32]], targets: NDArray[np.int32]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[NDArray[np.float64]]]:
     """Per token: KL, whether the argmax agrees, and each model's negative log likelihood of `targets`.
 
     One pass over slices of the vocabulary; the normalisers are kept as running log-sum-exps (Milakov and Gimelshein 2018,
@@ -91,12 +102,13 @@ def _divergence(readers: Sequence[CheckpointReader | QuantizedReader], states: S
     total = [np.zeros(tokens) for _ in states]
     best = [np.zeros(tokens, np.int64) for _ in states]
     chosen = [np.zeros(tokens) for _ in states]
-    weighted = np.zeros(tokens)         # sum over the vocabulary of exp(a - top of a) * (a - b)
+    weighted = np.zeros(tokens)  # sum over the vocabulary of exp(a - top of a) * (a - b)
     step = max(1, _SLICE_BYTES // (4 * max(tokens, 1)))
     for start in range(0, vocab, step):
         stop = min(start + step, vocab)
-        logits = [(state @ _head(reader, start, stop).T).astype(np.float64)
-                  for reader, state in zip(readers, states, strict=True)]
+        logits = [
+            (state @ _head(reader, start, stop).T).astype(np.float64) for reader, state in zip(readers, states, strict=True)
+        ]
         inside = np.flatnonzero((targets >= start) & (targets < stop))
         for model, values in enumerate(logits):
             peak = values.max(axis=1)

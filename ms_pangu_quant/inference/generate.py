@@ -3,6 +3,7 @@
 Each request reserves the cache blocks of its whole answer when it is admitted, so a running answer never has to be
 evicted. Requests are admitted in order.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -38,8 +39,9 @@ class Completion:
 class Forward(Protocol):
     """What the scheduler needs of a model."""
 
-    def forward(self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *,
-                phase: str) -> NDArray[np.float32]: ...
+    def forward(
+        self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
+    ) -> NDArray[np.float32]: ...
 
     @property
     def tokenizer(self) -> TextDecoder: ...
@@ -62,8 +64,18 @@ class _Sequence:
 class Scheduler:
     """split_prompts False keeps each prompt in one pass, for a backend whose prefill cannot continue from the cache."""
 
-    def __init__(self, model: Forward, num_blocks: int, block_size: int, prefill_tokens: int, sampling: Sampling,
-                 stop_ids: frozenset[int], stop: tuple[str, ...], *, split_prompts: bool = True) -> None:
+    def __init__(
+        self,
+        model: Forward,
+        num_blocks: int,
+        block_size: int,
+        prefill_tokens: int,
+        sampling: Sampling,
+        stop_ids: frozenset[int],
+        stop: tuple[str, ...],
+        *,
+        split_prompts: bool = True,
+    ) -> None:
         self._split_prompts = split_prompts
         self._model, self._sampling = model, sampling
         self._block_size, self._prefill_tokens = block_size, prefill_tokens
@@ -75,9 +87,11 @@ class Scheduler:
         """Completions in the order of requests. Raises RequestError if one could never fit in the cache."""
         for request in requests:
             if self._needs(request) > len(self._free):
-                raise RequestError(f"a prompt of {len(request.prompt)} tokens with max_new_tokens {request.max_new_tokens} "
-                                   f"needs more than the cache's {len(self._free) * self._block_size} tokens; lower "
-                                   "max_new_tokens or load with a larger kv_cache_tokens")
+                raise RequestError(
+                    f"a prompt of {len(request.prompt)} tokens with max_new_tokens {request.max_new_tokens} "
+                    f"needs more than the cache's {len(self._free) * self._block_size} tokens; lower "
+                    "max_new_tokens or load with a larger kv_cache_tokens"
+                )
         waiting, running = list(reversed(requests)), []
         while waiting or running:
             admitted = []
@@ -99,7 +113,7 @@ class Scheduler:
         while left:
             chosen, pieces, room = [], [], self._prefill_tokens
             for sequence in left:
-                piece = sequence.request.prompt[sequence.cached:]
+                piece = sequence.request.prompt[sequence.cached :]
                 if self._split_prompts:
                     piece = piece[:room]
                 elif chosen and len(piece) > room:
@@ -109,8 +123,9 @@ class Scheduler:
                 room -= len(piece)
                 if room <= 0:
                     break
-            logits = self._model.forward(pieces, [sequence.cached for sequence in chosen],
-                                         [sequence.table for sequence in chosen], phase="prefill")
+            logits = self._model.forward(
+                pieces, [sequence.cached for sequence in chosen], [sequence.table for sequence in chosen], phase="prefill"
+            )
             for sequence, piece, row in zip(chosen, pieces, logits, strict=True):
                 sequence.cached += len(piece)
                 if sequence.cached == len(sequence.request.prompt):
@@ -120,9 +135,12 @@ class Scheduler:
     def _decode(self, sequences: Sequence[_Sequence]) -> None:
         if not sequences:
             return
-        logits = self._model.forward([sequence.answer[-1:] for sequence in sequences],
-                                     [sequence.cached for sequence in sequences],
-                                     [sequence.table for sequence in sequences], phase="decode")
+        logits = self._model.forward(
+            [sequence.answer[-1:] for sequence in sequences],
+            [sequence.cached for sequence in sequences],
+            [sequence.table for sequence in sequences],
+            phase="decode",
+        )
         for sequence, row in zip(sequences, logits, strict=True):
             sequence.cached += 1
             self._take(sequence, row)
@@ -144,7 +162,7 @@ class Scheduler:
         if answer[-1] in self._stop_ids:
             return Completion(tuple(answer[:-1]), "eos")
         if self._stop:
-            window = 4 * max(map(len, self._stop)) + 4      # a character is at most four byte tokens
+            window = 4 * max(map(len, self._stop)) + 4  # a character is at most four byte tokens
             tail = self._model.tokenizer.decode(answer[-window:])
             found = min((stop for stop in self._stop if stop in tail), key=tail.find, default=None)
             if found is not None:

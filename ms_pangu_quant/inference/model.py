@@ -1,4 +1,5 @@
 """load(): a float or quantized directory becomes an object that gives logits and generates text."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import runtime
 
 BLOCK_SIZE = 16
-PREFILL_TOKENS = 512       # longer prompts are prefilled in pieces
+PREFILL_TOKENS = 512  # longer prompts are prefilled in pieces
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class Generation:
     finish_reason: str
 
 
-def load(path: str | Path, device: str = "cpu", mode: str = "graph", *, kv_cache_tokens: int = 8192,
-         verbose: bool = False) -> Model:
+def load(
+    path: str | Path, device: str = "cpu", mode: str = "graph", *, kv_cache_tokens: int = 8192, verbose: bool = False
+) -> Model:
     """Load a Hugging Face openPangu-Embedded or Llama checkpoint, or a directory that pangu-quant wrote.
 
     device           "cpu" or "ascend"; a process keeps its first device.
@@ -61,11 +63,20 @@ class Model:
         self._num_blocks = -(-kv_cache_tokens // BLOCK_SIZE)
         quantized = isinstance(reader, QuantizedReader)
         self.network = build_network(
-            self.config, kinds=reader.kinds if quantized else None, group_size=reader.group_size if quantized else 0,
-            num_blocks=self._num_blocks, block_size=BLOCK_SIZE)
+            self.config,
+            kinds=reader.kinds if quantized else None,
+            group_size=reader.group_size if quantized else 0,
+            num_blocks=self._num_blocks,
+            block_size=BLOCK_SIZE,
+        )
         self.network.load_tensors(all_tensors(reader))
-        self._caches = self.network.backend.new_caches(self.config.num_hidden_layers, self._num_blocks, BLOCK_SIZE,
-                                                       self.config.num_key_value_heads, self.config.head_dim)
+        self._caches = self.network.backend.new_caches(
+            self.config.num_hidden_layers,
+            self._num_blocks,
+            BLOCK_SIZE,
+            self.config.num_key_value_heads,
+            self.config.head_dim,
+        )
         if runtime.mode() == "graph":
             self.network.set_dynamic_inputs()
 
@@ -80,18 +91,29 @@ class Model:
         self._check_prompt(token_ids)
         tables = [list(range(-(-len(token_ids) // BLOCK_SIZE)))]
         if len(tables[0]) > self._num_blocks:
-            raise RequestError(f"{len(token_ids)} tokens do not fit in a cache of {self._num_blocks * BLOCK_SIZE}; load "
-                               "with a larger kv_cache_tokens")
+            raise RequestError(
+                f"{len(token_ids)} tokens do not fit in a cache of {self._num_blocks * BLOCK_SIZE}; load "
+                "with a larger kv_cache_tokens"
+            )
         pieces = []
         step = PREFILL_TOKENS if self.network.backend.chunked_prefill else len(token_ids)
         for start in range(0, len(token_ids), step):
-            piece = token_ids[start:start + step]
+            piece = token_ids[start : start + step]
             pieces.append(self.forward([piece], [start], tables, phase="logits"))
         return np.concatenate(pieces)
 
-    def generate(self, prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]], max_new_tokens: int = 512, *,
-                 mode: str = "slow_think", temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
-                 stop: Sequence[str] = ()) -> list[Generation]:
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]],
+        max_new_tokens: int = 512,
+        *,
+        mode: str = "slow_think",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+    ) -> list[Generation]:
         """Answers to prompts, in their order; batched, and refilled as answers end.
 
         prompts  each a user message (text), a chat (list of {"role", "content"}), or token ids used as they are.
@@ -109,13 +131,24 @@ class Model:
             self._check_prompt(ids)
             room = self.config.max_position_embeddings - len(ids)
             requests.append(Request(index, tuple(ids), min(max_new_tokens, room), sampling.generator(index)))
-        scheduler = Scheduler(self, self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, sampling, self._stop_ids(), tuple(stop),
-                              split_prompts=self.network.backend.chunked_prefill)
-        return [self._generation(request, completion) for request, completion
-                in zip(requests, scheduler.run(requests), strict=True)]
+        scheduler = Scheduler(
+            self,
+            self._num_blocks,
+            BLOCK_SIZE,
+            PREFILL_TOKENS,
+            sampling,
+            self._stop_ids(),
+            tuple(stop),
+            split_prompts=self.network.backend.chunked_prefill,
+        )
+        return [
+            self._generation(request, completion)
+            for request, completion in zip(requests, scheduler.run(requests), strict=True)
+        ]
 
-    def forward(self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *,
-                phase: str) -> NDArray[np.float32]:
+    def forward(
+        self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
+    ) -> NDArray[np.float32]:
         """One pass over pieces[b] new tokens of each sequence after contexts[b] cached ones.
 
         phase    "prefill" -> logits [batch, vocab] after each piece's last token; "decode" is the same for pieces of one

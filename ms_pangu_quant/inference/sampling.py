@@ -1,4 +1,5 @@
 """From logits to the next token, in NumPy: greedy, or temperature, then top-k, then top-p, then a seeded draw."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -44,9 +45,9 @@ class Sampling:
         order = np.argsort(-scaled, kind="stable")
         weights = np.exp(scaled[order] - scaled[order[0]])
         if self.top_k:
-            weights[self.top_k:] = 0
+            weights[self.top_k :] = 0
         weights /= weights.sum()
-        before = np.cumsum(weights) - weights       # a token stays if those above it do not fill top_p yet
+        before = np.cumsum(weights) - weights  # a token stays if those above it do not fill top_p yet
         weights[before >= self.top_p] = 0
         probabilities = np.zeros_like(scaled)
         probabilities[order] = weights / weights.sum()

@@ -1,4 +1,5 @@
 """The index tensors of one forward pass over packed sequences, as MindFormers' network takes them."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
 
 
-def packed_inputs(lengths: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]],
-                  block_size: int) -> dict[str, Tensor]:
+def packed_inputs(
+    lengths: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]], block_size: int
+) -> dict[str, Tensor]:
     """Inputs for sequences that contribute lengths[b] new tokens after contexts[b] cached ones.
 
     tables[b] lists the cache blocks of sequence b, enough for contexts[b] + lengths[b] tokens.
@@ -25,7 +27,7 @@ def packed_inputs(lengths: Sequence[int], contexts: Sequence[int], tables: Seque
     width = max(blocks_for(start + length, block_size) for start, length in zip(contexts, lengths, strict=True))
     padded = np.zeros((len(lengths), width), np.int32)
     for row, table in zip(padded, tables, strict=True):
-        row[:min(len(table), width)] = table[:width]
+        row[: min(len(table), width)] = table[:width]
     sequence = np.repeat(np.arange(len(lengths)), lengths)
     slots = padded[sequence, positions // block_size] * block_size + positions % block_size
     integers = {

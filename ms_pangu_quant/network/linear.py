@@ -1,4 +1,5 @@
 """Which linear method each layer of a quantized network gets, and how stored tensors become its parameters."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -31,12 +32,14 @@ class PanguQuantConfig(GoldenStickConfig):
         parts = [f"{stem}.{part}.weight" for part in _PARTS.get(name, (name,))]
         kinds = {part: self.full_config.get(part) for part in parts}
         if len(set(kinds.values())) != 1:
-            raise CheckpointError(f"quantization_description.json: {kinds}: these layers are computed as one and need "
-                                  "the same quantization")
+            raise CheckpointError(
+                f"quantization_description.json: {kinds}: these layers are computed as one and need the same quantization"
+            )
         kind = kinds[parts[0]]
         if kind == "FLOAT":
             return UnquantizedLinearMethod()
         if kind not in self._methods:
-            raise BackendError(f"{parts[0]} is {kind}, which this device's backend cannot compute; it has "
-                               f"{', '.join(self._methods)}")
+            raise BackendError(
+                f"{parts[0]} is {kind}, which this device's backend cannot compute; it has {', '.join(self._methods)}"
+            )
         return self._methods[kind](self)

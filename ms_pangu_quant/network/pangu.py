@@ -4,6 +4,7 @@ The network is MindFormers' inference GPTModel; a backend supplies the cells its
 module registers "PanguEmbedded" with MindFormers, so that its own builders find the network too. The process must have
 been started with network.runtime.start().
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
@@ -58,7 +59,7 @@ class PanguConfigConverter(ConfigConverter):
         "initializer_range": "init_method_std",
         "rope_theta": "rotary_base",
         "bias": "add_qkv_bias",
-        ("bias",): "add_bias_linear",       # the same source again: a mapping has one target for each key
+        ("bias",): "add_bias_linear",  # the same source again: a mapping has one target for each key
     }
 
 
@@ -68,13 +69,34 @@ class PanguEmbeddedConfig(PretrainedConfig):
 
     model_type = "PanguEmbedded"
 
-    @register_mf_model_parameter(seq_length=4096, block_size=16, num_blocks=512, normalization="RMSNorm",
-                                 gated_linear_unit=True, add_mlp_fc1_bias_linear=False, add_mlp_fc2_bias_linear=False)
+    @register_mf_model_parameter(
+        seq_length=4096,
+        block_size=16,
+        num_blocks=512,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        add_mlp_fc1_bias_linear=False,
+        add_mlp_fc2_bias_linear=False,
+    )
     @ignore_and_delete_parameter(extra_ignore_param=[])
-    def __init__(self, vocab_size=153376, hidden_size=4096, intermediate_size=12800, num_hidden_layers=34,
-                 num_attention_heads=32, num_key_value_heads=8, head_dim=None, hidden_act="silu",
-                 max_position_embeddings=32768, initializer_range=0.02, rms_norm_eps=1e-5, rope_theta=16000000.0,
-                 bias=True, tie_word_embeddings=False, **kwargs):
+    def __init__(
+        self,
+        vocab_size=153376,
+        hidden_size=4096,
+        intermediate_size=12800,
+        num_hidden_layers=34,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=None,
+        hidden_act="silu",
+        max_position_embeddings=32768,
+        initializer_range=0.02,
+        rms_norm_eps=1e-5,
+        rope_theta=16000000.0,
+        bias=True,
+        tie_word_embeddings=False,
+        **kwargs,
+    ):
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
@@ -91,7 +113,7 @@ class PanguEmbeddedConfig(PretrainedConfig):
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def convert_to_transformer_config(self, is_mla_model: bool = False):
-        with runtime.quiet():       # the converter prints a table of every field
+        with runtime.quiet():  # the converter prints a table of every field
             return PanguConfigConverter.convert(self.to_dict(), is_mla_model=is_mla_model)
 
 
@@ -101,15 +123,17 @@ class PanguPreTrainedModel(PreTrainedModel, ModelMixin):
     weight_mapping = WEIGHT_MAPPING
 
 
-def layer_spec(transformer_config: Any, backend: Backend, num_blocks: int, block_size: int, *,
-               final_norm: bool) -> TransformerBlockSubmodules:
+def layer_spec(
+    transformer_config: Any, backend: Backend, num_blocks: int, block_size: int, *, final_norm: bool
+) -> TransformerBlockSubmodules:
     """MindFormers' decoder layers with the backend's cells in place of its own."""
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
     spec.submodules.input_layernorm = backend.norm
     spec.submodules.pre_mlp_layernorm = backend.norm
     spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)
-    return TransformerBlockSubmodules(layer_specs=[spec] * transformer_config.num_layers,
-                                      layer_norm=backend.norm if final_norm else None)
+    return TransformerBlockSubmodules(
+        layer_specs=[spec] * transformer_config.num_layers, layer_norm=backend.norm if final_norm else None
+    )
 
 
 @MindFormerRegister.register(MindFormerModuleType.MODELS, legacy=False)
@@ -125,8 +149,8 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.config = config
         self.backend = current_backend()
         transformer_config = self.convert_to_transformer_config(config)
-        transformer_config.position_embedding_type = self.backend.rope_name     # the config class knows MindFormers' only
-        transformer_config.post_process = whole     # takes precedence over GPTModel's argument
+        transformer_config.position_embedding_type = self.backend.rope_name  # the config class knows MindFormers' only
+        transformer_config.post_process = whole  # takes precedence over GPTModel's argument
         if quant_config is None:
             described = get_quant_config(config, self.weight_mapping)
             quant_config = described and PanguQuantConfig(described.full_config, self.backend.linear_methods)
@@ -136,8 +160,9 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.is_prefill = True
         self.model = self.backend.gpt_model(
             config=transformer_config,
-            transformer_layer_spec=layer_spec(transformer_config, self.backend, config.num_blocks, config.block_size,
-                                              final_norm=whole),
+            transformer_layer_spec=layer_spec(
+                transformer_config, self.backend, config.num_blocks, config.block_size, final_norm=whole
+            ),
             vocab_size=transformer_config.vocab_size,
             max_sequence_length=transformer_config.max_position_embeddings,
             position_embedding_type=transformer_config.position_embedding_type,
@@ -147,12 +172,31 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             quant_config=quant_config,
         )
 
-    def construct(self, input_ids, positions, batch_valid_length, context_lens_tensor, q_seq_lens, block_tables,
-                  slot_mapping, attention_mask, key_cache=None, value_cache=None):
-        return self.model(input_ids=input_ids, positions=positions, batch_valid_length=batch_valid_length,
-                          context_lens_tensor=context_lens_tensor, q_seq_lens=q_seq_lens, block_tables=block_tables,
-                          slot_mapping=slot_mapping, attention_mask=attention_mask, key_cache=key_cache,
-                          value_cache=value_cache)
+    def construct(
+        self,
+        input_ids,
+        positions,
+        batch_valid_length,
+        context_lens_tensor,
+        q_seq_lens,
+        block_tables,
+        slot_mapping,
+        attention_mask,
+        key_cache=None,
+        value_cache=None,
+    ):
+        return self.model(
+            input_ids=input_ids,
+            positions=positions,
+            batch_valid_length=batch_valid_length,
+            context_lens_tensor=context_lens_tensor,
+            q_seq_lens=q_seq_lens,
+            block_tables=block_tables,
+            slot_mapping=slot_mapping,
+            attention_mask=attention_mask,
+            key_cache=key_cache,
+            value_cache=value_cache,
+        )
 
     def set_phase(self, phase: str) -> None:
         """Choose the graph of the next call: "prefill" (logits after each sequence's last token), "decode" (one token a
@@ -171,8 +215,17 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         if caches is not None:
             cache = Tensor(shape=[None, None, None, None], dtype=self.compute_dtype)
             caches = tuple(mutable([cache] * self.config.num_hidden_layers) for _ in range(2))
-        self.set_inputs(tokens, tokens, tokens, tokens, tokens, table, tokens,
-                        Tensor(shape=mask_shape, dtype=mask_dtype), *(caches or ()))
+        self.set_inputs(
+            tokens,
+            tokens,
+            tokens,
+            tokens,
+            tokens,
+            table,
+            tokens,
+            Tensor(shape=mask_shape, dtype=mask_dtype),
+            *(caches or ()),
+        )
 
     def convert_name(self, weight_name: str) -> str:
         """Hugging Face name -> MindFormers name, quantization parameters included."""
@@ -193,17 +246,28 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         """
         named = ((self.convert_name(name), tensor) for name, tensor in tensors)
         loaded = self.model.load_weights(named, self.generate_mapping(), True)
-        missing = [name for name in self.model.get_params_dict() if name not in loaded
-                   and not name.endswith((".key_cache", ".value_cache"))]
-        if self.config.tie_word_embeddings:     # one parameter under two names
+        missing = [
+            name
+            for name in self.model.get_params_dict()
+            if name not in loaded and not name.endswith((".key_cache", ".value_cache"))
+        ]
+        if self.config.tie_word_embeddings:  # one parameter under two names
             missing = [name for name in missing if name != "output_layer.weight"]
         if missing:
             raise CheckpointError(f"the network's parameters {', '.join(sorted(missing)[:3])} are not in the checkpoint")
         self.process_weights_after_loading(self.model)
 
 
-def build_network(config: ModelConfig, *, kinds: Mapping[str, str] | None = None, group_size: int = 0, num_blocks: int,
-                  block_size: int = 16, layers: int | None = None, whole: bool = True) -> PanguEmbeddedForCausalLM:
+def build_network(
+    config: ModelConfig,
+    *,
+    kinds: Mapping[str, str] | None = None,
+    group_size: int = 0,
+    num_blocks: int,
+    block_size: int = 16,
+    layers: int | None = None,
+    whole: bool = True,
+) -> PanguEmbeddedForCausalLM:
     """The network of a checkpoint, parameters not loaded yet.
 
     kinds       "model.layers.0.self_attn.q_proj.weight" -> quantization kind; None builds the float network.
@@ -213,17 +277,30 @@ def build_network(config: ModelConfig, *, kinds: Mapping[str, str] | None = None
     """
     backend = current_backend()
     mf_config = PanguEmbeddedConfig(
-        vocab_size=config.vocab_size, hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers if layers is None else layers,
-        num_attention_heads=config.num_attention_heads, num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim, max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps, rope_theta=config.rope_theta, bias=config.attention_bias,
-        tie_word_embeddings=config.tie_word_embeddings, pad_token_id=config.pad_token_id or 0, num_blocks=num_blocks,
-        block_size=block_size, position_embedding_type="rope", **backend.dtypes)
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        max_position_embeddings=config.max_position_embeddings,
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=config.rope_theta,
+        bias=config.attention_bias,
+        tie_word_embeddings=config.tie_word_embeddings,
+        pad_token_id=config.pad_token_id or 0,
+        num_blocks=num_blocks,
+        block_size=block_size,
+        position_embedding_type="rope",
+        **backend.dtypes,
+    )
     quant_config = None
     if kinds is not None:
-        quant_config = PanguQuantConfig({**kinds, "weight_mapping": WEIGHT_MAPPING, "quantization": "golden-stick",
-                                         "group_size": group_size}, backend.linear_methods)
+        quant_config = PanguQuantConfig(
+            {**kinds, "weight_mapping": WEIGHT_MAPPING, "quantization": "golden-stick", "group_size": group_size},
+            backend.linear_methods,
+        )
     network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole)
     network.set_train(False)
     return network

@@ -3,6 +3,7 @@
 MindSpore and MindFormers read their log level, log folder and run mode from the environment when they are first imported,
 so this module must run before either is: nothing outside network/, backends/ and their callers imports them.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -39,7 +40,7 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
     if _started is not None and _started[0] != device:
         raise BackendError(f"this process already runs on {_started[0]!r}; start another one for {device!r}")
     os.environ["RUN_MODE"] = "predict"
-    os.environ["ENFORCE_EAGER"] = "true" if mode == "pynative" else "false"     # MindFormers' own switch for PyNative
+    os.environ["ENFORCE_EAGER"] = "true" if mode == "pynative" else "false"  # MindFormers' own switch for PyNative
     if _started is None:
         _import_quietly(verbose)
     import mindspore as ms
@@ -54,20 +55,20 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
         ms.set_context(jit_config={"jit_level": "O0"})
         from mindformers.core.context.build_context import build_mf_context
 
-        build_mf_context({"run_mode": "predict", "use_legacy": False})      # the registry looks up legacy names otherwise
+        build_mf_context({"run_mode": "predict", "use_legacy": False})  # the registry looks up legacy names otherwise
         with _quiet_file_descriptor():
-            (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()     # the allocator announces itself when the first operator runs
+            (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()  # the allocator announces itself when the first operator runs
     _started = (device, mode)
 
 
 def _import_quietly(verbose: bool) -> None:
     """Import both frameworks with their logs sent to a folder that goes away with the process."""
     if not verbose:
-        os.environ.setdefault("GLOG_v", "3")                # MindSpore: errors only
-        os.environ.setdefault("TQDM_DISABLE", "1")          # MindFormers shows a bar for each weight file
+        os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
+        os.environ.setdefault("TQDM_DISABLE", "1")  # MindFormers shows a bar for each weight file
         warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
     if "LOCAL_DEFAULT_PATH" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")     # they would write ./output/log
+        folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log
         os.environ["LOCAL_DEFAULT_PATH"] = folder
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     if not verbose:
@@ -76,14 +77,14 @@ def _import_quietly(verbose: bool) -> None:
     show_warning = warnings.showwarning
     from mindformers.tools.logger import get_logger
 
-    warnings.showwarning = show_warning     # MindFormers sends every warning of the process to its log
+    warnings.showwarning = show_warning  # MindFormers sends every warning of the process to its log
     logging.disable(logging.NOTSET)
     if not verbose:
         get_logger().setLevel(logging.ERROR)
 
 
 def mode() -> str:
-    """"graph" or "pynative", as the process was started last."""
+    """ "graph" or "pynative", as the process was started last."""
     if _started is None:
         raise BackendError("network.runtime.start() has not been called")
     return _started[1]

@@ -1,4 +1,5 @@
 """The integer grid: scales, codes, and the way back."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.scheme import TensorScheme
 
 _PIECE_ELEMENTS = 1 << 20
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:

@@ -1,4 +1,5 @@
 """Round to nearest: every weight goes to the closest code of a grid that spans the channel's or group's largest |w|."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 For y = (x / s) (W * s)^T the layers' weights are multiplied by s along their inputs, and the producer of x is divided by s:
 a norm's weight, or the rows (and bias) of the linear layer whose output channels reach the input unmixed.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -42,8 +43,9 @@ def expand_to_input(block: Block, input_name: str, s: NDArray[np.float32]) -> ND
     return np.ascontiguousarray(np.broadcast_to(per_head, (len(per_head), group, config.head_dim)).reshape(-1))
 
 
-def fold_scale(block: Block, stats: Mapping[str, InputStats], input_name: str,
-               s: NDArray[np.float32]) -> tuple[Block, dict[str, InputStats]]:
+def fold_scale(
+    block: Block, stats: Mapping[str, InputStats], input_name: str, s: NDArray[np.float32]
+) -> tuple[Block, dict[str, InputStats]]:
     """Divide the input `input_name` by s [scale_channels] > 0; the block computes the same function.
 
     Returns the new block and the statistics of its inputs.

@@ -3,6 +3,7 @@
 Every input of the block can be smoothed, not only those behind a norm: the outliers in front of o_proj and down_proj,
 which tools that fold into norms alone leave in place, go into v_proj and up_proj.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +31,7 @@ def smooth_scale(absmax_x: NDArray[np.float32], absmax_w: NDArray[np.float32], a
     Source    Xiao et al. 2022, arXiv:2211.10438, eq. 4.
     """
     x, w = np.maximum(absmax_x, _SMALLEST), np.maximum(absmax_w, _SMALLEST)
-    s = x**np.float32(alpha) / w ** np.float32(1 - alpha)
+    s = x ** np.float32(alpha) / w ** np.float32(1 - alpha)
     s = np.where((absmax_x > 0) & (absmax_w > 0), s, 1.0)
     return np.maximum(s, _SMALLEST).astype(np.float32)
 
@@ -54,7 +55,10 @@ class SmoothQuant:
         for input_name in reversed([name for name in INPUT_NAMES if name in self.inputs]):
             weights = [block.weight(site) for site in sites_reading(input_name)]
             absmax_w = np.maximum.reduce([np.abs(weight).max(axis=0) for weight in weights])
-            s = smooth_scale(reduce_to_producer(block, input_name, stats[input_name].absmax),
-                             reduce_to_producer(block, input_name, absmax_w), self.alpha)
+            s = smooth_scale(
+                reduce_to_producer(block, input_name, stats[input_name].absmax),
+                reduce_to_producer(block, input_name, absmax_w),
+                self.alpha,
+            )
             block, stats = fold_scale(block, stats, input_name, s)
         return block, dict(stats)

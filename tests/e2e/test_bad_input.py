@@ -1,4 +1,5 @@
 """Every way an input can be wrong ends in one line that names it, exit code 2, and no directory that looks complete."""
+
 import json
 import shutil
 import subprocess
@@ -56,7 +57,8 @@ TENSOR_FAULTS = {
     "model.layers.1.self_attn.o_proj.bias is missing": lambda t: t.pop("model.layers.1.self_attn.o_proj.bias"),
     "model.layers.0.extra.weight": lambda t: t.update({"model.layers.0.extra.weight": np.zeros(3, np.float32)}),
     "got [700, 256], config.json implies [768, 256]": lambda t: t.update(
-        {"model.layers.3.mlp.gate_proj.weight": np.zeros((700, 256), np.float32)}),
+        {"model.layers.3.mlp.gate_proj.weight": np.zeros((700, 256), np.float32)}
+    ),
     "quantized already?": lambda t: t.update({"model.layers.0.mlp.up_proj.weight": np.zeros((768, 256), np.int8)}),
 }
 
@@ -98,7 +100,8 @@ def test_an_index_that_names_an_absent_shard_is_named(checkpoint, tmp_path, caps
     index = {"weight_map": dict.fromkeys(names, "model-00002-of-00002.safetensors")}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "model-00002-of-00002.safetensors, which is not in the directory" in quantize_fails(
-        capsys, checkpoint, tmp_path / "out")
+        capsys, checkpoint, tmp_path / "out"
+    )
 
 
 def test_a_quantized_directory_is_not_quantized_again(quantized, tmp_path, capsys):
@@ -144,7 +147,9 @@ def test_comparing_two_different_models_is_refused(tmp_path, capsys, write_check
     from tests.conftest import golden_checkpoint
 
     other = golden_checkpoint("pangu_gqa2_tied", tmp_path, write_checkpoint)
-    assert "not the same model" in fails(capsys, "compare", MINI, other, "--data", ASSETS / "validation.jsonl", "--limit", 1)
+    assert "not the same model" in fails(
+        capsys, "compare", MINI, other, "--data", ASSETS / "validation.jsonl", "--limit", 1
+    )
 
 
 def test_generating_without_a_tokenizer_says_what_is_missing(tmp_path, capsys, write_checkpoint):

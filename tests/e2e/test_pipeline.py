@@ -1,4 +1,5 @@
 """The whole way on the embedded checkpoint: accuracy, resume, what is stored, and that MindFormers loads it."""
+
 import json
 import os
 import shutil
@@ -53,8 +54,9 @@ def test_the_streamed_comparison_equals_the_served_models_logits(quantized):
     kl, agree = [], []
     for sequence in sequences:
         a, b = (model.logits(sequence[:-1].tolist()).astype(np.float64) for model in models)
-        a, b = (x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True)
-                for x in (a, b))
+        a, b = (
+            x - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True)) - x.max(1, keepdims=True) for x in (a, b)
+        )
         kl.append((np.exp(a) * (a - b)).sum(1))
         agree.append(a.argmax(1) == b.argmax(1))
     # A float32 sum in another order moves a code now and then, so the two paths agree closely, not exactly.
@@ -94,8 +96,19 @@ def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, qua
 
 def test_a_killed_process_resumes_to_the_same_bytes(quantized, tmp_path):
     output = tmp_path / "killed"
-    command = [sys.executable, "-m", "ms_pangu_quant.cli", "quantize", str(MINI), "--recipe", "w8a8", "--calibration",
-               str(ASSETS / "calibration.jsonl"), "--output", str(output)]
+    command = [
+        sys.executable,
+        "-m",
+        "ms_pangu_quant",
+        "quantize",
+        str(MINI),
+        "--recipe",
+        "w8a8",
+        "--calibration",
+        str(ASSETS / "calibration.jsonl"),
+        "--output",
+        str(output),
+    ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path) as process:
         deadline = time.monotonic() + 120
         while not (output / "model-00002-of-00005.safetensors").exists() and time.monotonic() < deadline:
@@ -148,9 +161,17 @@ def test_mindformers_own_builder_and_loader_give_our_logits(recipe, quantized):
     raw = json.loads((quantized(recipe) / "config.json").read_text())
     with runtime.quiet():
         config = MindFormerRegister.get_cls(MindFormerModuleType.CONFIG, raw["model_type"])(
-            **raw, quantization=raw["quantization_config"]["quant_method"], pretrained_model_dir=str(quantized(recipe)),
-            num_blocks=32, block_size=16, position_embedding_type="rope", compute_dtype="float32", params_dtype="float32",
-            layernorm_compute_dtype="float32", rotary_dtype="float32")
+            **raw,
+            quantization=raw["quantization_config"]["quant_method"],
+            pretrained_model_dir=str(quantized(recipe)),
+            num_blocks=32,
+            block_size=16,
+            position_embedding_type="rope",
+            compute_dtype="float32",
+            params_dtype="float32",
+            layernorm_compute_dtype="float32",
+            rotary_dtype="float32",
+        )
         network = MindFormerRegister.get_cls(MindFormerModuleType.MODELS, raw["architectures"][0])(config)
         InferModelMixin.load_weights(network, str(quantized(recipe)))
     network.set_train(False)

@@ -1,4 +1,5 @@
 """The network's float32 logits against Hugging Face transformers' Llama with biases (goldens: tools/make_goldens.py)."""
+
 import hashlib
 
 import numpy as np
@@ -43,11 +44,21 @@ def test_prefill_of_a_batch_and_decode_through_the_cache_equal_transformers(name
     blocks = tables([len(sequence) for sequence in ids])
 
     prompts = [max(1, len(sequence) - 3) for sequence in ids]
-    together = model.forward([sequence[:prompt] for sequence, prompt in zip(ids, prompts, strict=True)],
-                             [0] * len(ids), blocks, phase="logits")
-    wanted = {index: dict(zip(values.get(f"positions_{index}", range(len(sequence))).tolist()
-                              if f"positions_{index}" in values else range(len(sequence)), values[f"logits_{index}"],
-                              strict=True)) for index, sequence in enumerate(ids)}
+    together = model.forward(
+        [sequence[:prompt] for sequence, prompt in zip(ids, prompts, strict=True)], [0] * len(ids), blocks, phase="logits"
+    )
+    wanted = {
+        index: dict(
+            zip(
+                values.get(f"positions_{index}", range(len(sequence))).tolist()
+                if f"positions_{index}" in values
+                else range(len(sequence)),
+                values[f"logits_{index}"],
+                strict=True,
+            )
+        )
+        for index, sequence in enumerate(ids)
+    }
     start = 0
     for index, prompt in enumerate(prompts):
         for position in range(prompt):
@@ -59,8 +70,12 @@ def test_prefill_of_a_batch_and_decode_through_the_cache_equal_transformers(name
         live = [index for index, sequence in enumerate(ids) if prompts[index] + step < len(sequence)]
         if not live:
             break
-        rows = model.forward([[ids[index][prompts[index] + step]] for index in live],
-                             [prompts[index] + step for index in live], [blocks[index] for index in live], phase="decode")
+        rows = model.forward(
+            [[ids[index][prompts[index] + step]] for index in live],
+            [prompts[index] + step for index in live],
+            [blocks[index] for index in live],
+            phase="decode",
+        )
         for index, row in zip(live, rows, strict=True):
             position = prompts[index] + step
             if position in wanted[index]:
@@ -84,7 +99,7 @@ def test_a_prompt_prefilled_in_pieces_gives_the_logits_of_one_piece(mini):
     ids = golden("mini")["ids_0"].tolist()
     whole = mini.logits(ids)
     table = [list(range(7, 7 + -(-len(ids) // BLOCK_SIZE)))]
-    pieces = [mini.forward([ids[start:start + 50]], [start], table, phase="logits") for start in range(0, len(ids), 50)]
+    pieces = [mini.forward([ids[start : start + 50]], [start], table, phase="logits") for start in range(0, len(ids), 50)]
     assert np.abs(np.concatenate(pieces) - whole).max() < 1e-4
 
 

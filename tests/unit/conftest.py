@@ -1,4 +1,5 @@
 """Fixtures without MindSpore: small checkpoints on disk, and one decoder block in memory with its forward pass."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -39,7 +40,7 @@ def checkpoint_tool() -> Iterator[ModuleType]:
     """tools/make_checkpoint.py as a module."""
     spec = importlib.util.spec_from_file_location("make_checkpoint_of_unit_tests", ROOT / "tools/make_checkpoint.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module         # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
@@ -49,8 +50,9 @@ def checkpoint_tool() -> Iterator[ModuleType]:
 def make_checkpoint(checkpoint_tool, tmp_path) -> Callable[..., Path]:
     """(folder name, seed, dtype, shard_bytes, config fields to change) -> a checkpoint of the tool's tiny shape."""
 
-    def make(name: str = "checkpoint", *, seed: int = 0, dtype: str = "bfloat16", shard_bytes: int = 1 << 30,
-             **changes: Any) -> Path:
+    def make(
+        name: str = "checkpoint", *, seed: int = 0, dtype: str = "bfloat16", shard_bytes: int = 1 << 30, **changes: Any
+    ) -> Path:
         config = checkpoint_tool.make_config("tiny", **changes)
         checkpoint_tool.write_checkpoint(tmp_path / name, config, seed=seed, dtype=dtype, shard_bytes=shard_bytes)
         return tmp_path / name
@@ -63,7 +65,7 @@ def edit_tensors() -> Callable[[Path, Callable[[dict[str, NDArray[Any]]], Any]],
     """Change the tensors of a one-file checkpoint: (directory, function that edits the dict of tensors in place)."""
 
     def edit(directory: Path, change: Callable[[dict[str, NDArray[Any]]], Any]) -> None:
-        file, = directory.glob("*.safetensors")
+        (file,) = directory.glob("*.safetensors")
         tensors = load_file(file)
         change(tensors)
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, file)
@@ -76,9 +78,19 @@ def small_config() -> Callable[..., ModelConfig]:
     """A config whose sizes all differ, so that a mixed-up axis cannot go unnoticed; any field may be changed."""
 
     def make(**changes: Any) -> ModelConfig:
-        raw = {"model_type": "PanguEmbedded", "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-               "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 32,
-               "max_position_embeddings": 64, "rope_theta": 100.0, **changes}
+        raw = {
+            "model_type": "PanguEmbedded",
+            "hidden_size": 24,
+            "intermediate_size": 40,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "vocab_size": 32,
+            "max_position_embeddings": 64,
+            "rope_theta": 100.0,
+            **changes,
+        }
         return ModelConfig.from_dict(raw, where="test")
 
     return make
@@ -126,10 +138,10 @@ def _forward(block: Block, hidden: NDArray[np.float64]) -> tuple[NDArray[np.floa
         bias = _wide(tensors, f"{name}.bias") if f"{name}.bias" in tensors else 0.0
         return x @ _wide(tensors, f"{name}.weight").T + bias
 
-    def rope(x: NDArray[np.float64]) -> NDArray[np.float64]:        # [heads, tokens, head_dim]
+    def rope(x: NDArray[np.float64]) -> NDArray[np.float64]:  # [heads, tokens, head_dim]
         angles = np.arange(tokens)[:, None] * config.rope_theta ** -(np.arange(0, head_dim, 2) / head_dim)
         cos, sin = np.tile(np.cos(angles), 2), np.tile(np.sin(angles), 2)
-        first, second = x[..., :head_dim // 2], x[..., head_dim // 2:]
+        first, second = x[..., : head_dim // 2], x[..., head_dim // 2 :]
         return x * cos + np.concatenate([-second, first], axis=-1) * sin
 
     def split(x: NDArray[np.float64], count: int) -> NDArray[np.float64]:
@@ -148,8 +160,12 @@ def _forward(block: Block, hidden: NDArray[np.float64]) -> tuple[NDArray[np.floa
     mlp_input = norm(middle, "post_attention_layernorm")
     gate = linear(mlp_input, "mlp.gate_proj")
     mlp_hidden = gate / (1 + np.exp(-gate)) * linear(mlp_input, "mlp.up_proj")
-    inputs = {"attention_input": attention_input, "attention_output": attention_output, "mlp_input": mlp_input,
-              "mlp_hidden": mlp_hidden}
+    inputs = {
+        "attention_input": attention_input,
+        "attention_output": attention_output,
+        "mlp_input": mlp_input,
+        "mlp_hidden": mlp_hidden,
+    }
     return middle + linear(mlp_hidden, "mlp.down_proj"), inputs
 
 

@@ -1,4 +1,5 @@
 """Calibration data: one meaning for every file format, errors that name the row, no benchmark problem let through."""
+
 from __future__ import annotations
 
 import ast
@@ -34,8 +35,9 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return [1, *(byte + 2 for byte in text.encode())]
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]], *, mode: str = "slow_think",
-                    add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, str]], *, mode: str = "slow_think", add_generation_prompt: bool = True
+    ) -> list[int]:
         assert mode == "slow_think"
         assert not add_generation_prompt
         for index, message in enumerate(messages):
@@ -57,8 +59,9 @@ VOCABULARY = 258
 
 
 def load(path: Path, *, tokenizer: TextEncoder | None = None, max_length: int = 10_000, **options: Any) -> TokenData:
-    return load_token_data(path, tokenizer=tokenizer or ByteTokenizer(), vocab_size=VOCABULARY, max_length=max_length,
-                           **options)
+    return load_token_data(
+        path, tokenizer=tokenizer or ByteTokenizer(), vocab_size=VOCABULARY, max_length=max_length, **options
+    )
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
@@ -68,9 +71,13 @@ def write_lines(path: Path, rows: Sequence[Any]) -> Path:
 
 def chat(content: str) -> dict[str, Any]:
     """The content between CJK letters and a mode suffix, as it would stand in a real row."""
-    return {"messages": [{"role": "system", "content": ""},
-                         {"role": "user", "content": "请完成" + content + " /no_think"},
-                         {"role": "assistant", "content": "好"}]}
+    return {
+        "messages": [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": "请完成" + content + " /no_think"},
+            {"role": "assistant", "content": "好"},
+        ]
+    }
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
@@ -82,9 +89,22 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 def in_every_format(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Path]:
     import datasets
+
     table = pa.Table.from_pylist(list(rows))
-    paths = {name: folder / name for name in ("rows.jsonl", "lines.json", "array.json", "odd [1]*?.parquet", "saved",
-                                              "saved_formatted", "folder_jsonl", "folder_parquet", "folder_mixed")}
+    paths = {
+        name: folder / name
+        for name in (
+            "rows.jsonl",
+            "lines.json",
+            "array.json",
+            "odd [1]*?.parquet",
+            "saved",
+            "saved_formatted",
+            "folder_jsonl",
+            "folder_parquet",
+            "folder_mixed",
+        )
+    }
     for name in ("folder_jsonl", "folder_parquet", "folder_mixed"):
         paths[name].mkdir()
     write_lines(paths["rows.jsonl"], rows)
@@ -105,6 +125,7 @@ def in_every_format(folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, P
 
 
 # ---- one meaning for every format
+
 
 @pytest.mark.parametrize("form", ROWS)
 def test_every_format_gives_the_same_tokens(tmp_path, form):
@@ -148,6 +169,7 @@ def test_other_columns_and_blank_lines_do_not_matter(tmp_path):
 
 
 # ---- which rows
+
 
 def test_without_a_seed_the_first_rows_are_taken_and_with_one_a_shuffle(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", ROWS["token_ids"])
@@ -202,8 +224,9 @@ def test_loading_is_deterministic_silent_offline_and_leaves_nothing_behind(tmp_p
     for hash_seed in ("0", "1"):
         env = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_", "PYTHON"))}
         env |= {"HOME": str(home), "TMPDIR": str(scratch), "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": hash_seed}
-        run = subprocess.run([sys.executable, "-B", "-c", PROBE, str(data)], cwd=cwd, env=env, capture_output=True,
-                             text=True)
+        run = subprocess.run(
+            [sys.executable, "-B", "-c", PROBE, str(data)], cwd=cwd, env=env, capture_output=True, text=True
+        )
         assert (run.returncode, run.stderr) == (0, ""), run.stderr
         outputs.append(run.stdout)
     assert outputs[0] == outputs[1]
@@ -216,21 +239,23 @@ def test_loading_is_deterministic_silent_offline_and_leaves_nothing_behind(tmp_p
 # ---- errors name file, row, what was got and what was wanted
 
 BAD_LINES = {
-    "malformed": ('{"text": "a"}\n\n{"text": "b"\n',
-                  ["line 3", "not valid JSON", '{"text": "b"', "one object per line"]),
+    "malformed": ('{"text": "a"}\n\n{"text": "b"\n', ["line 3", "not valid JSON", '{"text": "b"', "one object per line"]),
     "not utf-8": ('{"text": "a"}\n{"text": "\udcff"}\n', ["line 2", "not valid JSON"]),
     "not an object": ('{"text": "a"}\n[1, 2]\n', ["line 2", "a JSON list", "token_ids, messages, text"]),
-    "no known key": ('{"text": "a"}\n{"prompt": "b", "x": 1}\n',
-                     ["line 2", "'prompt', 'x'", "token_ids, messages, text"]),
-    "mixed forms": ('{"messages": [{"role": "user", "content": "a"}]}\n{"text": "b"}\n',
-                    ["line 2", "got 'text'", "'messages'", "same form in every row"]),
+    "no known key": ('{"text": "a"}\n{"prompt": "b", "x": 1}\n', ["line 2", "'prompt', 'x'", "token_ids, messages, text"]),
+    "mixed forms": (
+        '{"messages": [{"role": "user", "content": "a"}]}\n{"text": "b"}\n',
+        ["line 2", "got 'text'", "'messages'", "same form in every row"],
+    ),
     "text of wrong type": ('{"text": "a"}\n{"text": 5}\n', ["line 2", "text: got 5", "wanted a string"]),
     "blank text": ('{"text": "a"}\n{"text": " \\n"}\n', ["line 2", "text", "not empty"]),
     "half a character": ('{"text": "a"}\n{"text": "\\ud800"}\n', ["line 2", "text", "wanted a string"]),
     "messages of wrong type": ('{"messages": "hello"}\n', ["line 1", "messages: got 'hello'", "wanted a list"]),
     "no messages": ('{"messages": []}\n', ["line 1", "messages: got []", "not empty"]),
-    "message without content": ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}\n',
-                                ["line 1", "messages[1]", "{'role': 'assistant'}", "'content'"]),
+    "message without content": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]}\n',
+        ["line 1", "messages[1]", "{'role': 'assistant'}", "'content'"],
+    ),
     "unknown role": ('{"messages": [{"role": "wizard", "content": "a"}]}\n', ["line 1", "messages[0]", "'wizard'"]),
     "id too large": ('{"token_ids": [1, 2]}\n{"token_ids": [1, 258]}\n', ["line 2", "got 258", "0 to 257"]),
     "id negative": ('{"token_ids": [1, -2]}\n', ["line 1", "got -2", "0 to 257"]),
@@ -283,6 +308,7 @@ def test_a_bad_parquet_row_is_named(tmp_path, case):
 
 def test_files_that_are_not_data_are_refused(tmp_path):
     import datasets
+
     (tmp_path / "empty_folder").mkdir()
     (tmp_path / "rows.csv").write_text("text\na\n")
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 is not enough")
@@ -340,6 +366,7 @@ def test_senseless_numbers_are_refused(tmp_path, options):
 
 # ---- benchmark problems
 
+
 def human_eval() -> list[dict[str, Any]]:
     return [json.loads(line) for line in gzip.decompress((BENCHMARKS / "HumanEval.jsonl.gz").read_bytes()).splitlines()]
 
@@ -360,11 +387,12 @@ def test_every_human_eval_prompt_and_solution_is_found_in_a_chat():
     prompts = [find_benchmark(chat_text(problem["prompt"])) for problem in problems]
     assert None not in prompts
     named = [found == f"{problem['task_id']} prompt" for found, problem in zip(prompts, problems, strict=True)]
-    assert sum(named) >= 160        # a few share 13 words with an earlier problem and are found under its name
+    assert sum(named) >= 160  # a few share 13 words with an earlier problem and are found under its name
     functions = [find_benchmark(chat_text(_signature(problem) + problem["canonical_solution"])) for problem in problems]
     assert None not in functions
-    long = [problem["canonical_solution"] for problem in problems
-            if len(_words(problem["canonical_solution"])) >= SHORTEST_BODY]
+    long = [
+        problem["canonical_solution"] for problem in problems if len(_words(problem["canonical_solution"])) >= SHORTEST_BODY
+    ]
     assert len(long) == 128
     assert None not in [find_benchmark(chat_text(body)) for body in long]
 
@@ -379,8 +407,12 @@ def test_every_mbpp_sentence_and_solution_is_found_in_a_chat():
 
 def test_layout_case_and_markdown_do_not_hide_a_problem():
     problem = human_eval()[0]
-    for disguise in (str.upper, lambda text: " ".join(text.split()), lambda text: text.replace("\n", "\n> **"),
-                     lambda text: text.replace("has_close_elements", "f").replace(",", " ,")):
+    for disguise in (
+        str.upper,
+        lambda text: " ".join(text.split()),
+        lambda text: text.replace("\n", "\n> **"),
+        lambda text: text.replace("has_close_elements", "f").replace(",", " ,"),
+    ):
         assert find_benchmark(chat_text(disguise(problem["prompt"]))) == "HumanEval/0 prompt"
 
 
@@ -389,8 +421,10 @@ def test_ordinary_text_is_no_benchmark_problem():
     assert find_benchmark("return x + y") is None
     assert find_benchmark(" ".join(map(str, range(100)))) is None
     assert find_benchmark("0 1 2 3 4 5 6 7 8 9 a b c d e f") is None
-    bubble_sort = ("for i in range(n):\n    for j in range(0, n - i - 1):\n        if arr[j] > arr[j + 1]:\n"
-                   "            arr[j], arr[j + 1] = arr[j + 1], arr[j]\n")
+    bubble_sort = (
+        "for i in range(n):\n    for j in range(0, n - i - 1):\n        if arr[j] > arr[j + 1]:\n"
+        "            arr[j], arr[j + 1] = arr[j + 1], arr[j]\n"
+    )
     assert find_benchmark("def bubble_sort(arr):\n    n = len(arr)\n    " + bubble_sort) is None
 
 
@@ -399,8 +433,11 @@ def test_the_standard_library_holds_no_benchmark_problem():
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")
         lines = source.splitlines(keepends=True)
-        functions += ["".join(lines[node.lineno - 1:node.end_lineno]) for node in ast.walk(ast.parse(source))
-                      if isinstance(node, ast.FunctionDef)]
+        functions += [
+            "".join(lines[node.lineno - 1 : node.end_lineno])
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef)
+        ]
     assert len(functions) > 2000
     assert [found for text in functions if (found := find_benchmark(text))] == []
 
@@ -436,8 +473,11 @@ def test_the_embedded_files_load_and_their_messages_and_text_agree(tmp_path):
 def test_benchmark_rows_are_refused_by_name_unless_allowed(tmp_path, form):
     tokenizer = DecodingTokenizer()
     contents = ["a harmless row", human_eval()[53]["prompt"], *(problem["text"] for problem in mbpp()[:7])]
-    rows = {"messages": map(chat, contents), "text": ({"text": text} for text in contents),
-            "token_ids": ({"token_ids": tokenizer.encode(text)} for text in contents)}
+    rows = {
+        "messages": map(chat, contents),
+        "text": ({"text": text} for text in contents),
+        "token_ids": ({"token_ids": tokenizer.encode(text)} for text in contents),
+    }
     path = write_lines(tmp_path / "rows.jsonl", list(rows[form]))
     with pytest.raises(DataError) as caught:
         load(path, tokenizer=tokenizer)
@@ -449,7 +489,7 @@ def test_benchmark_rows_are_refused_by_name_unless_allowed(tmp_path, form):
     assert "allow_benchmark_overlap" in message
     allowed = load(path, tokenizer=tokenizer, allow_benchmark_overlap=True)
     assert (len(allowed.sequences), allowed.overlap_checked) == (9, False)
-    assert load(path, tokenizer=tokenizer, samples=1).overlap_checked        # only the rows used matter
+    assert load(path, tokenizer=tokenizer, samples=1).overlap_checked  # only the rows used matter
 
 
 def test_ids_without_a_decoder_are_recorded_as_unchecked(tmp_path):
@@ -459,10 +499,13 @@ def test_ids_without_a_decoder_are_recorded_as_unchecked(tmp_path):
 
 def test_rows_of_two_thousand_words_are_checked_quickly():
     find_benchmark("")
-    words = [word for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-e]*.py"))
-             for word in path.read_text(encoding="utf-8", errors="replace").split()]
+    words = [
+        word
+        for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-e]*.py"))
+        for word in path.read_text(encoding="utf-8", errors="replace").split()
+    ]
     starts = np.random.default_rng(0).integers(0, len(words) - 2000, 200)
-    rows = [" ".join(words[start:start + 2000]) for start in starts]
+    rows = [" ".join(words[start : start + 2000]) for start in starts]
     started = time.process_time()
     assert [find_benchmark(row) for row in rows] == [None] * 200
-    assert time.process_time() - started < 2        # 0.2 s where it was written; 1,000 rows should take less than 2 s
+    assert time.process_time() - started < 2  # 0.2 s where it was written; 1,000 rows should take less than 2 s

@@ -1,4 +1,5 @@
 """checkpoint/config.py: openPangu-Embedded and Llama are one network; whatever is another is refused by name."""
+
 import json
 
 import pytest
@@ -6,29 +7,65 @@ import pytest
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import CheckpointError
 
-PANGU_1B = {    # the published config.json, without what says nothing about the graph
-    "architectures": ["PanguEmbeddedForCausalLM"], "model_type": "PanguEmbedded", "bias": True,
-    "hidden_act": "silu", "hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 26,
-    "num_attention_heads": 12, "num_key_value_heads": 6, "rms_norm_eps": 1e-05, "rope_theta": 4000000.0,
-    "max_position_embeddings": 32768, "vocab_size": 153376, "tie_word_embeddings": True, "bos_token_id": 1,
-    "eos_token_id": 45892, "pad_token_id": 0, "torch_dtype": "bfloat16",
+PANGU_1B = {  # the published config.json, without what says nothing about the graph
+    "architectures": ["PanguEmbeddedForCausalLM"],
+    "model_type": "PanguEmbedded",
+    "bias": True,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 4000000.0,
+    "max_position_embeddings": 32768,
+    "vocab_size": 153376,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 45892,
+    "pad_token_id": 0,
+    "torch_dtype": "bfloat16",
 }
 PANGU_7B = {
-    **PANGU_1B, "hidden_size": 4096, "intermediate_size": 12800, "num_hidden_layers": 34, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "rope_theta": 16000000.0, "tie_word_embeddings": False,
+    **PANGU_1B,
+    "hidden_size": 4096,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 34,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 16000000.0,
+    "tie_word_embeddings": False,
 }
-LLAMA = {       # Llama-2-7B's
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "rms_norm_eps": 1e-05, "vocab_size": 32000, "max_position_embeddings": 4096,
-    "hidden_act": "silu", "rope_scaling": None, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float16",
+LLAMA = {  # Llama-2-7B's
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "hidden_act": "silu",
+    "rope_scaling": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "torch_dtype": "float16",
 }
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-         "max_position_embeddings")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 def read(raw, without=(), **changes):
-    return ModelConfig.from_dict({key: value for key, value in {**raw, **changes}.items() if key not in without},
-                                 where="config.json")
+    return ModelConfig.from_dict(
+        {key: value for key, value in {**raw, **changes}.items() if key not in without}, where="config.json"
+    )
 
 
 @pytest.mark.parametrize(("raw", "kv_heads", "tied", "theta"), [(PANGU_1B, 6, True, 4e6), (PANGU_7B, 8, False, 16e6)])
@@ -45,18 +82,26 @@ def test_the_published_openpangu_configs_are_read_as_they_are(raw, kv_heads, tie
 
 def test_a_llama_config_differs_in_defaults_alone():
     config = read(LLAMA, without=("rms_norm_eps",))
-    assert (config.num_key_value_heads, config.head_dim) == (32, 128)       # no grouped queries
+    assert (config.num_key_value_heads, config.head_dim) == (32, 128)  # no grouped queries
     assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-6)
     assert (config.attention_bias, config.tie_word_embeddings) == (False, False)
     assert config.pad_token_id is None
     assert config.torch_dtype == "float16"
 
 
-@pytest.mark.parametrize(("raw", "changes", "wanted"), [
-    (PANGU_1B, {}, True), (PANGU_1B, {"bias": False}, False), (PANGU_1B, {"attention_bias": False}, True),
-    (LLAMA, {}, False), (LLAMA, {"attention_bias": True}, True), (LLAMA, {"attention_bias": False}, False),
-    (LLAMA, {"bias": True}, False), (LLAMA, {"attention_bias": True, "mlp_bias": False}, True),
-])
+@pytest.mark.parametrize(
+    ("raw", "changes", "wanted"),
+    [
+        (PANGU_1B, {}, True),
+        (PANGU_1B, {"bias": False}, False),
+        (PANGU_1B, {"attention_bias": False}, True),
+        (LLAMA, {}, False),
+        (LLAMA, {"attention_bias": True}, True),
+        (LLAMA, {"attention_bias": False}, False),
+        (LLAMA, {"bias": True}, False),
+        (LLAMA, {"attention_bias": True, "mlp_bias": False}, True),
+    ],
+)
 def test_each_family_has_its_own_name_for_the_attention_biases(raw, changes, wanted):
     assert read(raw, **changes).attention_bias is wanted
 
@@ -87,28 +132,31 @@ def test_the_first_of_several_end_tokens_counts():
     assert read(LLAMA, eos_token_id=[]).eos_token_id is None
 
 
-@pytest.mark.parametrize(("changes", "key", "variant"), [
-    ({"param_sink_number": 128}, "param_sink_number", "openPangu-R-7B"),
-    ({"qk_rope_dim": 32}, "qk_rope_dim", "openPangu-R-7B"),
-    ({"qk_nope_dim": 96}, "qk_nope_dim", "openPangu-R-7B"),
-    ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types", "openPangu-R-7B"),
-    ({"sliding_window": 128}, "sliding_window", "sliding-window attention"),
-    ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers", "multi-token-prediction"),
-    ({"vision_config": {"depth": 26}}, "vision_config", "openPangu-VL"),
-    ({"num_experts": 64}, "num_experts", "openPangu-Pro-MoE"),
-    ({"num_routed_experts": 64}, "num_routed_experts", "openPangu-Pro-MoE"),
-    ({"n_routed_experts": 256}, "n_routed_experts", "openPangu-Ultra-MoE"),
-    ({"num_local_experts": 8}, "num_local_experts", "mixture of experts"),
-    ({"kv_lora_rank": 512}, "kv_lora_rank", "latent attention"),
-    ({"model_type": "openpangu_vl", "vision_config": {"depth": 26}}, "vision_config", "openPangu-VL"),
-    ({"model_type": "mixtral"}, "model_type", "'PanguEmbedded', 'llama'"),
-    ({"model_type": None}, "model_type", "'PanguEmbedded', 'llama'"),
-    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling", "linear"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling", "llama3"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters", "yarn"),
-    ({"mlp_bias": True}, "mlp_bias", "no biases in its MLP"),
-    ({"hidden_act": "gelu"}, "hidden_act", "wanted 'silu'"),
-])
+@pytest.mark.parametrize(
+    ("changes", "key", "variant"),
+    [
+        ({"param_sink_number": 128}, "param_sink_number", "openPangu-R-7B"),
+        ({"qk_rope_dim": 32}, "qk_rope_dim", "openPangu-R-7B"),
+        ({"qk_nope_dim": 96}, "qk_nope_dim", "openPangu-R-7B"),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "layer_types", "openPangu-R-7B"),
+        ({"sliding_window": 128}, "sliding_window", "sliding-window attention"),
+        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers", "multi-token-prediction"),
+        ({"vision_config": {"depth": 26}}, "vision_config", "openPangu-VL"),
+        ({"num_experts": 64}, "num_experts", "openPangu-Pro-MoE"),
+        ({"num_routed_experts": 64}, "num_routed_experts", "openPangu-Pro-MoE"),
+        ({"n_routed_experts": 256}, "n_routed_experts", "openPangu-Ultra-MoE"),
+        ({"num_local_experts": 8}, "num_local_experts", "mixture of experts"),
+        ({"kv_lora_rank": 512}, "kv_lora_rank", "latent attention"),
+        ({"model_type": "openpangu_vl", "vision_config": {"depth": 26}}, "vision_config", "openPangu-VL"),
+        ({"model_type": "mixtral"}, "model_type", "'PanguEmbedded', 'llama'"),
+        ({"model_type": None}, "model_type", "'PanguEmbedded', 'llama'"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling", "linear"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling", "llama3"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters", "yarn"),
+        ({"mlp_bias": True}, "mlp_bias", "no biases in its MLP"),
+        ({"hidden_act": "gelu"}, "hidden_act", "wanted 'silu'"),
+    ],
+)
 @pytest.mark.parametrize("raw", [PANGU_1B, LLAMA], ids=["openpangu", "llama"])
 def test_another_graph_is_refused_by_name(raw, changes, key, variant):
     with pytest.raises(CheckpointError) as raised:
@@ -118,11 +166,19 @@ def test_another_graph_is_refused_by_name(raw, changes, key, variant):
     assert variant in str(raised.value)
 
 
-@pytest.mark.parametrize("changes", [
-    {"layer_types": ["full_attention"] * 26}, {"sliding_window": None}, {"num_experts": 0}, {"rope_scaling": None},
-    {"rope_scaling": {"rope_type": "default"}}, {"rope_scaling": {}}, {"mlp_bias": False},
-    {"num_nextn_predict_layers": 0},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention"] * 26},
+        {"sliding_window": None},
+        {"num_experts": 0},
+        {"rope_scaling": None},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {}},
+        {"mlp_bias": False},
+        {"num_nextn_predict_layers": 0},
+    ],
+)
 def test_keys_that_say_the_graph_is_the_plain_one_are_accepted(changes):
     assert read(PANGU_1B, **changes).head_dim == 128
 
@@ -140,29 +196,40 @@ def test_a_size_that_is_missing_is_refused_by_name(key):
         read(PANGU_1B, without=(key,))
 
 
-@pytest.mark.parametrize(("changes", "said"), [
-    ({"num_key_value_heads": 5}, "num_attention_heads 12 is not a multiple of num_key_value_heads 5"),
-    ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
-    ({"num_attention_heads": 7, "num_key_value_heads": 7}, "1536 is not a multiple of num_attention_heads 7"),
-    ({"head_dim": 127}, "head_dim is 127, wanted an even number"),
-    ({"head_dim": 0}, "head_dim is 0"),
-    ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
-    ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
-    ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
-    ({"rope_theta": -1.0}, "rope_theta is -1.0"),
-    ({"rope_theta": float("inf")}, "rope_theta is inf"),
-    ({"layer_types": 5}, "layer_types"),
-])
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_key_value_heads": 5}, "num_attention_heads 12 is not a multiple of num_key_value_heads 5"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"num_attention_heads": 7, "num_key_value_heads": 7}, "1536 is not a multiple of num_attention_heads 7"),
+        ({"head_dim": 127}, "head_dim is 127, wanted an even number"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5'"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+        ({"rope_theta": float("inf")}, "rope_theta is inf"),
+        ({"layer_types": 5}, "layer_types"),
+    ],
+)
 def test_values_that_contradict_each_other_or_sense_are_refused(changes, said):
     with pytest.raises(CheckpointError, match=said):
         read(PANGU_1B, **changes)
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    (None, "no config.json here"), (b"", "not readable as JSON"), (b"{", "not readable as JSON"),
-    (b"\xff\xfe{}", "not readable as JSON"), (b"[]", "got a JSON list"), (b"7", "got a JSON int"),
-    (b"[" * 100_000, "not readable as JSON"), (b"{}", "model_type is None"),
-])
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no config.json here"),
+        (b"", "not readable as JSON"),
+        (b"{", "not readable as JSON"),
+        (b"\xff\xfe{}", "not readable as JSON"),
+        (b"[]", "got a JSON list"),
+        (b"7", "got a JSON int"),
+        (b"[" * 100_000, "not readable as JSON"),
+        (b"{}", "model_type is None"),
+    ],
+)
 def test_a_file_that_is_no_config_is_refused_naming_it(tmp_path, content, said):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)

@@ -1,4 +1,5 @@
 """errors.py: one family, so that the command line can tell the user's mistakes from ours."""
+
 import ast
 import inspect
 import pickle
@@ -34,7 +35,10 @@ def test_every_error_the_package_raises_is_one_line(root):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in names:
                 raised += 1
                 assert call.args, f"{file}:{node.lineno}: an error without a message"
-                texts = [part.value for part in ast.walk(call.args[0])
-                         if isinstance(part, ast.Constant) and isinstance(part.value, str)]
+                texts = [
+                    part.value
+                    for part in ast.walk(call.args[0])
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str)
+                ]
                 assert not any("\n" in text for text in texts), f"{file}:{node.lineno}"
     assert raised > 50

@@ -1,4 +1,5 @@
 """checkpoint/files.py: tensors are read exactly, damage is named, and a file is written whole or not at all."""
+
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ def write_index(directory, weight_map):
 
 def header_of(path):
     length = int.from_bytes(path.read_bytes()[:8], "little")
-    return json.loads(path.read_bytes()[8:8 + length])
+    return json.loads(path.read_bytes()[8 : 8 + length])
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_a_checkpoint_of_each_dtype_equals_what_safetensors_reads(make_checkpoin
     assert opened.entries.keys() == wanted.keys()
     for name, tensor in wanted.items():
         entry = opened.entries[name]
-        assert (entry.shape, entry.dtype, entry.nbytes) == (tensor.shape, tensor.dtype, tensor.nbytes)
+        assert (entry.shape, entry.dtype.name, entry.nbytes) == (tensor.shape, tensor.dtype.name, tensor.nbytes)
         assert entry.read().tobytes() == tensor.tobytes()
         np.testing.assert_array_equal(opened.read_float32(name), tensor.astype(np.float32))
     assert opened.nbytes == sum(tensor.nbytes for tensor in wanted.values())
@@ -60,8 +61,12 @@ def test_a_checkpoint_of_each_dtype_equals_what_safetensors_reads(make_checkpoin
 
 @pytest.mark.parametrize("dtype", [np.float64, np.int64, np.int32, np.int16, np.int8, np.uint8, np.bool_, BFLOAT16])
 def test_every_dtype_is_read_back_in_its_own_dtype(tmp_path, dtype):
-    tensors = {"matrix": np.arange(-6, 6).reshape(3, 4).astype(dtype), "scalar": np.array(1, dtype),
-               "empty": np.empty((0, 5), dtype), "no_columns": np.empty((5, 0), dtype)}
+    tensors = {
+        "matrix": np.arange(-6, 6).reshape(3, 4).astype(dtype),
+        "scalar": np.array(1, dtype),
+        "empty": np.empty((0, 5), dtype),
+        "no_columns": np.empty((5, 0), dtype),
+    }
     save_file(tensors, tmp_path / "model.safetensors")
     opened = TensorFiles(tmp_path)
     for name, tensor in tensors.items():
@@ -70,8 +75,9 @@ def test_every_dtype_is_read_back_in_its_own_dtype(tmp_path, dtype):
         assert read.tobytes() == tensor.tobytes()
 
 
-@pytest.mark.parametrize(("start", "stop"), [
-    (0, 7), (0, None), (2, 5), (6, None), (3, 3), (5, 2), (0, 100), (7, None), (9, 12)])
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 7), (0, None), (2, 5), (6, None), (3, 3), (5, 2), (0, 100), (7, None), (9, 12)]
+)
 def test_rows_are_those_of_the_whole_tensor(tmp_path, start, stop):
     values = np.arange(84, dtype=np.float32).reshape(7, 3, 4)
     others = {"before": np.ones(5, np.int8), "after": np.ones(3, np.int8)}
@@ -86,7 +92,7 @@ def test_reading_rows_does_not_read_the_rest(tmp_path):
     opened.read_float32("table", 100, 102)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 200_000       # the tensor has 16 MiB
+    assert peak < 200_000  # the tensor has 16 MiB
 
 
 def test_several_files_are_one_checkpoint_with_or_without_an_index(make_checkpoint, sharded):
@@ -151,9 +157,19 @@ def test_a_tensor_in_two_files_is_refused_naming_both(sharded):
         TensorFiles(directory)
 
 
-@pytest.mark.parametrize("name", [
-    "../outside.safetensors", "{absolute}", "sub/inside.safetensors", "./model.safetensors", "..", "", "config.json",
-    "model.safetensors\0"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.safetensors",
+        "{absolute}",
+        "sub/inside.safetensors",
+        "./model.safetensors",
+        "..",
+        "",
+        "config.json",
+        "model.safetensors\0",
+    ],
+)
 def test_an_index_that_names_anything_but_a_safetensors_file_beside_it_is_refused(make_checkpoint, tmp_path, name):
     """Each of these files exists and is readable; a hostile index must not reach it."""
     directory = make_checkpoint()
@@ -166,9 +182,22 @@ def test_an_index_that_names_anything_but_a_safetensors_file_beside_it_is_refuse
         TensorFiles(directory)
 
 
-@pytest.mark.parametrize("content", [
-    b"", b"{", b"[]", b"{}", b"\xff", b'{"weight_map": []}', b'{"weight_map": {"a": 1}}', b'{"weight_map": null}',
-    b'{"weight_map": {}}', b"[" * 100_000], ids=lambda content: content[:30])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"weight_map": []}',
+        b'{"weight_map": {"a": 1}}',
+        b'{"weight_map": null}',
+        b'{"weight_map": {}}',
+        b"[" * 100_000,
+    ],
+    ids=lambda content: content[:30],
+)
 def test_an_index_that_is_no_index_is_refused(make_checkpoint, content):
     directory = make_checkpoint()
     (directory / INDEX_FILE).write_bytes(content)
@@ -184,8 +213,15 @@ def test_a_truncated_file_is_refused_before_anything_is_read(make_checkpoint, ke
         TensorFiles(file.parent)
 
 
-@pytest.mark.parametrize("content", [b"not safetensors at all, but long enough", b"\xff" * 64, b"\0" * 64,
-                                     b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"not safetensors at all, but long enough",
+        b"\xff" * 64,
+        b"\0" * 64,
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a",
+    ],
+)
 def test_a_file_that_is_something_else_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged or not a safetensors file"):
@@ -236,8 +272,11 @@ def test_check_names_tensor_found_and_wanted(tmp_path):
     check(tmp_path, {"a": (2, 3)}, optional=["b", "c"])
     with pytest.raises(CheckpointError, match=r"c is missing; config\.json implies a tensor of shape \[7, 5\]$"):
         check(tmp_path, {"a": (2, 3), "b": (4,), "c": (7, 5)})
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: a: got \[2, 3\], config\.json implies \[3, 2\]; "
-                                              r"is config\.json from another checkpoint"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.safetensors: a: got \[2, 3\], config\.json implies \[3, 2\]; "
+        r"is config\.json from another checkpoint",
+    ):
         check(tmp_path, {"a": (3, 2), "b": (4,)})
     with pytest.raises(CheckpointError, match=r"model\.safetensors: b: not a tensor of the model"):
         check(tmp_path, {"a": (2, 3)})
@@ -277,9 +316,12 @@ def written_tensors():
     return {
         "float32": generator.normal(size=(3, 5)).astype(np.float32),
         "bfloat16": generator.normal(size=7).astype(BFLOAT16),
-        "int8": np.arange(-8, 7, dtype=np.int8).reshape(3, 5), "int32": np.arange(3, dtype=np.int32),
-        "uint8": np.arange(5, dtype=np.uint8), "transposed": np.arange(12, dtype=np.float32).reshape(3, 4).T,
-        "strided": np.arange(12, dtype=np.int8)[::2], "scalar": np.array(3.5, np.float32),
+        "int8": np.arange(-8, 7, dtype=np.int8).reshape(3, 5),
+        "int32": np.arange(3, dtype=np.int32),
+        "uint8": np.arange(5, dtype=np.uint8),
+        "transposed": np.arange(12, dtype=np.float32).reshape(3, 4).T,
+        "strided": np.arange(12, dtype=np.int8)[::2],
+        "scalar": np.array(3.5, np.float32),
         "empty": np.empty((0, 2), np.float32),
     }
 
@@ -290,12 +332,12 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path):
     read = load_file(tmp_path / "out.safetensors")
     assert read.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert (read[name].dtype, read[name].shape) == (tensor.dtype, tensor.shape), name
+        assert (read[name].dtype.name, read[name].shape) == (tensor.dtype.name, tensor.shape), name
         assert read[name].tobytes() == tensor.tobytes(), name
     data = (tmp_path / "out.safetensors").read_bytes()
     assert result.sha256 == hashlib.sha256(data).hexdigest()
     assert result.nbytes == len(data)
-    assert (8 + int.from_bytes(data[:8], "little")) % 8 == 0        # tensors are aligned
+    assert (8 + int.from_bytes(data[:8], "little")) % 8 == 0  # tensors are aligned
     assert header_of(tmp_path / "out.safetensors")["__metadata__"] == {"format": "np"}
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
 
@@ -321,7 +363,7 @@ def test_copying_a_large_tensor_does_not_load_it(tmp_path, monkeypatch):
     write_safetensors(tmp_path / "copy.safetensors", entries)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 1 << 20       # the tensor has 16 MiB
+    assert peak < 1 << 20  # the tensor has 16 MiB
 
 
 def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -1,4 +1,5 @@
 """transforms/fold.py: a folded block is the same function, checked against a float64 forward pass (conftest.py)."""
+
 import numpy as np
 import pytest
 
@@ -7,10 +8,14 @@ from ms_pangu_quant.checkpoint.layout import INPUT_NAMES
 from ms_pangu_quant.transforms.fold import expand_to_input, fold_scale, reduce_to_producer, scale_channels
 
 TOKENS = 7
-GQA = {1: 4, 2: 2, 4: 1}        # query heads per key/value head -> key/value heads of 4 query heads
+GQA = {1: 4, 2: 2, 4: 1}  # query heads per key/value head -> key/value heads of 4 query heads
 TOUCHED = {
-    "attention_input": {"input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
-                        "self_attn.v_proj.weight"},
+    "attention_input": {
+        "input_layernorm.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+    },
     "attention_output": {"self_attn.v_proj.weight", "self_attn.v_proj.bias", "self_attn.o_proj.weight"},
     "mlp_input": {"post_attention_layernorm.weight", "mlp.gate_proj.weight", "mlp.up_proj.weight"},
     "mlp_hidden": {"mlp.up_proj.weight", "mlp.down_proj.weight"},
@@ -43,7 +48,7 @@ def test_the_forward_pass_of_these_tests_is_not_blind(random_block, forward):
     hidden = hidden_states(block)
     output, _ = forward(block, hidden)
     for name, tensor in block.tensors.items():
-        if name != "self_attn.k_proj.bias":     # nearly constant over keys, so softmax cancels most of it
+        if name != "self_attn.k_proj.bias":  # nearly constant over keys, so softmax cancels most of it
             changed, _ = forward(block.replace({name: tensor * np.float32(1.1)}), hidden)
             assert np.abs(changed - output).max() > 1e-3 * np.abs(output).max(), name
     causal, _ = forward(block, np.concatenate([hidden[:4], 2 * hidden[4:]]))

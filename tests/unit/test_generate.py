@@ -3,6 +3,7 @@
 The model is a fake whose cache holds tokens instead of keys and values. Its logits follow from all tokens it finds
 through a sequence's table, so a block that two sequences shared, lost or mixed up would change an answer.
 """
+
 from __future__ import annotations
 
 import functools
@@ -19,7 +20,7 @@ from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
 
 VOCAB = 8
-LETTERS = "abcdefgh"        # token -> text
+LETTERS = "abcdefgh"  # token -> text
 
 
 @functools.cache
@@ -31,16 +32,20 @@ class FakeModel:
     def __init__(self, num_blocks, block_size, next_logits=logits_after, texts=LETTERS):
         self.cache = np.full((num_blocks, block_size), -1)
         self.block_size, self.next_logits, self.texts = block_size, next_logits, texts
-        self.calls = []         # (phase, tokens in each piece, contexts, tables)
+        self.calls = []  # (phase, tokens in each piece, contexts, tables)
 
     def forward(self, pieces, contexts, tables, *, phase):
         self.calls.append((phase, list(map(tuple, pieces)), list(contexts), list(map(tuple, tables))))
         for piece, context, table in zip(pieces, contexts, tables, strict=True):
             for position, token in enumerate(piece, context):
                 self.cache[table[position // self.block_size], position % self.block_size] = token
-        seen = [tuple(int(self.cache[table[position // self.block_size], position % self.block_size])
-                      for position in range(context + len(piece)))
-                for piece, context, table in zip(pieces, contexts, tables, strict=True)]
+        seen = [
+            tuple(
+                int(self.cache[table[position // self.block_size], position % self.block_size])
+                for position in range(context + len(piece))
+            )
+            for piece, context, table in zip(pieces, contexts, tables, strict=True)
+        ]
         return np.stack([self.next_logits(tokens) for tokens in seen])
 
     @property
@@ -67,13 +72,13 @@ def alone(prompt, max_new_tokens, sampling, generator, stop_ids=frozenset(), sto
 
 
 def requests_of(pairs, sampling):
-    return [Request(index, tuple(prompt), most, sampling.generator(index))
-            for index, (prompt, most) in enumerate(pairs)]
+    return [Request(index, tuple(prompt), most, sampling.generator(index)) for index, (prompt, most) in enumerate(pairs)]
 
 
 def scheduler(model, *, prefill_tokens=100, sampling=None, stop_ids=(), stop=()):
-    return Scheduler(model, len(model.cache), model.block_size, prefill_tokens, sampling or Sampling(),
-                     frozenset(stop_ids), tuple(stop))
+    return Scheduler(
+        model, len(model.cache), model.block_size, prefill_tokens, sampling or Sampling(), frozenset(stop_ids), tuple(stop)
+    )
 
 
 def run(pairs, *, num_blocks=100, block_size=4, **settings_of_scheduler):
@@ -97,20 +102,32 @@ def workloads(draw):
     pairs = draw(st.lists(st.tuples(PROMPT, st.integers(1, 10)), min_size=1, max_size=7))
     block_size = draw(st.integers(1, 5))
     largest = max(-(-(len(prompt) + most) // block_size) for prompt, most in pairs)
-    return {"pairs": pairs, "block_size": block_size, "num_blocks": largest + draw(st.integers(0, 12)),
-            "max_batch": draw(st.integers(1, 5)), "prefill_tokens": draw(st.integers(1, 25))}
+    return {
+        "pairs": pairs,
+        "block_size": block_size,
+        "num_blocks": largest + draw(st.integers(0, 12)),
+        "max_batch": draw(st.integers(1, 5)),
+        "prefill_tokens": draw(st.integers(1, 25)),
+    }
 
 
 @settings(max_examples=300)
-@given(workloads(), SAMPLINGS, st.sets(st.integers(0, VOCAB - 1), max_size=2),
-       st.sampled_from([(), ("ab",), ("c", "dd"), ("efg", "h", "ba")]))
+@given(
+    workloads(),
+    SAMPLINGS,
+    st.sets(st.integers(0, VOCAB - 1), max_size=2),
+    st.sampled_from([(), ("ab",), ("c", "dd"), ("efg", "h", "ba")]),
+)
 def test_answers_are_those_of_one_request_at_a_time_whatever_is_shared(work, sampling, stop_ids, stop):
     pairs, model = work["pairs"], FakeModel(work["num_blocks"], work["block_size"])
     with mock.patch.object(generate, "MAX_BATCH", work["max_batch"]):
-        found = scheduler(model, prefill_tokens=work["prefill_tokens"], sampling=sampling, stop_ids=stop_ids,
-                          stop=stop).run(requests_of(pairs, sampling))
-    assert found == [alone(prompt, most, sampling, sampling.generator(index), stop_ids, stop)
-                     for index, (prompt, most) in enumerate(pairs)]
+        found = scheduler(
+            model, prefill_tokens=work["prefill_tokens"], sampling=sampling, stop_ids=stop_ids, stop=stop
+        ).run(requests_of(pairs, sampling))
+    assert found == [
+        alone(prompt, most, sampling, sampling.generator(index), stop_ids, stop)
+        for index, (prompt, most) in enumerate(pairs)
+    ]
 
 
 @settings(max_examples=150)
@@ -170,14 +187,16 @@ def test_requests_are_admitted_in_order_even_if_a_later_one_would_fit():
     """Of 4 blocks the first takes 3; the third needs the one that is left, but the second was there before it."""
     pairs = [((1, 1, 1), 9), ((2, 2, 2), 9), ((3,), 1)]
     _, model = run(pairs, num_blocks=4, block_size=4)
-    assert [pieces for phase, pieces, _, _ in model.calls if phase == "prefill"] == [
-        [(1, 1, 1)], [(2, 2, 2), (3,)]]
+    assert [pieces for phase, pieces, _, _ in model.calls if phase == "prefill"] == [[(1, 1, 1)], [(2, 2, 2), (3,)]]
 
 
 def test_a_long_prompt_is_prefilled_in_pieces_and_short_ones_fill_up_the_pass():
     _, model = run([(tuple(range(7)), 1), ((1, 2), 1), ((3, 4, 5), 1)], prefill_tokens=5)
     assert [(pieces, contexts) for _, pieces, contexts, _ in model.calls] == [
-        ([(0, 1, 2, 3, 4)], [0]), ([(5, 6), (1, 2), (3,)], [5, 0, 0]), ([(4, 5)], [1])]
+        ([(0, 1, 2, 3, 4)], [0]),
+        ([(5, 6), (1, 2), (3,)], [5, 0, 0]),
+        ([(4, 5)], [1]),
+    ]
 
 
 def test_answers_come_in_the_order_of_requests_not_of_completion():
@@ -209,7 +228,7 @@ def test_a_request_that_fills_the_cache_exactly_fits():
 def answer(next_logits, most=6, **settings_of_scheduler):
     texts = settings_of_scheduler.pop("texts", LETTERS)
     model = FakeModel(20, 4, next_logits, texts)
-    completion, = scheduler(model, **settings_of_scheduler).run(requests_of([((0,), most)], Sampling()))
+    (completion,) = scheduler(model, **settings_of_scheduler).run(requests_of([((0,), most)], Sampling()))
     return completion
 
 
@@ -226,7 +245,8 @@ def test_an_end_token_at_once_gives_an_empty_answer():
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_the_end_token_wins_over_the_length_on_the_last_place(most):
     assert answer(always(1, 2, 3), most, stop_ids={3}) == (
-        Completion((1, 2), "eos") if most == 3 else Completion((1, 2, 3)[:most], "length"))
+        Completion((1, 2), "eos") if most == 3 else Completion((1, 2, 3)[:most], "length")
+    )
 
 
 def test_the_length_is_counted_in_new_tokens():
@@ -262,7 +282,7 @@ def test_a_stop_text_of_four_byte_characters_is_found_in_a_long_answer():
     letters = "🙂".encode()
     model = ByteTokens(100, 4, always(0, 1, 2, 3), [*letters, 65, 66, 67, 68])
     before = "🙂" * 3
-    completion, = scheduler(model, stop=[before]).run(requests_of([((4,), 50)], Sampling()))
+    (completion,) = scheduler(model, stop=[before]).run(requests_of([((4,), 50)], Sampling()))
     assert completion == Completion((0, 1, 2, 3) * 3, "stop", before)
 
 

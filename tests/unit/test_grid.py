@@ -1,4 +1,5 @@
 """quantizers/grid.py: the smallest scale that spans the weights, the nearest code, and the way back."""
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,8 +13,12 @@ from ms_pangu_quant.scheme import TensorScheme
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 LARGEST = float(np.float32(1e38))
-SCHEMES = [TensorScheme(bits, "channel", full_range=full, bfloat16_scale=bf16)
-           for bits in (4, 8) for full in (False, True) for bf16 in (False, True)]
+SCHEMES = [
+    TensorScheme(bits, "channel", full_range=full, bfloat16_scale=bf16)
+    for bits in (4, 8)
+    for full in (False, True)
+    for bf16 in (False, True)
+]
 POSITIVE = st.floats(SMALLEST_NORMAL, LARGEST, width=32)
 
 
@@ -63,8 +68,10 @@ def test_is_bfloat16_wants_every_value_to_be_one():
         assert not grid.is_bfloat16(changed)
 
 
-@given(scheme=st.sampled_from([scheme for scheme in SCHEMES if scheme.bfloat16_scale]),
-       absmax=hnp.arrays(np.float32, st.integers(1, 20), elements=POSITIVE))
+@given(
+    scheme=st.sampled_from([scheme for scheme in SCHEMES if scheme.bfloat16_scale]),
+    absmax=hnp.arrays(np.float32, st.integers(1, 20), elements=POSITIVE),
+)
 def test_a_bfloat16_scale_is_the_smallest_that_reaches_absmax(scheme, absmax):
     scale = scale_from_absmax(absmax, scheme)
     wanted = np.maximum(absmax / np.float32(scheme.divisor), np.float32(SMALLEST_NORMAL))
@@ -74,8 +81,10 @@ def test_a_bfloat16_scale_is_the_smallest_that_reaches_absmax(scheme, absmax):
     assert (below < wanted).all()
 
 
-@given(scheme=st.sampled_from([scheme for scheme in SCHEMES if not scheme.bfloat16_scale]),
-       absmax=hnp.arrays(np.float32, st.integers(1, 20), elements=POSITIVE))
+@given(
+    scheme=st.sampled_from([scheme for scheme in SCHEMES if not scheme.bfloat16_scale]),
+    absmax=hnp.arrays(np.float32, st.integers(1, 20), elements=POSITIVE),
+)
 def test_a_float32_scale_is_absmax_over_the_divisor(scheme, absmax):
     scale = scale_from_absmax(absmax, scheme).astype(np.float64)
     wanted = np.maximum(absmax.astype(np.float64) / scheme.divisor, SMALLEST_NORMAL)
@@ -119,11 +128,13 @@ def test_a_hand_computed_int8_example_has_its_scale_rounded_up_before_the_codes_
     scheme = TensorScheme(8, "channel", bfloat16_scale=True)
     scale = weight_scale(weight, scheme)
     assert scale.tolist() == [[130 / 128 / 128]]
-    assert round_to_grid(weight, scale, scheme).tolist() == [[126, -63, 32, 0]]     # 126.03, -63.02, 31.51, 0.38
+    assert round_to_grid(weight, scale, scheme).tolist() == [[126, -63, 32, 0]]  # 126.03, -63.02, 31.51, 0.38
 
 
-@given(st.sampled_from(SCHEMES), hnp.arrays(np.float32, (2, 6), elements=(
-    st.floats(-LARGEST, LARGEST, width=32) | st.floats(-9, 9, width=32))))
+@given(
+    st.sampled_from(SCHEMES),
+    hnp.arrays(np.float32, (2, 6), elements=(st.floats(-LARGEST, LARGEST, width=32) | st.floats(-9, 9, width=32))),
+)
 def test_codes_stay_in_the_schemes_range_even_for_a_scale_that_is_too_small(scheme, weight):
     codes = round_to_grid(weight, np.full((2, 1), 0.5, np.float32), scheme)
     assert codes.dtype == np.int8
@@ -139,6 +150,8 @@ def test_dequantize_multiplies_each_code_by_its_groups_scale(out_features, group
     scale = generator.lognormal(size=(out_features, groups)).astype(np.float32)
     back = QuantizedWeight(codes, scale).dequantize()
     assert back.dtype == np.float32
-    wanted = [[np.float32(codes[row, column]) * scale[row, column // 6] for column in range(groups * 6)]
-              for row in range(out_features)]
+    wanted = [
+        [np.float32(codes[row, column]) * scale[row, column // 6] for column in range(groups * 6)]
+        for row in range(out_features)
+    ]
     assert back.tolist() == np.array(wanted).tolist()

@@ -5,6 +5,7 @@
 
 A new module is put on a level in LEVELS; until then the first test names it.
 """
+
 from __future__ import annotations
 
 import ast
@@ -23,7 +24,7 @@ else:
     import tomli as tomllib
 
 PACKAGE = "ms_pangu_quant"
-LEVELS = (      # a name stands for the module and all below it; the longest that fits decides
+LEVELS = (  # a name stands for the module and all below it; the longest that fits decides
     ("errors",),
     ("scheme",),
     ("checkpoint", "calibration", "transforms", "quantizers", "formats"),
@@ -47,7 +48,7 @@ class Import:
 
     target: str
     line: int
-    kind: str       # "module", "function" or "typing"
+    kind: str  # "module", "function" or "typing"
 
 
 def below(module: str, name: str) -> bool:
@@ -78,7 +79,7 @@ def imports(source: str, module: str, modules: set[str], is_package: bool) -> It
             start = node.module or ""
             if node.level:
                 path = f"{PACKAGE}.{module}".split(".")
-                base = path[:len(path) - node.level + is_package]
+                base = path[: len(path) - node.level + is_package]
                 start = ".".join([*base, *([node.module] if node.module else [])])
             yield from resolve(start, [alias.name for alias in node.names], node.lineno, kind)
         for child in ast.iter_child_nodes(node):
@@ -88,7 +89,7 @@ def imports(source: str, module: str, modules: set[str], is_package: bool) -> It
         if not below(start, PACKAGE):
             yield Import(start.split(".")[0], line, kind)
             return
-        inside = start[len(PACKAGE) + 1:]
+        inside = start[len(PACKAGE) + 1 :]
         targets = {f"{inside}.{name}".strip(".") for name in names} & modules
         for target in targets or {inside}:
             yield Import(target or "__init__", line, kind)
@@ -99,8 +100,7 @@ def imports(source: str, module: str, modules: set[str], is_package: bool) -> It
 def graph(sources: Mapping[str, str]) -> dict[str, list[Import]]:
     """Module -> its imports; a package is known by its own name and has its __init__.py's imports."""
     packages = {name.rpartition(".")[0] for name in sources}
-    return {module: list(imports(source, module, set(sources), module in packages))
-            for module, source in sources.items()}
+    return {module: list(imports(source, module, set(sources), module in packages)) for module, source in sources.items()}
 
 
 def complaints(sources: Mapping[str, str]) -> list[str]:
@@ -124,8 +124,10 @@ def complaints(sources: Mapping[str, str]) -> list[str]:
                 found.append(f"{where}; only {', '.join(allowed)} may")
             if module == "__init__" and each.kind == "module" and inside and target:
                 found.append(f"{where} at once; only errors may be, the rest on first use")
-    at_once = {module: {each.target for each in imported if each.kind == "module" and each.target in sources}
-               for module, imported in known.items()}
+    at_once = {
+        module: {each.target for each in imported if each.kind == "module" and each.target in sources}
+        for module, imported in known.items()
+    }
     order = TopologicalSorter(at_once)
     try:
         order.prepare()
@@ -151,8 +153,16 @@ def core(root, sources) -> list[str]:
     settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]["files"]
     names = [".".join(Path(file).with_suffix("").parts[1:]) for file in settings]
     modules = [module for module in sources if any(below(module, name) for name in names)]
-    assert {"errors", "scheme", "recipe", "checkpoint.writer", "calibration.statistics", "transforms.fold",
-            "quantizers.grid", "formats.mindformers"} <= set(modules)
+    assert {
+        "errors",
+        "scheme",
+        "recipe",
+        "checkpoint.writer",
+        "calibration.statistics",
+        "transforms.fold",
+        "quantizers.grid",
+        "formats.mindformers",
+    } <= set(modules)
     return modules
 
 
@@ -177,13 +187,16 @@ def test_the_core_imports_no_framework_and_nothing_that_does(sources, core):
 def test_the_core_and_the_scheduler_can_be_imported_where_mindspore_is_not_installed(root, core):
     names = [f"{PACKAGE}.{module}" for module in (*core, "inference.sampling", "inference.generate", "pipeline")]
     absent = ["mindspore", "mindformers", "torch", "transformers"]
-    program = ("import importlib, sys\n"
-               f"sys.modules.update(dict.fromkeys({absent!r}))\n"      # None there makes the import fail
-               f"for name in {names!r}: importlib.import_module(name)\n")
+    program = (
+        "import importlib, sys\n"
+        f"sys.modules.update(dict.fromkeys({absent!r}))\n"  # None there makes the import fail
+        f"for name in {names!r}: importlib.import_module(name)\n"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=root)
 
 
 # --- the law is not blind -------------------------------------------------------------------------------------------
+
 
 def code(*lines: str) -> str:
     return "\n".join(lines).replace("ours", PACKAGE)
@@ -212,16 +225,29 @@ LAWFUL = {
     "inference.model": code("def f():", " from mindspore import Tensor"),
     "cli": code("import ours.pipeline"),
 }
-VIOLATIONS = {      # what is done wrong: (module, its source then, part of the complaint)
+VIOLATIONS = {  # what is done wrong: (module, its source then, part of the complaint)
     "upward at module level": ("scheme", code("from ours.recipe import Recipe"), "scheme:1 (module level): imports recipe"),
-    "upward in a function": ("checkpoint.reader", code("def f():", " from ours.recipe import Recipe"),
-                             "checkpoint.reader:2 (function level): imports recipe"),
-    "upward in a method": ("formats.packing", code("class A:", " def f(self):", "  import ours.network.pangu"),
-                           "formats.packing:3 (function level): imports network.pangu"),
+    "upward in a function": (
+        "checkpoint.reader",
+        code("def f():", " from ours.recipe import Recipe"),
+        "checkpoint.reader:2 (function level): imports recipe",
+    ),
+    "upward in a method": (
+        "formats.packing",
+        code("class A:", " def f(self):", "  import ours.network.pangu"),
+        "formats.packing:3 (function level): imports network.pangu",
+    ),
     "upward for typing": ("recipe", code(*TYPING, " import ours.pipeline"), "recipe:3 (typing level): imports pipeline"),
-    "upward as part of a package": ("formats.packing", code("from ours.calibration import stream"),
-                                    "imports calibration.stream, which is above"),
-    "upward and relative": ("formats.packing", "from ..inference.model import load", "imports inference.model, which is above"),
+    "upward as part of a package": (
+        "formats.packing",
+        code("from ours.calibration import stream"),
+        "imports calibration.stream, which is above",
+    ),
+    "upward and relative": (
+        "formats.packing",
+        "from ..inference.model import load",
+        "imports inference.model, which is above",
+    ),
     "upward from a package": ("checkpoint.config", "from .. import recipe", "imports recipe, which is above"),
     "the public names": ("pipeline", code("from ours import load"), "imports __init__"),
     "mindspore in the core": ("formats.packing", "import mindspore.ops", "imports mindspore; only network"),

@@ -1,14 +1,25 @@
 """checkpoint/layout.py: names, shapes and neighbours are those of the published checkpoints."""
+
 import pytest
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 
 
-@pytest.mark.parametrize("changes", [
-    {}, {"bias": False}, {"head_dim": 24}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1},
-    {"tie_word_embeddings": False}, {"model_type": "llama"}, {"model_type": "llama", "attention_bias": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bias": False},
+        {"head_dim": 24},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": 1},
+        {"tie_word_embeddings": False},
+        {"model_type": "llama"},
+        {"model_type": "llama", "attention_bias": True},
+    ],
+    ids=str,
+)
 def test_names_and_shapes_are_those_of_the_checkpoint_tool(checkpoint_tool, changes):
     """The tool's own are checked against the published checkpoints in test_make_checkpoint.py."""
     raw = checkpoint_tool.make_config("tiny", **changes)
@@ -29,13 +40,15 @@ def test_every_linear_layer_is_in_the_table_once_and_its_input_has_a_name(small_
 
 def test_who_reads_what_and_what_is_computed_as_one():
     assert {name: [site.name.split(".")[1] for site in layout.sites_reading(name)] for name in layout.INPUT_NAMES} == {
-        "attention_input": ["q_proj", "k_proj", "v_proj"], "attention_output": ["o_proj"],
-        "mlp_input": ["gate_proj", "up_proj"], "mlp_hidden": ["down_proj"]}
+        "attention_input": ["q_proj", "k_proj", "v_proj"],
+        "attention_output": ["o_proj"],
+        "mlp_input": ["gate_proj", "up_proj"],
+        "mlp_hidden": ["down_proj"],
+    }
     fused = {}
     for site in layout.SITES:
         fused.setdefault(site.fused, []).append(site.name.split(".")[1])
-    assert sorted(fused.values()) == [
-        ["down_proj"], ["gate_proj", "up_proj"], ["o_proj"], ["q_proj", "k_proj", "v_proj"]]
+    assert sorted(fused.values()) == [["down_proj"], ["gate_proj", "up_proj"], ["o_proj"], ["q_proj", "k_proj", "v_proj"]]
 
 
 def test_sites_that_read_one_input_have_one_width_and_one_producer(small_config):

@@ -1,4 +1,5 @@
 """tools/make_checkpoint.py: the bytes are reproducible, the layout is openPangu's, a broken run looks broken."""
+
 import hashlib
 import importlib.util
 import json
@@ -23,14 +24,15 @@ TOOL = Path(__file__).parents[2] / "tools/make_checkpoint.py"
 def tool() -> Iterator[ModuleType]:
     spec = importlib.util.spec_from_file_location("make_checkpoint", TOOL)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module         # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
 
 
-def write(tool: ModuleType, output: Path, *, seed: int = 0, dtype: str = "bfloat16", shard_bytes: int = 1 << 30,
-          **changes: object) -> dict[str, np.ndarray]:
+def write(
+    tool: ModuleType, output: Path, *, seed: int = 0, dtype: str = "bfloat16", shard_bytes: int = 1 << 30, **changes: object
+) -> dict[str, np.ndarray]:
     """Write the tiny shape, some fields changed; returns every tensor of every file."""
     config = tool.make_config("tiny", **changes)
     tool.write_checkpoint(output, config, seed=seed, dtype=dtype, shard_bytes=shard_bytes)
@@ -53,7 +55,8 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tool, tmp_
 def test_the_bytes_are_those_of_every_other_machine(tool, tmp_path):
     write(tool, tmp_path / "out", seed=7, dtype="float32")
     assert hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest() == (
-        "d42efae82bacc9861ab65d1b88774fe6fb10777acf16551072d647fbf97482b3")
+        "d42efae82bacc9861ab65d1b88774fe6fb10777acf16551072d647fbf97482b3"
+    )
 
 
 @pytest.mark.parametrize("slice_values", [1 << 14, 1000])
@@ -80,24 +83,34 @@ def test_shards_of_any_size_hold_identical_tensors_and_a_true_index(tool, tmp_pa
     assert not (tmp_path / "whole/model.safetensors.index.json").exists()
 
 
-@pytest.mark.parametrize(("shape", "count", "parameters", "q", "kv", "inner", "hidden", "layers"), [
-    ("1b", 340, 1_155_912_192, 1536, 768, 6144, 1536, 26),
-    ("7b", 445, 8_030_887_936, 4096, 1024, 12800, 4096, 34),
-])
+@pytest.mark.parametrize(
+    ("shape", "count", "parameters", "q", "kv", "inner", "hidden", "layers"),
+    [
+        ("1b", 340, 1_155_912_192, 1536, 768, 6144, 1536, 26),
+        ("7b", 445, 8_030_887_936, 4096, 1024, 12800, 4096, 34),
+    ],
+)
 def test_the_real_shapes_have_the_tensors_of_the_published_checkpoints(
-        tool, shape, count, parameters, q, kv, inner, hidden, layers):
+    tool, shape, count, parameters, q, kv, inner, hidden, layers
+):
     tensors = {tensor.name: tensor.shape for tensor in tool.plan_tensors(tool.make_config(shape))}
     assert len(tensors) == count
     assert sum(np.prod(size, dtype=np.int64) for size in tensors.values()) == parameters
     assert ("lm_head.weight" in tensors) == (shape == "7b")
     last = f"model.layers.{layers - 1}."
-    assert {name[len(last):]: size for name, size in tensors.items() if name.startswith(last)} == {
-        "input_layernorm.weight": (hidden,), "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (q, hidden), "self_attn.q_proj.bias": (q,),
-        "self_attn.k_proj.weight": (kv, hidden), "self_attn.k_proj.bias": (kv,),
-        "self_attn.v_proj.weight": (kv, hidden), "self_attn.v_proj.bias": (kv,),
-        "self_attn.o_proj.weight": (hidden, q), "self_attn.o_proj.bias": (hidden,),
-        "mlp.gate_proj.weight": (inner, hidden), "mlp.up_proj.weight": (inner, hidden),
+    assert {name[len(last) :]: size for name, size in tensors.items() if name.startswith(last)} == {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q, hidden),
+        "self_attn.q_proj.bias": (q,),
+        "self_attn.k_proj.weight": (kv, hidden),
+        "self_attn.k_proj.bias": (kv,),
+        "self_attn.v_proj.weight": (kv, hidden),
+        "self_attn.v_proj.bias": (kv,),
+        "self_attn.o_proj.weight": (hidden, q),
+        "self_attn.o_proj.bias": (hidden,),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
         "mlp.down_proj.weight": (hidden, inner),
     }
     others = {"model.embed_tokens.weight": (153376, hidden), "model.norm.weight": (hidden,)}
@@ -135,7 +148,7 @@ def test_every_dtype_is_the_float32_draw_rounded_once(tool, tmp_path):
 
 def test_weights_have_the_promised_spread(tool, tmp_path):
     tensors = write(tool, tmp_path / "out", dtype="float32", num_hidden_layers=1, vocab_size=4096)
-    embedding = tensors["model.embed_tokens.weight"]                        # 262,144 values: 0.14 % standard error
+    embedding = tensors["model.embed_tokens.weight"]  # 262,144 values: 0.14 % standard error
     assert embedding.std() == pytest.approx(2.5 / 8, rel=0.01)
     assert embedding.mean() == pytest.approx(0, abs=0.003)
     assert tensors["model.layers.0.mlp.down_proj.weight"].std() == pytest.approx(1 / np.sqrt(2 * 128), rel=0.03)
@@ -178,8 +191,9 @@ def test_a_failure_half_way_removes_what_was_written(tool, tmp_path, monkeypatch
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, sent):
     output = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, TOOL, "--shape", "7b", "--layers", "1", "--output", output],
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, TOOL, "--shape", "7b", "--layers", "1", "--output", output], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 20
     while not list(output.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -1,4 +1,5 @@
 """formats/mindformers.py: what is stored is Golden Stick's layout, and it is read back exactly or refused by name."""
+
 import json
 
 import ml_dtypes
@@ -31,7 +32,7 @@ from ms_pangu_quant.scheme import PRESETS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 GROUP_SIZE = 32
-FACTOR = 21.25      # a bfloat16 value: activations are multiplied by it
+FACTOR = 21.25  # a bfloat16 value: activations are multiplied by it
 
 
 def bfloat16s(low, high):
@@ -50,13 +51,19 @@ def linear(kind, *, outputs=6, inputs=8, groups=1, bfloat16=True, factor=FACTOR,
 
 def same(one, other):
     """Bit for bit, dtypes included."""
-    described = [(some.kind, some.input_scale, *((array.dtype, array.shape, array.tobytes())
-                                                 for array in (some.weight.codes, some.weight.scale)))
-                 for some in (one, other)]
+    described = [
+        (
+            some.kind,
+            some.input_scale,
+            *((array.dtype, array.shape, array.tobytes()) for array in (some.weight.codes, some.weight.scale)),
+        )
+        for some in (one, other)
+    ]
     return described[0] == described[1]
 
 
 # --- encode and decode ----------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("bfloat16", [True, False], ids=["bfloat16 scales", "float32 scales"])
 @pytest.mark.parametrize("groups", [1, 4])
@@ -76,8 +83,7 @@ def test_the_static_kind_makes_the_round_trip_bit_for_bit_for_bfloat16_scales_an
     assert same(decode("W8A8", encode(made)), made)
 
 
-@given(st.lists(st.floats(2.0**-40, 2.0**20, width=32), min_size=1, max_size=30),
-       st.floats(2.0**-20, 2.0**40, width=32))
+@given(st.lists(st.floats(2.0**-40, 2.0**20, width=32), min_size=1, max_size=30), st.floats(2.0**-20, 2.0**40, width=32))
 def test_the_static_kind_keeps_any_other_scale_to_one_rounding(scales, factor):
     scale = np.array(scales, np.float32)[:, None]
     made = QuantizedLinear("W8A8", QuantizedWeight(np.ones((len(scales), 3), np.int8), scale), factor)
@@ -91,7 +97,9 @@ def test_w8a8_dynamic_is_stored_as_documented():
     made = linear("W8A8_DYNAMIC")
     stored = encode(made)
     assert {key: (value.dtype, value.shape) for key, value in stored.items()} == {
-        "weight": (np.int8, (6, 8)), "weight_scale": (BFLOAT16, (6,))}
+        "weight": (np.int8, (6, 8)),
+        "weight_scale": (BFLOAT16, (6,)),
+    }
     np.testing.assert_array_equal(stored["weight"], made.weight.codes)
     np.testing.assert_array_equal(stored["weight_scale"].astype(np.float32), made.weight.scale[:, 0])
 
@@ -102,7 +110,9 @@ def test_w4a8_dynamic_is_stored_as_documented(groups):
     made = linear("W4A8_DYNAMIC", groups=groups)
     stored = encode(made)
     assert {key: (value.dtype, value.shape) for key, value in stored.items()} == {
-        "weight": (np.int8, (8, 3)), "weight_scale": (np.float32, (groups, 6))}
+        "weight": (np.int8, (8, 3)),
+        "weight_scale": (np.float32, (groups, 6)),
+    }
     np.testing.assert_array_equal(unpack_along_out(stored["weight"]), made.weight.codes)
     np.testing.assert_array_equal(stored["weight_scale"], made.weight.scale.T)
     assert stored["weight_scale"].flags.c_contiguous
@@ -112,12 +122,16 @@ def test_w8a8_static_is_stored_as_documented():
     made = linear("W8A8")
     stored = encode(made)
     assert {key: (value.dtype, value.shape) for key, value in stored.items()} == {
-        "weight": (np.int8, (6, 8)), "deq_scale": (np.float32, (6,)), "input_scale": (BFLOAT16, (8,)),
-        "input_offset": (np.int8, (8,)), "quant_bias": (np.int32, (6,))}
+        "weight": (np.int8, (6, 8)),
+        "deq_scale": (np.float32, (6,)),
+        "input_scale": (BFLOAT16, (8,)),
+        "input_offset": (np.int8, (8,)),
+        "quant_bias": (np.int32, (6,)),
+    }
     np.testing.assert_array_equal(stored["weight"], made.weight.codes)
     assert (stored["input_scale"].astype(np.float32) == FACTOR).all()
     assert not stored["input_offset"].any()
-    assert not stored["quant_bias"].any()       # the layer's own bias is added besides; here it would count twice
+    assert not stored["quant_bias"].any()  # the layer's own bias is added besides; here it would count twice
 
 
 def test_deq_scale_is_weight_scale_times_activation_scale_and_input_scale_is_a_factor():
@@ -126,7 +140,7 @@ def test_deq_scale_is_weight_scale_times_activation_scale_and_input_scale_is_a_f
     stored = encode(made)
     weight_scale = made.weight.scale[:, 0].astype(np.float64)
     np.testing.assert_allclose(stored["deq_scale"], weight_scale * (1 / FACTOR), rtol=2**-23)
-    x = np.random.default_rng(1).integers(-50, 50, (5, 8)) / FACTOR         # on the activation grid: nothing is rounded
+    x = np.random.default_rng(1).integers(-50, 50, (5, 8)) / FACTOR  # on the activation grid: nothing is rounded
     codes = np.rint(x * stored["input_scale"].astype(np.float64) + stored["input_offset"])
     product = (codes @ stored["weight"].T.astype(np.float64) + stored["quant_bias"]) * stored["deq_scale"]
     np.testing.assert_allclose(product, x @ made.weight.dequantize().T.astype(np.float64), rtol=1e-6, atol=1e-9)
@@ -173,10 +187,14 @@ def test_runtime_tensors_are_the_stored_ones_in_float32_but_for_int4_which_is_pa
 
 # --- a quantized directory ------------------------------------------------------------------------------------------
 
-PLAN = {    # site -> preset of blocks 0 and 1; q/k/v and gate/up must agree
-    "self_attn.q_proj": ("w8a8_static", "w4a8_g32"), "self_attn.k_proj": ("w8a8_static", "w4a8_g32"),
-    "self_attn.v_proj": ("w8a8_static", "w4a8_g32"), "self_attn.o_proj": (None, "w8a8_static"),
-    "mlp.gate_proj": ("w4a8_g32", None), "mlp.up_proj": ("w4a8_g32", None), "mlp.down_proj": ("w8a8", "w4a8_g32"),
+PLAN = {  # site -> preset of blocks 0 and 1; q/k/v and gate/up must agree
+    "self_attn.q_proj": ("w8a8_static", "w4a8_g32"),
+    "self_attn.k_proj": ("w8a8_static", "w4a8_g32"),
+    "self_attn.v_proj": ("w8a8_static", "w4a8_g32"),
+    "self_attn.o_proj": (None, "w8a8_static"),
+    "mlp.gate_proj": ("w4a8_g32", None),
+    "mlp.up_proj": ("w4a8_g32", None),
+    "mlp.down_proj": ("w8a8", "w4a8_g32"),
 }
 
 
@@ -198,8 +216,11 @@ def quantized(make_checkpoint, tmp_path):
                     tensors.update({f"{site.name}.{key}": value for key, value in encode(stored).items()})
             writer.write_block({prefix + name: value for name, value in tensors.items()}, {})
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(reader.config)}
-        writer.finish(outer, reader.directory, {
-            QUANTIZATION_FILE: description, "config.json": mindformers.output_config(reader.config, GROUP_SIZE)})
+        writer.finish(
+            outer,
+            reader.directory,
+            {QUANTIZATION_FILE: description, "config.json": mindformers.output_config(reader.config, GROUP_SIZE)},
+        )
     return tmp_path / "quantized", reader, linears
 
 
@@ -239,8 +260,11 @@ def test_a_directory_assembled_by_hand_is_read_back_exactly(quantized):
 
 def test_kinds_are_those_of_the_description(quantized):
     reader = QuantizedReader(quantized[0])
-    wanted = {f"model.layers.{index}.{site}.weight": PRESETS[presets[index]].kind if presets[index] else FLOAT
-              for site, presets in PLAN.items() for index in range(2)}
+    wanted = {
+        f"model.layers.{index}.{site}.weight": PRESETS[presets[index]].kind if presets[index] else FLOAT
+        for site, presets in PLAN.items()
+        for index in range(2)
+    }
     assert reader.kinds == wanted
 
 
@@ -290,12 +314,20 @@ def test_open_checkpoint_tells_quantized_from_float_by_the_files(quantized):
             open_checkpoint(path)
 
 
-@pytest.mark.parametrize("raw", [
-    {}, {"bias": False}, {"head_dim": 24}, {"tie_word_embeddings": False},
-    {"model_type": "llama", "attention_bias": True}, {"model_type": "llama", "rms_norm_eps": None},
-    {"model_type": "llama", "rope_theta": None, "num_key_value_heads": None},
-    {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
-], ids=str)
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {},
+        {"bias": False},
+        {"head_dim": 24},
+        {"tie_word_embeddings": False},
+        {"model_type": "llama", "attention_bias": True},
+        {"model_type": "llama", "rms_norm_eps": None},
+        {"model_type": "llama", "rope_theta": None, "num_key_value_heads": None},
+        {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+    ],
+    ids=str,
+)
 def test_the_written_config_describes_the_same_network_by_openpangus_names(checkpoint_tool, raw):
     """A llama checkpoint too: the defaults of the two families differ, so every value must be written out."""
     given_raw = {key: value for key, value in checkpoint_tool.make_config("tiny", **raw).items() if value is not None}
@@ -320,10 +352,14 @@ def put(name, array):
 
 STATIC, INT4, INT8 = "model.layers.1.self_attn.o_proj", "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 FAULTS = {
-    "missing int4 weight": drop(f"{INT4}.weight"), "missing int8 scale": drop(f"{INT8}.weight_scale"),
-    "missing deq_scale": drop(f"{STATIC}.deq_scale"), "missing quant_bias": drop(f"{STATIC}.quant_bias"),
-    "missing offset": drop(f"{STATIC}.input_offset"), "missing norm": drop("model.norm.weight"),
-    "missing float weight": drop("model.layers.0.self_attn.o_proj.weight"), "missing bias": drop(f"{STATIC}.bias"),
+    "missing int4 weight": drop(f"{INT4}.weight"),
+    "missing int8 scale": drop(f"{INT8}.weight_scale"),
+    "missing deq_scale": drop(f"{STATIC}.deq_scale"),
+    "missing quant_bias": drop(f"{STATIC}.quant_bias"),
+    "missing offset": drop(f"{STATIC}.input_offset"),
+    "missing norm": drop("model.norm.weight"),
+    "missing float weight": drop("model.layers.0.self_attn.o_proj.weight"),
+    "missing bias": drop(f"{STATIC}.bias"),
     "unpacked int4": put(f"{INT4}.weight", np.zeros((128, 64), np.int8)),
     "int4 scales transposed": put(f"{INT4}.weight_scale", np.ones((128, 2), np.float32)),
     "one input_scale for all": put(f"{STATIC}.input_scale", np.ones(1, BFLOAT16)),
@@ -347,7 +383,7 @@ def test_a_tensor_that_is_missing_or_not_as_described_is_refused_by_name(quantiz
     directory, _, _ = quantized
     change, named = FAULTS[fault]
     into_one_file(directory)
-    read_all(directory)         # sound before the fault
+    read_all(directory)  # sound before the fault
     tensors = load_file(directory / "model.safetensors")
     change(tensors)
     save_file(tensors, directory / "model.safetensors")
@@ -356,14 +392,19 @@ def test_a_tensor_that_is_missing_or_not_as_described_is_refused_by_name(quantiz
     assert named in str(raised.value)
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda d: d.update({"model.layers.1.mlp.down_proj.weight": "W4A16"}),
-     r"model\.layers\.1\.mlp\.down_proj\.weight is 'W4A16', wanted one of W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC, FLOAT"),
-    (lambda d: d.pop("model.layers.0.mlp.up_proj.weight"), r"model\.layers\.0\.mlp\.up_proj\.weight is None, wanted"),
-    (lambda d: d.update({"model.layers.0.mlp.up_proj.weight": ["FLOAT"]}), r"mlp\.up_proj\.weight is \['FLOAT'\]"),
-    (lambda d: d.update({"model.layers.0.self_attn.o_proj.weight": "W8A8_DYNAMIC"}), r"self_attn\.o_proj\.weight"),
-    (lambda d: d.update({"model.layers.0.mlp.down_proj.weight": "FLOAT"}), r"mlp\.down_proj\.weight"),
-])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda d: d.update({"model.layers.1.mlp.down_proj.weight": "W4A16"}),
+            r"model\.layers\.1\.mlp\.down_proj\.weight is 'W4A16', wanted one of W8A8, W8A8_DYNAMIC, W4A8_DYNAMIC, FLOAT",
+        ),
+        (lambda d: d.pop("model.layers.0.mlp.up_proj.weight"), r"model\.layers\.0\.mlp\.up_proj\.weight is None, wanted"),
+        (lambda d: d.update({"model.layers.0.mlp.up_proj.weight": ["FLOAT"]}), r"mlp\.up_proj\.weight is \['FLOAT'\]"),
+        (lambda d: d.update({"model.layers.0.self_attn.o_proj.weight": "W8A8_DYNAMIC"}), r"self_attn\.o_proj\.weight"),
+        (lambda d: d.update({"model.layers.0.mlp.down_proj.weight": "FLOAT"}), r"mlp\.down_proj\.weight"),
+    ],
+)
 def test_a_kind_that_is_unknown_or_not_what_the_tensors_are_is_refused(quantized, change, said):
     edit_json(quantized[0] / QUANTIZATION_FILE, change)
     with pytest.raises(CheckpointError, match=said):
@@ -380,8 +421,18 @@ def test_a_description_that_is_none_is_refused_naming_it(quantized, content):
         QuantizedReader(quantized[0])
 
 
-@pytest.mark.parametrize("settings", [None, {}, "golden-stick", ["golden-stick"], {"quant_method": "gptq", "bits": 4},
-                                      {"quant_method": "compressed-tensors"}, {"group_size": 32}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        {},
+        "golden-stick",
+        ["golden-stick"],
+        {"quant_method": "gptq", "bits": 4},
+        {"quant_method": "compressed-tensors"},
+        {"group_size": 32},
+    ],
+)
 def test_another_quantization_method_is_refused_naming_the_config(quantized, settings):
     edit_json(quantized[0] / "config.json", lambda config: config.update(quantization_config=settings))
     with pytest.raises(CheckpointError, match=r"config\.json: quantization_config is .*wanted quant_method"):
@@ -401,7 +452,7 @@ def test_int4_bytes_of_the_directory_are_golden_sticks(quantized):
     tensors = load_file(directory / "model-00001-of-00003.safetensors")
     stored = tensors["model.layers.0.mlp.up_proj.weight"].view(np.uint8)
     codes = linears[0, "mlp.up_proj"].weight.codes
-    assert stored.shape == (64, 64)     # [in, out / 2]
+    assert stored.shape == (64, 64)  # [in, out / 2]
     np.testing.assert_array_equal(stored & 15, codes[0::2].T & 15)
     np.testing.assert_array_equal(stored >> 4, codes[1::2].T & 15)
     np.testing.assert_array_equal(stored.view(np.int8), pack_along_out(codes))

@@ -1,4 +1,5 @@
 """formats/packing.py: which int4 lies in which half of which byte, in both layouts."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -13,17 +14,23 @@ def random_codes(outputs, inputs, seed):
 
 def test_a_hand_packed_vector_has_the_even_output_channel_in_the_low_nibble():
     """4 outputs, 3 inputs. Byte [i][o/2] = codes[o][i] & 15 | (codes[o+1][i] & 15) << 4; 0x9F as int8 is -97."""
-    codes = np.array([
-        [-1, 3, -8],
-        [-7, 2, 7],
-        [0, 5, 1],
-        [1, -5, 0],
-    ], np.int8)
-    wanted = np.array([
-        [0x9F, 0x10],
-        [0x23, 0xB5],
-        [0x78, 0x01],
-    ], np.uint8).view(np.int8)
+    codes = np.array(
+        [
+            [-1, 3, -8],
+            [-7, 2, 7],
+            [0, 5, 1],
+            [1, -5, 0],
+        ],
+        np.int8,
+    )
+    wanted = np.array(
+        [
+            [0x9F, 0x10],
+            [0x23, 0xB5],
+            [0x78, 0x01],
+        ],
+        np.uint8,
+    ).view(np.int8)
     packed = pack_along_out(codes)
     assert packed.dtype == np.int8
     assert packed.tolist() == wanted.tolist()
@@ -33,7 +40,7 @@ def test_a_hand_packed_vector_has_the_even_output_channel_in_the_low_nibble():
 
 def test_every_pair_of_codes_makes_the_round_trip():
     low, high = (grid.reshape(-1).astype(np.int8) for grid in np.meshgrid(np.arange(-8, 8), np.arange(-8, 8)))
-    codes = np.stack([low, high])                       # [2, 256]: every pair once
+    codes = np.stack([low, high])  # [2, 256]: every pair once
     packed = pack_along_out(codes)
     assert sorted(packed.view(np.uint8)[:, 0].tolist()) == list(range(256))
     back = unpack_along_out(packed)
@@ -75,8 +82,10 @@ def test_a_hand_packed_vector_of_the_cpu_layout_has_the_even_input_in_the_low_ni
 @pytest.mark.parametrize("seed", range(5))
 def test_the_cpu_layout_equals_a_slow_loop(seed):
     codes = random_codes(5, 14, seed)
-    wanted = [[(int(codes[row, 2 * pair]) + 8) + 16 * (int(codes[row, 2 * pair + 1]) + 8) for pair in range(7)]
-              for row in range(5)]
+    wanted = [
+        [(int(codes[row, 2 * pair]) + 8) + 16 * (int(codes[row, 2 * pair + 1]) + 8) for pair in range(7)]
+        for row in range(5)
+    ]
     assert pack_offset_along_in(codes).tolist() == wanted
 
 

@@ -1,4 +1,5 @@
 """checkpoint/reader.py: a checkpoint is checked whole when it is opened, and read a block at a time."""
+
 import json
 
 import ml_dtypes
@@ -13,8 +14,15 @@ from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows, is_quantized
 from ms_pangu_quant.errors import CheckpointError
 
-SHAPES = [{}, {"bias": False}, {"head_dim": 24}, {"num_key_value_heads": 1}, {"tie_word_embeddings": False},
-          {"model_type": "llama"}, {"model_type": "llama", "attention_bias": True}]
+SHAPES = [
+    {},
+    {"bias": False},
+    {"head_dim": 24},
+    {"num_key_value_heads": 1},
+    {"tie_word_embeddings": False},
+    {"model_type": "llama"},
+    {"model_type": "llama", "attention_bias": True},
+]
 
 
 @pytest.mark.parametrize("changes", SHAPES, ids=str)
@@ -39,8 +47,9 @@ def test_the_embedded_checkpoint_is_read(mini):
     wanted = load_file(mini / "model.safetensors")
     assert reader.config.num_hidden_layers == 4
     assert reader.shapes().keys() <= wanted.keys()
-    np.testing.assert_array_equal(reader.block(3)["mlp.down_proj.weight"],
-                                  wanted["model.layers.3.mlp.down_proj.weight"].astype(np.float32))
+    np.testing.assert_array_equal(
+        reader.block(3)["mlp.down_proj.weight"], wanted["model.layers.3.mlp.down_proj.weight"].astype(np.float32)
+    )
 
 
 def test_a_block_knows_its_weights_and_biases_by_site_and_is_replaced_not_changed(random_block):
@@ -55,9 +64,16 @@ def test_a_block_knows_its_weights_and_biases_by_site_and_is_replaced_not_change
         assert {name for name in block.tensors if new[name] is not block[name]} == {"mlp.up_proj.weight"}
 
 
-@pytest.mark.parametrize("name", [
-    "model.embed_tokens.weight", "model.norm.weight", "model.layers.1.mlp.gate_proj.weight",
-    "model.layers.0.input_layernorm.weight", "model.layers.1.self_attn.k_proj.bias"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.gate_proj.weight",
+        "model.layers.0.input_layernorm.weight",
+        "model.layers.1.self_attn.k_proj.bias",
+    ],
+)
 def test_a_missing_tensor_is_named_with_the_shape_it_should_have(make_checkpoint, edit_tensors, name):
     directory = make_checkpoint()
     shape = list(CheckpointReader(directory).shapes()[name])
@@ -72,22 +88,40 @@ def test_a_missing_o_proj_bias_is_explained(make_checkpoint, edit_tensors):
     """Converters to Llama drop it, and the checkpoint then is another model."""
     directory = make_checkpoint()
     edit_tensors(directory, lambda tensors: tensors.pop("model.layers.1.self_attn.o_proj.bias"))
-    with pytest.raises(CheckpointError, match=r"model\.layers\.1\.self_attn\.o_proj\.bias is missing.*"
-                                              "bias is part of the model, a checkpoint without it is another one"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.layers\.1\.self_attn\.o_proj\.bias is missing.*"
+        "bias is part of the model, a checkpoint without it is another one",
+    ):
         CheckpointReader(directory)
 
 
 def test_a_wrong_shape_names_file_tensor_found_and_wanted(make_checkpoint, edit_tensors):
     directory = make_checkpoint()
-    edit_tensors(directory, lambda tensors: tensors.update({
-        "model.layers.0.mlp.up_proj.weight": np.zeros((136, 64), ml_dtypes.bfloat16)}))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight: "
-                                              r"got \[136, 64\], config\.json implies \[128, 64\]"):
+    edit_tensors(
+        directory,
+        lambda tensors: tensors.update({"model.layers.0.mlp.up_proj.weight": np.zeros((136, 64), ml_dtypes.bfloat16)}),
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"model\.safetensors: model\.layers\.0\.mlp\.up_proj\.weight: "
+        r"got \[136, 64\], config\.json implies \[128, 64\]",
+    ):
         CheckpointReader(directory)
 
 
-@pytest.mark.parametrize("changes", [{"num_hidden_layers": 1}, {"bias": False}, {"num_hidden_layers": 3},
-                                     {"hidden_size": 128}, {"vocab_size": 97}, {"tie_word_embeddings": False}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 1},
+        {"bias": False},
+        {"num_hidden_layers": 3},
+        {"hidden_size": 128},
+        {"vocab_size": 97},
+        {"tie_word_embeddings": False},
+    ],
+    ids=str,
+)
 def test_the_config_of_another_checkpoint_is_refused(make_checkpoint, changes):
     directory = make_checkpoint()
     config = json.loads((directory / "config.json").read_text())
@@ -98,16 +132,18 @@ def test_the_config_of_another_checkpoint_is_refused(make_checkpoint, changes):
 
 def test_an_unknown_tensor_is_named(make_checkpoint, edit_tensors):
     directory = make_checkpoint()
-    edit_tensors(directory, lambda tensors: tensors.update({
-        "model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)}))
+    edit_tensors(
+        directory, lambda tensors: tensors.update({"model.layers.0.self_attn.q_norm.weight": np.ones(16, np.float32)})
+    )
     with pytest.raises(CheckpointError, match=r"model\.layers\.0\.self_attn\.q_norm\.weight: not a tensor of"):
         CheckpointReader(directory)
 
 
 def test_an_integer_weight_looks_like_a_quantized_checkpoint(make_checkpoint, edit_tensors):
     directory = make_checkpoint()
-    edit_tensors(directory, lambda tensors: tensors.update({
-        "model.layers.1.mlp.down_proj.weight": np.zeros((64, 128), np.int8)}))
+    edit_tensors(
+        directory, lambda tensors: tensors.update({"model.layers.1.mlp.down_proj.weight": np.zeros((64, 128), np.int8)})
+    )
     with pytest.raises(CheckpointError, match=r"mlp\.down_proj\.weight: got int8.*quantized already\?"):
         CheckpointReader(directory)
 
@@ -123,8 +159,7 @@ def test_a_tied_checkpoint_may_ship_its_head_and_an_untied_one_must(make_checkpo
         CheckpointReader(untied)
 
 
-@pytest.mark.parametrize("mark", [
-    "quantization_description.json", "quant_model_description.json", "quantization_config"])
+@pytest.mark.parametrize("mark", ["quantization_description.json", "quant_model_description.json", "quantization_config"])
 def test_a_quantized_directory_is_refused_by_any_of_its_marks(make_checkpoint, mark):
     directory = make_checkpoint()
     reader = CheckpointReader(directory)

@@ -1,4 +1,5 @@
 """recipe.py: the shipped recipes plan for every model, and whatever is wrong with a recipe is named."""
+
 import math
 
 import pytest
@@ -112,57 +113,63 @@ def test_the_last_pattern_that_matches_a_layer_decides(recipe, models):
     assert found[2, "self_attn.o_proj"] == "W4A8_DYNAMIC"
 
 
-@pytest.mark.parametrize(("text", "needed"), [
-    ("scheme: w8a8", False),
-    ("scheme: w4a8_g32", False),
-    ("scheme: float", False),
-    ("scheme: w8a8_static", True),
-    ("scheme: w8a8\nlayers: {'*.o_proj': w8a8_static}", True),
-    ("scheme: w8a8\nlayers: {'*.o_proj': float}", False),
-    ("scheme: w8a8\ntransforms: [smooth]", True),
-])
+@pytest.mark.parametrize(
+    ("text", "needed"),
+    [
+        ("scheme: w8a8", False),
+        ("scheme: w4a8_g32", False),
+        ("scheme: float", False),
+        ("scheme: w8a8_static", True),
+        ("scheme: w8a8\nlayers: {'*.o_proj': w8a8_static}", True),
+        ("scheme: w8a8\nlayers: {'*.o_proj': float}", False),
+        ("scheme: w8a8\ntransforms: [smooth]", True),
+    ],
+)
 def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe, text, needed):
     assert recipe(text).needs_calibration is needed
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("scheme: w8a8\nroundin: rtn", r"unknown key 'roundin' \(did you mean 'rounding'\?\)"),
-    ("scheme: w8a8\ncalibration: {sample: 3}", r"calibration: unknown key 'sample' \(did you mean 'samples'\?\)"),
-    ("scheme: w8a8\ntransforms: [{smoth: {}}]", r"transforms: unknown key 'smoth' \(did you mean 'smooth'\?\)"),
-    ("scheme: w8a8\ntransforms: [{smooth: {aplha: 0.5}}]", r"smooth: unknown key 'aplha' \(did you mean 'alpha'\?\)"),
-    ("scheme: w8a8\ntransforms: [{smooth: {needs_gram: true}}]", r"smooth: unknown key 'needs_gram'"),
-    ("scheme: w8a8\nrounding: rtnn", r"rounding: unknown key 'rtnn' \(did you mean 'rtn'\?\)"),
-    ("scheme: w8a8\nrounding: {rtn: {bits: 4}}", r"rounding: rtn: unknown key 'bits'"),
-    ("scheme: w8a8\n5: 6", r"unknown key '5'; known: why, scheme"),
-    ("scheme: w8a", r"scheme is 'w8a' \(did you mean 'w8a8'\?\); wanted one of w8a8, .*float"),
-    ("scheme: w8a8\nlayers: {'*': flaot}", r"layers: \* is 'flaot' \(did you mean 'float'\?\)"),
-    ("scheme: 8", r"scheme is 8; wanted one of"),
-    ("scheme: [w8a8]", r"scheme is \['w8a8'\]"),
-    ("scheme: w8a8\nlayers: {'*': {a: b}}", r"layers: \* is \{'a': 'b'\}"),
-    ("scheme:", r"scheme is None"),
-    ("why: nothing", r"scheme is missing; wanted one of w8a8"),
-    ("", r"got NoneType, wanted a mapping"),
-    ("- scheme", r"got list, wanted a mapping"),
-    ("scheme: w8a8\nlayers: [a]", r"layers: got list, wanted a mapping"),
-    ("scheme: w8a8\ntransforms: {smooth: {}}", r"transforms: got dict, wanted a list"),
-    ("scheme: w8a8\ntransforms: [{smooth: {}, rotate: {}}]", r"transforms: got \['rotate', 'smooth'\], wanted one"),
-    ("scheme: w8a8\ntransforms: [{smooth: 3}]", r"smooth: got int, wanted a mapping"),
-    ("scheme: w8a8\ntransforms: [7]", r"transforms: got int"),
-    ("scheme: w8a8\ntransforms: [{smooth: {alpha: 2}}]", r"transforms: smooth\.alpha: got 2, wanted a number from 0"),
-    ("scheme: w8a8\ntransforms: [{smooth: {alpha: high}}]", r"transforms: smooth: .*"),
-    ("scheme: w8a8\ntransforms: [{smooth: {inputs: [mlp]}}]", r"smooth\.inputs: got \['mlp'\], wanted some of"),
-    ("scheme: w8a8\ntransforms: [{smooth: {inputs: 5}}]", r"transforms: smooth: "),
-    ("scheme: w8a8\nrounding:", r"rounding: got NoneType"),
-    ("scheme: w8a8\nweight_range: wide", r"weight_range is 'wide', wanted narrow .*127\.5"),
-    ("scheme: w8a8\nweight_range: [full]", r"weight_range is \['full'\], wanted narrow"),
-    ("scheme: w8a8\ncalibration: {samples: 0}", r"samples is 0, wanted a whole number of at least 1"),
-    ("scheme: w8a8\ncalibration: {samples: 1.5}", r"samples is 1\.5, wanted a whole number"),
-    ("scheme: w8a8\ncalibration: {samples: true}", r"samples is True, wanted a whole number"),
-    ("scheme: w8a8\ncalibration: {max_length: many}", r"max_length is 'many', wanted a whole number"),
-    ("scheme: w8a8\ncalibration: {seed: -1}", r"seed is -1, wanted a whole number of at least 0"),
-    ("scheme: [w8a8", r"not readable as YAML"),
-    ("scheme: !!python/object/apply:os.getcwd []", r"not readable as YAML"),
-])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("scheme: w8a8\nroundin: rtn", r"unknown key 'roundin' \(did you mean 'rounding'\?\)"),
+        ("scheme: w8a8\ncalibration: {sample: 3}", r"calibration: unknown key 'sample' \(did you mean 'samples'\?\)"),
+        ("scheme: w8a8\ntransforms: [{smoth: {}}]", r"transforms: unknown key 'smoth' \(did you mean 'smooth'\?\)"),
+        ("scheme: w8a8\ntransforms: [{smooth: {aplha: 0.5}}]", r"smooth: unknown key 'aplha' \(did you mean 'alpha'\?\)"),
+        ("scheme: w8a8\ntransforms: [{smooth: {needs_gram: true}}]", r"smooth: unknown key 'needs_gram'"),
+        ("scheme: w8a8\nrounding: rtnn", r"rounding: unknown key 'rtnn' \(did you mean 'rtn'\?\)"),
+        ("scheme: w8a8\nrounding: {rtn: {bits: 4}}", r"rounding: rtn: unknown key 'bits'"),
+        ("scheme: w8a8\n5: 6", r"unknown key '5'; known: why, scheme"),
+        ("scheme: w8a", r"scheme is 'w8a' \(did you mean 'w8a8'\?\); wanted one of w8a8, .*float"),
+        ("scheme: w8a8\nlayers: {'*': flaot}", r"layers: \* is 'flaot' \(did you mean 'float'\?\)"),
+        ("scheme: 8", r"scheme is 8; wanted one of"),
+        ("scheme: [w8a8]", r"scheme is \['w8a8'\]"),
+        ("scheme: w8a8\nlayers: {'*': {a: b}}", r"layers: \* is \{'a': 'b'\}"),
+        ("scheme:", r"scheme is None"),
+        ("why: nothing", r"scheme is missing; wanted one of w8a8"),
+        ("", r"got NoneType, wanted a mapping"),
+        ("- scheme", r"got list, wanted a mapping"),
+        ("scheme: w8a8\nlayers: [a]", r"layers: got list, wanted a mapping"),
+        ("scheme: w8a8\ntransforms: {smooth: {}}", r"transforms: got dict, wanted a list"),
+        ("scheme: w8a8\ntransforms: [{smooth: {}, rotate: {}}]", r"transforms: got \['rotate', 'smooth'\], wanted one"),
+        ("scheme: w8a8\ntransforms: [{smooth: 3}]", r"smooth: got int, wanted a mapping"),
+        ("scheme: w8a8\ntransforms: [7]", r"transforms: got int"),
+        ("scheme: w8a8\ntransforms: [{smooth: {alpha: 2}}]", r"transforms: smooth\.alpha: got 2, wanted a number from 0"),
+        ("scheme: w8a8\ntransforms: [{smooth: {alpha: high}}]", r"transforms: smooth: .*"),
+        ("scheme: w8a8\ntransforms: [{smooth: {inputs: [mlp]}}]", r"smooth\.inputs: got \['mlp'\], wanted some of"),
+        ("scheme: w8a8\ntransforms: [{smooth: {inputs: 5}}]", r"transforms: smooth: "),
+        ("scheme: w8a8\nrounding:", r"rounding: got NoneType"),
+        ("scheme: w8a8\nweight_range: wide", r"weight_range is 'wide', wanted narrow .*127\.5"),
+        ("scheme: w8a8\nweight_range: [full]", r"weight_range is \['full'\], wanted narrow"),
+        ("scheme: w8a8\ncalibration: {samples: 0}", r"samples is 0, wanted a whole number of at least 1"),
+        ("scheme: w8a8\ncalibration: {samples: 1.5}", r"samples is 1\.5, wanted a whole number"),
+        ("scheme: w8a8\ncalibration: {samples: true}", r"samples is True, wanted a whole number"),
+        ("scheme: w8a8\ncalibration: {max_length: many}", r"max_length is 'many', wanted a whole number"),
+        ("scheme: w8a8\ncalibration: {seed: -1}", r"seed is -1, wanted a whole number of at least 0"),
+        ("scheme: [w8a8", r"not readable as YAML"),
+        ("scheme: !!python/object/apply:os.getcwd []", r"not readable as YAML"),
+    ],
+)
 def test_a_mistake_is_refused_in_one_line_that_names_file_and_key(recipe, text, said):
     with pytest.raises(RecipeError, match=said) as raised:
         recipe(text)
@@ -179,20 +186,26 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path):
 
 def test_a_pattern_that_matches_no_layer_is_refused_with_an_example_of_a_layer(recipe, models):
     made = recipe("scheme: w8a8\nlayers:\n  '*.o_proj': float\n  '*.lm_head': float")
-    with pytest.raises(RecipeError, match=r"mine\.yaml: layers: pattern '\*\.lm_head' matches no layer.*"
-                                          r"model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(
+        RecipeError,
+        match=r"mine\.yaml: layers: pattern '\*\.lm_head' matches no layer.*"
+        r"model\.layers\.0\.self_attn\.q_proj",
+    ):
         made.plan(models["mini"])
     beyond = recipe("scheme: w8a8\nlayers: {'model.layers.4.*': float}")
     beyond.plan(models["1b"])
     with pytest.raises(RecipeError, match=r"matches no layer"):
-        beyond.plan(models["mini"])     # has layers 0 to 3
+        beyond.plan(models["mini"])  # has layers 0 to 3
 
 
-@pytest.mark.parametrize(("pattern", "parts"), [
-    ("*.q_proj", ("block 0", "q_proj: float", "k_proj: w8a8", "v_proj: w8a8")),
-    ("*.2.self_attn.v_proj", ("block 2", "q_proj: w8a8", "v_proj: float")),
-    ("*.gate_proj", ("block 0", "gate_proj: float", "up_proj: w8a8")),
-])
+@pytest.mark.parametrize(
+    ("pattern", "parts"),
+    [
+        ("*.q_proj", ("block 0", "q_proj: float", "k_proj: w8a8", "v_proj: w8a8")),
+        ("*.2.self_attn.v_proj", ("block 2", "q_proj: w8a8", "v_proj: float")),
+        ("*.gate_proj", ("block 0", "gate_proj: float", "up_proj: w8a8")),
+    ],
+)
 def test_layers_that_are_computed_as_one_must_have_one_scheme(recipe, models, pattern, parts):
     with pytest.raises(RecipeError, match="one layer") as raised:
         recipe(f"scheme: w8a8\nlayers: {{'{pattern}': float}}").plan(models["mini"])
@@ -228,10 +241,13 @@ def test_int4_group_sizes_cannot_be_mixed(recipe, models, other, sizes):
     assert plan.group_size == 128
 
 
-@pytest.mark.parametrize(("changes", "name"), [
-    ({"intermediate_size": 41}, "mlp.gate_proj"),
-    ({"hidden_size": 25}, "self_attn.q_proj"),
-])
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"intermediate_size": 41}, "mlp.gate_proj"),
+        ({"hidden_size": 25}, "self_attn.q_proj"),
+    ],
+)
 def test_int4_needs_even_sizes_and_int8_does_not(recipe, small_config, changes, name):
     with pytest.raises(RecipeError, match=rf"mine\.yaml: {name} is \[\d+, \d+\]; int4 .*even sizes"):
         recipe("scheme: w4a8").plan(small_config(**changes))
@@ -249,9 +265,18 @@ def test_the_digest_ignores_comments_order_of_keys_and_the_why_line(recipe):
 
 
 def test_the_digest_changes_with_anything_else(recipe):
-    changes = [("w4a8_g64", "w4a8_g32"), (": w8a8", ": float"), ("layers.0", "layers.1"), ("full", "narrow"),
-               ("0.8", "0.7"), ("mlp_input, ", ""), ("samples: 7", "samples: 8"), ("33", "34"), ("seed: 5", "seed: 6"),
-               ("rounding: rtn", "")]
+    changes = [
+        ("w4a8_g64", "w4a8_g32"),
+        (": w8a8", ": float"),
+        ("layers.0", "layers.1"),
+        ("full", "narrow"),
+        ("0.8", "0.7"),
+        ("mlp_input, ", ""),
+        ("samples: 7", "samples: 8"),
+        ("33", "34"),
+        ("seed: 5", "seed: 6"),
+        ("rounding: rtn", ""),
+    ]
     digests = [recipe(EVERYTHING.replace(old, new, 1)).digest for old, new in changes]
     assert all(EVERYTHING.count(old) for old, _ in changes)
     assert len({recipe(EVERYTHING).digest, *digests}) == len(changes) + 1
@@ -259,8 +284,13 @@ def test_the_digest_changes_with_anything_else(recipe):
 
 def test_the_digest_changes_with_the_order_of_patterns(recipe, models):
     """The last pattern that matches decides, so their order is part of what a recipe says."""
-    one, other = (recipe(f"scheme: w4a8\nlayers:\n{first}\n{second}") for first, second in (
-        ("  '*layers.1.*': float", "  '*.down_proj': w8a8"), ("  '*.down_proj': w8a8", "  '*layers.1.*': float")))
+    one, other = (
+        recipe(f"scheme: w4a8\nlayers:\n{first}\n{second}")
+        for first, second in (
+            ("  '*layers.1.*': float", "  '*.down_proj': w8a8"),
+            ("  '*.down_proj': w8a8", "  '*layers.1.*': float"),
+        )
+    )
     assert kinds(one.plan(models["mini"])) != kinds(other.plan(models["mini"]))
     assert one.digest != other.digest
 
@@ -281,12 +311,15 @@ def test_a_recipe_is_found_by_path_before_a_shipped_one_of_its_name(root, tmp_pa
     assert load_recipe(find_recipe(str(tmp_path / "my.recipe"))).scheme == "w4a8"
 
 
-@pytest.mark.parametrize(("name", "said"), [
-    ("w8a8_statik", r"^w8a8_statik: no such file \(did you mean 'w8a8_static'\?\); shipped recipes: .*w4a8, "),
-    ("elsewhere/w8a8.yaml", r"^elsewhere/w8a8\.yaml: no such file"),
-    ("w8a8.json", r"^w8a8\.json: no such file"),
-    ("", r"no such file"),
-])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("w8a8_statik", r"^w8a8_statik: no such file \(did you mean 'w8a8_static'\?\); shipped recipes: .*w4a8, "),
+        ("elsewhere/w8a8.yaml", r"^elsewhere/w8a8\.yaml: no such file"),
+        ("w8a8.json", r"^w8a8\.json: no such file"),
+        ("", r"no such file"),
+    ],
+)
 def test_a_recipe_that_does_not_exist_is_refused_with_a_list_of_those_that_do(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RecipeError, match=said) as raised:

@@ -1,4 +1,5 @@
 """quantizers/rtn.py: no weight moves by more than half a scale, whatever the scheme and whatever the weights."""
+
 import dataclasses
 
 import numpy as np
@@ -12,14 +13,19 @@ from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, TensorScheme
 
 LARGEST = float(np.float32(1e38))
-SCHEMES = {f"{bits} bits, {granularity}{size or ''}, {'full' if full else 'narrow'}{', bfloat16' if bf16 else ''}":
-           TensorScheme(bits, granularity, group_size=size, full_range=full, bfloat16_scale=bf16)
-           for bits in (4, 8) for granularity, size in (("channel", 0), ("group", 2), ("group", 6), ("group", 12))
-           for full in (False, True) for bf16 in (False, True)}
+SCHEMES = {
+    f"{bits} bits, {granularity}{size or ''}, {'full' if full else 'narrow'}{', bfloat16' if bf16 else ''}": TensorScheme(
+        bits, granularity, group_size=size, full_range=full, bfloat16_scale=bf16
+    )
+    for bits in (4, 8)
+    for granularity, size in (("channel", 0), ("group", 2), ("group", 6), ("group", 12))
+    for full in (False, True)
+    for bf16 in (False, True)
+}
 ANY = st.floats(-LARGEST, LARGEST, width=32)
-DENORMAL = st.floats(-2.0**-126, 2.0**-126, width=32)
+DENORMAL = st.floats(-(2.0**-126), 2.0**-126, width=32)
 EVERYDAY = st.floats(-4, 4, width=32)
-HALF = 0.5 + 2e-5       # w / scale is rounded to float32 before it is rounded to a code: 127.5 * 2^-24 at most
+HALF = 0.5 + 2e-5  # w / scale is rounded to float32 before it is rounded to a code: 127.5 * 2^-24 at most
 
 
 def weights():

@@ -1,4 +1,5 @@
 """inference/sampling.py: the distribution drawn from, and that a draw depends on seed and prompt alone."""
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -67,8 +68,11 @@ def test_logits_as_large_as_float32_gives_do_not_overflow():
     assert Sampling(1.0).probabilities(masked) == pytest.approx([0, 0.5, 0.5])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.8),
-                                      Sampling(1.2, top_p=0.9, top_k=6)], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(1.0), Sampling(0.7), Sampling(1.3, top_k=5), Sampling(1.0, top_p=0.8), Sampling(1.2, top_p=0.9, top_k=6)],
+    ids=str,
+)
 def test_frequencies_of_twenty_thousand_draws_are_the_probabilities(sampling):
     logits = np.random.default_rng(0).normal(scale=1.5, size=9).astype(np.float32)
     wanted = np.array(reference(logits, sampling.temperature, sampling.top_p, sampling.top_k))
@@ -86,8 +90,7 @@ def draws(sampling, prompt_index, count=50):
 def test_a_draw_depends_on_seed_and_prompt_index_and_on_nothing_else():
     sampling = Sampling(1.0, seed=3)
     assert draws(sampling, 0) == draws(Sampling(1.0, seed=3), 0)
-    different = [draws(sampling, 0), draws(sampling, 1), draws(Sampling(1.0, seed=4), 0),
-                 draws(Sampling(1.0, seed=1), 3)]
+    different = [draws(sampling, 0), draws(sampling, 1), draws(Sampling(1.0, seed=4), 0), draws(Sampling(1.0, seed=1), 3)]
     assert len({tuple(tokens) for tokens in different}) == 4
 
 
@@ -109,19 +112,27 @@ class Fixed:
         return self.value
 
 
-@pytest.mark.parametrize(("value", "token"), [
-    (0.0, 1), (0.2499, 1), (0.2501, 2), (0.7499, 2), (0.7501, 4), (1 - 2**-53, 4)])
+@pytest.mark.parametrize(
+    ("value", "token"), [(0.0, 1), (0.2499, 1), (0.2501, 2), (0.7499, 2), (0.7501, 4), (1 - 2**-53, 4)]
+)
 def test_a_number_falls_on_the_token_whose_share_of_the_line_it_is_in_and_never_on_one_of_no_share(value, token):
     logits = np.array([-np.inf, 0, np.log(2), -np.inf, 0, -np.inf], np.float32)
     assert Sampling(1.0).next_token(logits, Fixed(value)) == token
 
 
-@pytest.mark.parametrize(("settings", "named"), [
-    ({"temperature": -0.1}, "temperature: got -0.1"), ({"temperature": float("nan")}, "temperature: got nan"),
-    ({"temperature": float("inf")}, "temperature: got inf"), ({"top_p": 0.0}, "top_p: got 0.0"),
-    ({"top_p": 1.01}, "top_p: got 1.01"), ({"top_p": float("nan")}, "top_p: got nan"), ({"top_k": -1}, "top_k"),
-    ({"seed": -1}, "seed"),
-])
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"temperature": -0.1}, "temperature: got -0.1"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
+        ({"temperature": float("inf")}, "temperature: got inf"),
+        ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"top_p": 1.01}, "top_p: got 1.01"),
+        ({"top_p": float("nan")}, "top_p: got nan"),
+        ({"top_k": -1}, "top_k"),
+        ({"seed": -1}, "seed"),
+    ],
+)
 def test_a_setting_that_makes_no_sense_is_refused_by_name(settings, named):
     with pytest.raises(RequestError, match=named):
         Sampling(**settings)

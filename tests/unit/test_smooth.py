@@ -1,4 +1,5 @@
 """transforms/smooth.py: SmoothQuant's eq. 4, and what it does to a block."""
+
 import itertools
 
 import numpy as np
@@ -28,8 +29,8 @@ def outlier_block(random_block, forward):
     def make(kv_heads=2, bias=True):
         block = random_block(num_key_value_heads=kv_heads, bias=bias)
         norm, up = block["input_layernorm.weight"].copy(), block["mlp.up_proj.weight"].copy()
-        norm[3], norm[5] = 300, 0       # an outlier and a dead channel of attention_input
-        up[7], up[11] = 90, 0           # the same of mlp_hidden
+        norm[3], norm[5] = 300, 0  # an outlier and a dead channel of attention_input
+        up[7], up[11] = 90, 0  # the same of mlp_hidden
         block = block.replace({"input_layernorm.weight": norm, "mlp.up_proj.weight": up})
         hidden = np.random.default_rng(0).normal(size=(7, block.config.hidden_size))
         return block, hidden, observe(forward(block, hidden)[1])
@@ -40,17 +41,22 @@ def outlier_block(random_block, forward):
 def absmaxes(block, stats, input_name):
     """max |x| and max |w| of each channel that has a scale of its own."""
     weights = np.concatenate([block.weight(site) for site in sites_reading(input_name)])
-    return (reduce_to_producer(block, input_name, stats[input_name].absmax),
-            reduce_to_producer(block, input_name, np.abs(weights).max(axis=0)))
+    return (
+        reduce_to_producer(block, input_name, stats[input_name].absmax),
+        reduce_to_producer(block, input_name, np.abs(weights).max(axis=0)),
+    )
 
 
-@pytest.mark.parametrize(("alpha", "wanted"), [
-    (0.0, [1 / 4, 1 / 16, 1 / 81, 4, 1]),
-    (0.25, [1 / 2, 1 / 4, 1 / 27, 4, 1]),
-    (0.5, [1, 1, 1 / 9, 4, 1]),
-    (0.75, [2, 4, 1 / 3, 4, 1]),
-    (1.0, [4, 16, 1, 4, 1]),
-])
+@pytest.mark.parametrize(
+    ("alpha", "wanted"),
+    [
+        (0.0, [1 / 4, 1 / 16, 1 / 81, 4, 1]),
+        (0.25, [1 / 2, 1 / 4, 1 / 27, 4, 1]),
+        (0.5, [1, 1, 1 / 9, 4, 1]),
+        (0.75, [2, 4, 1 / 3, 4, 1]),
+        (1.0, [4, 16, 1, 4, 1]),
+    ],
+)
 def test_hand_computed_scales_of_equation_4(alpha, wanted):
     """s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), arXiv:2211.10438."""
     s = smooth_scale(np.array([4, 16, 1, 4, 1], np.float32), np.array([4, 16, 81, 0.25, 1], np.float32), alpha)

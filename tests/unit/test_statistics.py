@@ -1,4 +1,5 @@
 """calibration/statistics.py: merging is a commutative monoid, scaling is exact, and a NaN is never averaged away."""
+
 import functools
 
 import numpy as np

@@ -1,4 +1,5 @@
 """checkpoint/tokenizer.py: exact round trips, the chat format, thoughts split by id, and files that are wrong."""
+
 from __future__ import annotations
 
 import io
@@ -17,14 +18,46 @@ from ms_pangu_quant.errors import CheckpointError, RequestError
 ASSETS = Path(__file__).parents[2] / "ms_pangu_quant/assets"
 MINI = ASSETS / "openpangu-mini"
 AWKWARD = [
-    "", " ", "    ", "a  b   c", "  leading", "trailing  ", "\t\tx = 1\n\n\n", "\r\n", "a\x00b\x7f", "naïve café",
-    "e\u0301", "你好，世界：", "🙂👩‍👩‍👧", "\u200b\ufeff\u00a0", "ﬁ ①", "\U0010ffff", "<s>", "</s>", "x<unk>y",
-    "[unused10]", "[unused", "[unused9]]", "[unused16][unused17]  [unused10]\n", "<s" * 50, "<0x41>", "a" * 5000,
+    "",
+    " ",
+    "    ",
+    "a  b   c",
+    "  leading",
+    "trailing  ",
+    "\t\tx = 1\n\n\n",
+    "\r\n",
+    "a\x00b\x7f",
+    "naïve café",
+    "e\u0301",
+    "你好，世界：",
+    "🙂👩‍👩‍👧",
+    "\u200b\ufeff\u00a0",
+    "ﬁ ①",
+    "\U0010ffff",
+    "<s>",
+    "</s>",
+    "x<unk>y",
+    "[unused10]",
+    "[unused",
+    "[unused9]]",
+    "[unused16][unused17]  [unused10]\n",
+    "<s" * 50,
+    "<0x41>",
+    "a" * 5000,
 ]
 USER = {"role": "user", "content": "2+2?"}
 # openPangu-Embedded-7B's own ids for these tokens: not contiguous, far above the pieces of the model trained below
-OPENPANGU_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "[unused1]": 45840, "[unused9]": 45887, "[unused10]": 45892,
-                 "[unused16]": 45974, "[unused17]": 45982, "[unused33]": 144209}
+OPENPANGU_IDS = {
+    "<unk>": 0,
+    "<s>": 1,
+    "</s>": 2,
+    "[unused1]": 45840,
+    "[unused9]": 45887,
+    "[unused10]": 45892,
+    "[unused16]": 45974,
+    "[unused17]": 45982,
+    "[unused33]": 144209,
+}
 
 
 def records(name: str) -> list[dict[str, Any]]:
@@ -41,10 +74,23 @@ def trained(request: pytest.FixtureRequest) -> bytes:
     """A tiny sentencepiece model; of openPangu's tokens it has only [unused9], under an id of its own."""
     out = io.BytesIO()
     SentencePieceTrainer.train(
-        sentence_iterator=iter([record["text"] for record in records("calibration.jsonl")[:60]]), model_writer=out,
-        model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=request.param, character_coverage=1.0,
-        normalization_rule_name="identity", remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        user_defined_symbols=["[unused9]"], unk_id=0, bos_id=1, eos_id=2, pad_id=-1, minloglevel=2)
+        sentence_iterator=iter([record["text"] for record in records("calibration.jsonl")[:60]]),
+        model_writer=out,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        add_dummy_prefix=request.param,
+        character_coverage=1.0,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["[unused9]"],
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+        minloglevel=2,
+    )
     return out.getvalue()
 
 
@@ -53,10 +99,18 @@ def pangu(tmp_path: Path, trained: bytes) -> Path:
     """Shaped like openPangu-Embedded-7B's directory: the tokens are in added_tokens_decoder. No chat_template."""
     flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
     (tmp_path / "tokenizer.model").write_bytes(trained)
-    write(tmp_path, "tokenizer_config.json", {
-        "add_bos_token": True, "bos_token": "<s>", "pad_token": "<unk>", "unk_token": "<unk>",
-        "eos_token": {"content": "[unused10]", **flags},
-        "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in OPENPANGU_IDS.items()}})
+    write(
+        tmp_path,
+        "tokenizer_config.json",
+        {
+            "add_bos_token": True,
+            "bos_token": "<s>",
+            "pad_token": "<unk>",
+            "unk_token": "<unk>",
+            "eos_token": {"content": "[unused10]", **flags},
+            "added_tokens_decoder": {str(i): {"content": text, **flags} for text, i in OPENPANGU_IDS.items()},
+        },
+    )
     return tmp_path
 
 
@@ -243,14 +297,17 @@ def test_the_default_template_is_openpangus_for_every_role(pangu: Path) -> None:
     assert Tokenizer.from_directory(pangu).render_chat(messages) == (
         "[unused9]系统：[unused10][unused9]用户：user <&>\n[unused10][unused9]助手：assistant <&>\n[unused10]"
         "[unused9]方法：function <&>\n[unused10][unused9]工具：tool <&>\n[unused10]"
-        "[unused9]系统：system <&>\n[unused10][unused9]助手：")
+        "[unused9]系统：system <&>\n[unused10][unused9]助手："
+    )
 
 
 @pytest.mark.parametrize(("mode", "suffix"), zip(THINKING_MODES, ["", " /auto_think", " /no_think"], strict=True))
 def test_a_mode_is_a_suffix_of_the_last_user_message_and_only_once(mini: Tokenizer, mode: str, suffix: str) -> None:
     messages = [USER, {"role": "assistant", "content": "4"}, {"role": "user", "content": "3+3?"}]
-    expected = ("[unused9]系统：[unused10][unused9]用户：2+2?[unused10][unused9]助手：4[unused10]"
-                f"[unused9]用户：3+3?{suffix}[unused10][unused9]助手：")
+    expected = (
+        "[unused9]系统：[unused10][unused9]用户：2+2?[unused10][unused9]助手：4[unused10]"
+        f"[unused9]用户：3+3?{suffix}[unused10][unused9]助手："
+    )
     assert mini.render_chat(messages, mode=mode) == expected
     assert mini.encode_chat(messages, mode=mode) == mini.encode(expected, add_bos=True)
     assert mini.render_chat([*messages[:2], {"role": "user", "content": "3+3?" + suffix}], mode=mode) == expected
@@ -273,37 +330,45 @@ def test_templates_have_the_extensions_that_transformers_gives_them(copy: Path) 
     assert change(copy, chat_template=template).render_chat([message]) == '{"role": "user", "content": "<系统>"}'
 
 
-@pytest.mark.parametrize(("messages", "mode", "message"), [
-    ([], "slow_think", "messages is empty"),
-    ([USER], "fast", "thinking mode 'fast' is unknown, wanted one of slow_think, auto_think, no_think"),
-    ([USER, {"role": "human", "content": "x"}], "slow_think", r"messages\[1\]: role is 'human', wanted one of system"),
-    ([{"role": "user"}], "slow_think", r"messages\[0\]: content is None, wanted a string"),
-    ([{"role": "user", "content": [1]}], "slow_think", r"messages\[0\]: content is \[1\], wanted a string"),
-    ([{"role": "assistant", "content": "x"}], "no_think", "mode 'no_think' is asked for .* there is none"),
-    ([{"role": "user", "content": "x /no_think"}], "auto_think", "mode is 'auto_think', but .* asks for another"),
-    ([USER, {"role": "tool", "content": "42"}], "slow_think", r"messages\[1\]: .* leaves out this tool message"),
-])
+@pytest.mark.parametrize(
+    ("messages", "mode", "message"),
+    [
+        ([], "slow_think", "messages is empty"),
+        ([USER], "fast", "thinking mode 'fast' is unknown, wanted one of slow_think, auto_think, no_think"),
+        ([USER, {"role": "human", "content": "x"}], "slow_think", r"messages\[1\]: role is 'human', wanted one of system"),
+        ([{"role": "user"}], "slow_think", r"messages\[0\]: content is None, wanted a string"),
+        ([{"role": "user", "content": [1]}], "slow_think", r"messages\[0\]: content is \[1\], wanted a string"),
+        ([{"role": "assistant", "content": "x"}], "no_think", "mode 'no_think' is asked for .* there is none"),
+        ([{"role": "user", "content": "x /no_think"}], "auto_think", "mode is 'auto_think', but .* asks for another"),
+        ([USER, {"role": "tool", "content": "42"}], "slow_think", r"messages\[1\]: .* leaves out this tool message"),
+    ],
+)
 def test_messages_that_make_no_chat_are_refused(mini: Tokenizer, messages: Any, mode: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         mini.render_chat(messages, mode=mode)
 
 
-@pytest.mark.parametrize("template", [
-    "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "{{ messages.__class__.__init__.__globals__ }}",
-    "{{ raise_exception.__globals__['json'].codecs.open('PWNED', 'w') }}",
-    "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}",
-    "{{ self.__init__.__globals__.__builtins__.open('PWNED', 'w') }}",
-    "{{ messages.append(messages[0]) }}",
-    "{{ messages[0].update({'role': 'x'}) }}",
-    "{{ '{0.__class__.__mro__}'.format(1) }}",
-    "{% for i in range(999999999) %}{% endfor %}",
-    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{{ 1 // 0 }}",
-    "{% include '/etc/passwd' %}",
-], ids=range(12))
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__['json'].codecs.open('PWNED', 'w') }}",
+        "{{ cycler.__init__.__globals__.os.system('touch PWNED') }}",
+        "{{ self.__init__.__globals__.__builtins__.open('PWNED', 'w') }}",
+        "{{ messages.append(messages[0]) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+        "{{ '{0.__class__.__mro__}'.format(1) }}",
+        "{% for i in range(999999999) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ 1 // 0 }}",
+        "{% include '/etc/passwd' %}",
+    ],
+    ids=range(12),
+)
 def test_a_hostile_template_fails_with_our_error_and_reaches_nothing(
-        copy: Path, monkeypatch: pytest.MonkeyPatch, template: str) -> None:
+    copy: Path, monkeypatch: pytest.MonkeyPatch, template: str
+) -> None:
     monkeypatch.chdir(copy)
     tokenizer = change(copy, chat_template=template)
     with pytest.raises(CheckpointError, match=r"chat_template fails, .*; take the original"):
@@ -311,11 +376,14 @@ def test_a_hostile_template_fails_with_our_error_and_reaches_nothing(
     assert not Path("PWNED").exists()
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("{{ 'x' * 12345678900 }}", r"operator \* is not allowed"),
-    ("{{ 9 ** 9 ** 9 ** 9 }}", r"operator \*\* is not allowed"),
-    ("{% for i in range(9999) %}{% for j in range(9999) %}{{ 'x' }}{% endfor %}{% endfor %}", "more than 4194304 char"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ 'x' * 12345678900 }}", r"operator \* is not allowed"),
+        ("{{ 9 ** 9 ** 9 ** 9 }}", r"operator \*\* is not allowed"),
+        ("{% for i in range(9999) %}{% for j in range(9999) %}{{ 'x' }}{% endfor %}{% endfor %}", "more than 4194304 char"),
+    ],
+)
 def test_a_template_cannot_fill_the_memory(copy: Path, template: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         change(copy, chat_template=template).render_chat([USER])
@@ -326,11 +394,14 @@ def test_a_template_may_refuse_messages(copy: Path) -> None:
         change(copy, chat_template="{{ raise_exception('no system turn') }}").render_chat([USER])
 
 
-@pytest.mark.parametrize(("template", "message"), [
-    ("{% if %}", "chat_template is not a jinja2 template"),
-    ("{{ 1 }}" * 10_000, "chat_template is not a string of at most 65536 characters"),
-    ([{"name": "default", "template": "x"}], "chat_template is not a string"),
-])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% if %}", "chat_template is not a jinja2 template"),
+        ("{{ 1 }}" * 10_000, "chat_template is not a string of at most 65536 characters"),
+        ([{"name": "default", "template": "x"}], "chat_template is not a string"),
+    ],
+)
 def test_a_template_that_is_none_is_refused_on_loading(copy: Path, template: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         change(copy, chat_template=template)
@@ -338,7 +409,7 @@ def test_a_template_that_is_none_is_refused_on_loading(copy: Path, template: Any
 
 def test_another_models_chats_are_not_given_the_openpangu_format(pangu: Path) -> None:
     tokenizer = change(pangu, added_tokens_decoder={}, eos_token="</s>")
-    assert "[unused9]" in tokenizer.render_chat([USER])             # this sentencepiece model knows it
+    assert "[unused9]" in tokenizer.render_chat([USER])  # this sentencepiece model knows it
     plain = io.BytesIO()
     SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=plain, vocab_size=7, minloglevel=2)
     (pangu / "tokenizer.model").write_bytes(plain.getvalue())
@@ -349,24 +420,29 @@ def test_another_models_chats_are_not_given_the_openpangu_format(pangu: Path) ->
 # ---- thoughts: 5 = [unused16], 6 = [unused17], 4 = [unused10] = eos
 
 
-@pytest.mark.parametrize(("ids", "thought", "answer", "closed"), [
-    ([], None, [], True),
-    ([10, 11], None, [10, 11], True),
-    ([10, 4, 11], None, [10], True),
-    ([5, 10, 6, 11, 4, 12], [10], [11], True),
-    ([5, 6, 11], [], [11], True),
-    ([5, 10, 6], [10], [], True),
-    ([5, 10, 11], [10, 11], [], False),
-    ([5], [], [], False),
-    ([5, 10, 4, 6, 11], [10], [], False),                           # eos ends everything, a thought included
-    ([5, 10, 6, 11, 6, 12], [10], [11, 6, 12], True),               # the first end counts ...
-    ([5, 10, 5, 11, 6, 12], [10, 5, 11], [12], True),               # ... and the first start
-    ([9, 5, 10, 6, 11], [10], [11], True),                          # what precedes the start is dropped
-    ([10, 6, 11], [10], [11], True),                                # the start may be missing
-    ([10, 6, 11, 5, 12], [10], [11, 5, 12], True),
-], ids=str)
+@pytest.mark.parametrize(
+    ("ids", "thought", "answer", "closed"),
+    [
+        ([], None, [], True),
+        ([10, 11], None, [10, 11], True),
+        ([10, 4, 11], None, [10], True),
+        ([5, 10, 6, 11, 4, 12], [10], [11], True),
+        ([5, 6, 11], [], [11], True),
+        ([5, 10, 6], [10], [], True),
+        ([5, 10, 11], [10, 11], [], False),
+        ([5], [], [], False),
+        ([5, 10, 4, 6, 11], [10], [], False),  # eos ends everything, a thought included
+        ([5, 10, 6, 11, 6, 12], [10], [11, 6, 12], True),  # the first end counts ...
+        ([5, 10, 5, 11, 6, 12], [10, 5, 11], [12], True),  # ... and the first start
+        ([9, 5, 10, 6, 11], [10], [11], True),  # what precedes the start is dropped
+        ([10, 6, 11], [10], [11], True),  # the start may be missing
+        ([10, 6, 11, 5, 12], [10], [11, 5, 12], True),
+    ],
+    ids=str,
+)
 def test_a_thought_is_split_off_by_id(
-        mini: Tokenizer, ids: list[int], thought: list[int] | None, answer: list[int], closed: bool) -> None:
+    mini: Tokenizer, ids: list[int], thought: list[int] | None, answer: list[int], closed: bool
+) -> None:
     expected = Thought(None if thought is None else tuple(thought), tuple(answer), closed)
     assert mini.split_thought(ids) == mini.split_thought(np.array(ids, np.int32)) == expected
 
@@ -388,19 +464,22 @@ def test_the_thought_and_answer_of_every_embedded_chat_are_found(mini: Tokenizer
 # ---- files that are wrong
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("tokenizer.model", None, r"tokenizer\.model: cannot read \(No such file.*sentencepiece.*tokenizer\.json"),
-    ("tokenizer.model", b"", r"tokenizer\.model: these 0 bytes are not a sentencepiece model; download it again"),
-    ("tokenizer.model", b"PK\x03\x04", "these 4 bytes are not a sentencepiece model"),
-    ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "not a sentencepiece model; run git lfs pull"),
-    ("tokenizer_config.json", None, r"tokenizer_config\.json: cannot read \(No such file.*copy it from the original"),
-    ("tokenizer_config.json", b"{", r"tokenizer_config\.json: not JSON \(.*copy it from the original"),
-    ("tokenizer_config.json", b"\xff\xfe\xfa", r"tokenizer_config\.json: not JSON"),
-    ("tokenizer_config.json", b"[" * 100_000, r"tokenizer_config\.json: not JSON"),
-    ("tokenizer_config.json", b"[]", r"tokenizer_config\.json: got a JSON list, wanted an object"),
-    ("special_tokens_map.json", b"nope", r"special_tokens_map\.json: not JSON"),
-    ("config.json", b"1", r"config\.json: got a JSON int"),
-])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer.model", None, r"tokenizer\.model: cannot read \(No such file.*sentencepiece.*tokenizer\.json"),
+        ("tokenizer.model", b"", r"tokenizer\.model: these 0 bytes are not a sentencepiece model; download it again"),
+        ("tokenizer.model", b"PK\x03\x04", "these 4 bytes are not a sentencepiece model"),
+        ("tokenizer.model", b"version https://git-lfs.github.com/spec/v1\n", "not a sentencepiece model; run git lfs pull"),
+        ("tokenizer_config.json", None, r"tokenizer_config\.json: cannot read \(No such file.*copy it from the original"),
+        ("tokenizer_config.json", b"{", r"tokenizer_config\.json: not JSON \(.*copy it from the original"),
+        ("tokenizer_config.json", b"\xff\xfe\xfa", r"tokenizer_config\.json: not JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, r"tokenizer_config\.json: not JSON"),
+        ("tokenizer_config.json", b"[]", r"tokenizer_config\.json: got a JSON list, wanted an object"),
+        ("special_tokens_map.json", b"nope", r"special_tokens_map\.json: not JSON"),
+        ("config.json", b"1", r"config\.json: got a JSON int"),
+    ],
+)
 def test_a_missing_or_malformed_file_is_named(copy: Path, name: str, content: bytes | None, message: str) -> None:
     if content is None:
         (copy / name).unlink()
@@ -418,32 +497,38 @@ def test_a_truncated_sentencepiece_model_is_refused(copy: Path) -> None:
             Tokenizer.from_directory(copy)
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ({"eos_token": "<end>"}, r"config\.json: eos_token '<end>' is neither an added token nor a piece of .*with its id"),
-    ({"bos_token": 7}, "7 is not a token, wanted a string"),
-    ({"pad_token": {"id": 7}}, r"\{'id': 7\} is not a token"),
-    ({"bos_token": {"content": "<s>", "rstrip": True}}, "token '<s>' sets rstrip, which is not supported"),
-    ({"added_tokens_decoder": ["x"]}, "added_tokens_decoder is a list, wanted an object of ids"),
-    ({"added_tokens_decoder": {"7": None}}, "None is not a token"),
-    ({"added_tokens_decoder": {"7": ""}}, "'' is not a token"),
-    ({"added_tokens_decoder": {"1024": "[x]"}}, r"'\[x\]': got id '1024', wanted 0 to 1023; are the files of one"),
-    ({"added_tokens_decoder": {"-1": "[x]"}}, "got id '-1', wanted 0 to 1023"),
-    ({"added_tokens_decoder": {"x": "[x]"}}, "got id 'x', wanted 0 to 1023"),
-    ({"added_tokens_decoder": {"9" * 5000: "[x]"}}, "got id '9999"),
-    ({"added_tokens_decoder": {"7": "[x]", "8": "[x]"}}, r"token '\[x\]' with id 8 clashes with '\[x\]' with id 7"),
-    ({"added_tokens_decoder": {"7": "[x]", "07": "[y]"}}, r"token '\[y\]' with id 7 clashes with '\[x\]' with id 7"),
-])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eos_token": "<end>"}, r"config\.json: eos_token '<end>' is neither an added token nor a piece of .*with its id"),
+        ({"bos_token": 7}, "7 is not a token, wanted a string"),
+        ({"pad_token": {"id": 7}}, r"\{'id': 7\} is not a token"),
+        ({"bos_token": {"content": "<s>", "rstrip": True}}, "token '<s>' sets rstrip, which is not supported"),
+        ({"added_tokens_decoder": ["x"]}, "added_tokens_decoder is a list, wanted an object of ids"),
+        ({"added_tokens_decoder": {"7": None}}, "None is not a token"),
+        ({"added_tokens_decoder": {"7": ""}}, "'' is not a token"),
+        ({"added_tokens_decoder": {"1024": "[x]"}}, r"'\[x\]': got id '1024', wanted 0 to 1023; are the files of one"),
+        ({"added_tokens_decoder": {"-1": "[x]"}}, "got id '-1', wanted 0 to 1023"),
+        ({"added_tokens_decoder": {"x": "[x]"}}, "got id 'x', wanted 0 to 1023"),
+        ({"added_tokens_decoder": {"9" * 5000: "[x]"}}, "got id '9999"),
+        ({"added_tokens_decoder": {"7": "[x]", "8": "[x]"}}, r"token '\[x\]' with id 8 clashes with '\[x\]' with id 7"),
+        ({"added_tokens_decoder": {"7": "[x]", "07": "[y]"}}, r"token '\[y\]' with id 7 clashes with '\[x\]' with id 7"),
+    ],
+)
 def test_a_wrong_tokenizer_config_says_what_is_wrong(copy: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         change(copy, **changes)
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ({"[unused10]": 45893}, r"'\[unused10\]' with id 45893 clashes with '\[unused10\]' with id 45892; keep"),
-    ({"[x]": 45892}, r"added_tokens\.json: .* '\[x\]' with id 45892 clashes with '\[unused10\]' with id 45892"),
-    ({"[x]": True}, r"added_tokens\.json: added token '\[x\]': got id True"),
-    ({"[x]": 1.5}, "got id 1.5"),
-])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"[unused10]": 45893}, r"'\[unused10\]' with id 45893 clashes with '\[unused10\]' with id 45892; keep"),
+        ({"[x]": 45892}, r"added_tokens\.json: .* '\[x\]' with id 45892 clashes with '\[unused10\]' with id 45892"),
+        ({"[x]": True}, r"added_tokens\.json: added token '\[x\]': got id True"),
+        ({"[x]": 1.5}, "got id 1.5"),
+    ],
+)
 def test_added_tokens_json_may_not_contradict_the_config(pangu: Path, content: dict[str, Any], message: str) -> None:
     write(pangu, "added_tokens.json", content)
     with pytest.raises(CheckpointError, match=message):

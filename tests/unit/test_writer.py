@@ -1,4 +1,5 @@
 """checkpoint/writer.py: killed anywhere and resumed, the bytes are those of an undisturbed run; others are safe."""
+
 import contextlib
 import errno
 import hashlib
@@ -27,8 +28,10 @@ JSON_FILES = {"config.json": {"model_type": "PanguEmbedded"}, "report.json": {"b
 def tensors(index):
     generator = np.random.default_rng(index)
     prefix = f"model.layers.{index}."
-    return {f"{prefix}weight": generator.integers(-127, 128, (8, 16)).astype(np.int8),
-            f"{prefix}weight_scale": generator.lognormal(size=8).astype(np.float32)}
+    return {
+        f"{prefix}weight": generator.integers(-127, 128, (8, 16)).astype(np.int8),
+        f"{prefix}weight_scale": generator.lognormal(size=8).astype(np.float32),
+    }
 
 
 def begin(output, *, resume=False, **changes):
@@ -89,8 +92,15 @@ def test_a_finished_directory_holds_what_a_loader_wants(tmp_path, source, finish
         assert writer.reports == [{"index": index, "output_error": index / 8} for index in range(BLOCKS)]
         hashes = writer.hashes()
         size = finish(writer)
-    assert set(contents(out)) == {*FILES, INDEX_FILE, "config.json", "report.json", "generation_config.json",
-                                  "tokenizer.model", "tokenizer_config.json"}
+    assert set(contents(out)) == {
+        *FILES,
+        INDEX_FILE,
+        "config.json",
+        "report.json",
+        "generation_config.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
     for index in range(BLOCKS):
         stored = load_file(out / FILES[index])
         assert stored.keys() == tensors(index).keys()
@@ -129,17 +139,16 @@ def test_a_run_that_stopped_after_any_block_is_resumed_to_the_same_bytes(tmp_pat
     with begin(out, resume=True) as writer:
         assert writer.finished == done
         assert [report["index"] for report in writer.reports] == list(range(done))
-        assert {name: (out / name).stat().st_ino for name in FILES[:done]} == kept      # not written again
+        assert {name: (out / name).stat().st_ino for name in FILES[:done]} == kept  # not written again
         write(writer)
         finish(writer)
     assert contents(out) == undisturbed
 
 
 @pytest.mark.parametrize("failing", ["report.json", INDEX_FILE, "config.json"])
-def test_a_run_that_failed_while_finishing_is_resumed_and_config_json_comes_last(
-        tmp_path, finish, undisturbed, failing):
+def test_a_run_that_failed_while_finishing_is_resumed_and_config_json_comes_last(tmp_path, finish, undisturbed, failing):
     out = tmp_path / "out"
-    with pytest.raises(OutputError, match=failing):     # no file can take the name of a directory
+    with pytest.raises(OutputError, match=failing):  # no file can take the name of a directory
         write_whole(out, finish, before_more=(out / failing).mkdir)
     assert not (out / "config.json").is_file()
     (out / failing).rmdir()
@@ -190,12 +199,15 @@ def test_a_damaged_block_and_those_after_it_are_written_again(tmp_path, finish, 
     assert contents(out) == undisturbed
 
 
-@pytest.mark.parametrize(("changes", "named"), [
-    ({"recipe": "abd"}, "another recipe;"),
-    ({"checkpoint": "0", "recipe": "0"}, "another checkpoint, recipe;"),
-    ({"calibration data": "9"}, "another calibration data;"),
-    ({"version": "2"}, "another version;"),
-])
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"recipe": "abd"}, "another recipe;"),
+        ({"checkpoint": "0", "recipe": "0"}, "another checkpoint, recipe;"),
+        ({"calibration data": "9"}, "another calibration data;"),
+        ({"version": "2"}, "another version;"),
+    ],
+)
 def test_a_run_with_another_fingerprint_is_refused_naming_what_changed_and_leaves_it_alone(tmp_path, changes, named):
     out = tmp_path / "out"
     with begin(out) as writer:
@@ -234,11 +246,14 @@ def test_resuming_where_there_is_nothing_begins(tmp_path, finish, undisturbed):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-@pytest.mark.parametrize(("file", "said"), [
-    ("config.json", "holds a finished checkpoint; choose another"),
-    ("notes.txt", r"is not empty \(it holds notes\.txt\); choose another"),
-    ("model.safetensors", r"is not empty \(it holds model\.safetensors\)"),
-])
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("config.json", "holds a finished checkpoint; choose another"),
+        ("notes.txt", r"is not empty \(it holds notes\.txt\); choose another"),
+        ("model.safetensors", r"is not empty \(it holds model\.safetensors\)"),
+    ],
+)
 def test_a_directory_that_holds_anything_else_is_refused_and_left_alone(tmp_path, resume, file, said):
     out = tmp_path / "out"
     out.mkdir()
@@ -289,9 +304,20 @@ def test_what_a_killed_write_left_is_removed(tmp_path):
     assert set(contents(out)) == {FILES[0], JOURNAL}
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"fingerprint": 3, "blocks": []}',
-                                     b'{"fingerprint": {}, "blocks": null}', b'{"fingerprint": FP, "blocks": [7]}',
-                                     b'{"fingerprint": FP, "blocks": [{}]}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff",
+        b'{"fingerprint": 3, "blocks": []}',
+        b'{"fingerprint": {}, "blocks": null}',
+        b'{"fingerprint": FP, "blocks": [7]}',
+        b'{"fingerprint": FP, "blocks": [{}]}',
+    ],
+)
 def test_a_damaged_journal_is_refused_by_name(tmp_path, content):
     out = tmp_path / "out"
     with begin(out) as writer:
@@ -339,8 +365,9 @@ write(writer, 1)
 print("ready", flush=True)
 time.sleep(600)
 """
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True,
-                               cwd=Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+    )
     assert process.stdout.readline() == "ready\n"
     yield process
     process.kill()
@@ -348,8 +375,7 @@ time.sleep(600)
     process.stdout.close()
 
 
-def test_a_directory_another_process_writes_to_is_free_when_that_is_killed(
-        tmp_path, other_process, finish, undisturbed):
+def test_a_directory_another_process_writes_to_is_free_when_that_is_killed(tmp_path, other_process, finish, undisturbed):
     out = tmp_path / "out"
     with pytest.raises(OutputError, match="another process is writing here"):
         begin(out, resume=True)

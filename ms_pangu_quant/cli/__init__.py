@@ -1,0 +1,53 @@
+"""The command line, pangu-quant: one file for each command, gathered here.
+
+Results go to the standard output, progress and errors to the standard error. Exit codes: 0 done, 2 something the user can
+mend (one line says what), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import typer
+
+from ms_pangu_quant.cli.compare import compare_command
+from ms_pangu_quant.cli.console import err
+from ms_pangu_quant.cli.generate import generate_command
+from ms_pangu_quant.cli.inspect import inspect_command
+from ms_pangu_quant.cli.quantize import quantize_command
+from ms_pangu_quant.errors import PanguQuantError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Post-training quantization (W8A8, W4A8) of openPangu-Embedded checkpoints in MindSpore.",
+)
+app.command("quantize")(quantize_command)
+app.command("inspect")(inspect_command)
+app.command("compare")(compare_command)
+app.command("generate")(generate_command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; arguments default to the process's. Returns the exit code (and exits with it as a console script)."""
+    try:
+        app(args=None if arguments is None else list(arguments), standalone_mode=False)
+    except PanguQuantError as error:
+        err.print(f"pangu-quant: error: {error}", style="red", markup=False, soft_wrap=True)
+        return 2
+    except typer.Exit as leave:
+        return leave.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("pangu-quant: interrupted", style="red")
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own: a wrong option
+            error.show()  # type: ignore[attr-defined]
+            return int(error.exit_code)
+        raise
+    return 0

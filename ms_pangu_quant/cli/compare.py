@@ -1,0 +1,48 @@
+"""pangu-quant compare"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars, token_data
+from ms_pangu_quant.formats.mindformers import open_checkpoint
+
+
+def compare_command(
+    checkpoint: Checkpoint,
+    directory: Directory,
+    data: Annotated[
+        Path, typer.Option(help="Text to compare on: rows of text, messages or token_ids.", show_default=False)
+    ],
+    limit: Annotated[int | None, typer.Option(help="Use the first N rows.", min=1)] = None,
+    max_length: Annotated[int, typer.Option(help="Cut each row to so many tokens.", min=2)] = 2048,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """How far a quantized checkpoint is from the float one: KL of next-token distributions, agreement, perplexity."""
+    from ms_pangu_quant.inference.compare import compare
+    from ms_pangu_quant.network import runtime
+
+    config = open_checkpoint(checkpoint).config
+    rows = token_data(data, checkpoint, config, limit, min(max_length, config.max_position_embeddings), None, True)
+    runtime.start("cpu", "graph", verbose=verbose)
+    with progress_bars() as progress:
+        task = progress.add_task("blocks", total=2 * config.num_hidden_layers, kind="count")
+        result = compare(checkpoint, directory, rows.sequences, on_block=lambda: progress.advance(task))
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_row("tokens", f"{result.tokens}", f"in {len(rows.sequences)} texts")
+    table.add_row(
+        "mean KL", f"{result.kl_mean:.3g} nats", f"standard error {result.kl_se:.1g}; 99th percentile {result.kl_p99:.3g}"
+    )
+    table.add_row("top-1 agreement", f"{result.top1_agreement:.2%}", "")
+    table.add_row("perplexity", f"{result.ppl_quantized:.4f}", f"reference {result.ppl_reference:.4f}")
+    out.print(table)

@@ -1,0 +1,80 @@
+"""What the commands share: the two consoles, progress bars, and how sizes, memory and common options are written."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from ms_pangu_quant.calibration.data import TokenData, load_token_data
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Hugging Face checkpoint directory (openPangu-Embedded or Llama).", show_default=False)
+]
+Directory = Annotated[Path, typer.Argument(help="Checkpoint directory, float or quantized.", show_default=False)]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what MindSpore and MindFormers print.")]
+Device = Annotated[str, typer.Option(help="cpu or ascend.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def token_data(
+    path: Path,
+    checkpoint: Path,
+    config: ModelConfig,
+    samples: int | None,
+    max_length: int,
+    seed: int | None,
+    allow_benchmark_overlap: bool,
+) -> TokenData:
+    tokenizer = Tokenizer.from_directory(checkpoint) if (checkpoint / "tokenizer.model").exists() else None
+    return load_token_data(
+        path,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        max_length=max_length,
+        samples=samples,
+        seed=seed,
+        allow_benchmark_overlap=allow_benchmark_overlap,
+    )
+
+
+def progress_bars() -> Progress:
+    class Amount(MofNCompleteColumn):
+        def render(self, task):
+            return DownloadColumn().render(task) if task.fields["kind"] == "bytes" else super().render(task)
+
+    return Progress(
+        TextColumn("{task.description:8}"),
+        BarColumn(bar_width=24),
+        Amount(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=err,
+        transient=True,
+        disable=not err.is_terminal,
+    )
+
+
+def size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
+
+
+def peak_memory() -> str:
+    return size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

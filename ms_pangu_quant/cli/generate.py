@@ -1,0 +1,67 @@
+"""pangu-quant generate"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
+from ms_pangu_quant.cli.console import AsJson, Device, Directory, Verbose, err
+from ms_pangu_quant.errors import RequestError
+
+
+def generate_command(
+    directory: Directory,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="User message; may be given several times; - reads standard input.")
+    ] = None,
+    token_ids: Annotated[
+        str | None, typer.Option(help="Prompt as comma-separated ids, for a checkpoint without a tokenizer.")
+    ] = None,
+    mode: Annotated[str, typer.Option(help=f"Thinking mode: {', '.join(THINKING_MODES)}.")] = "slow_think",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")] = 0,
+    seed: Annotated[int, typer.Option(help="Makes a draw repeatable.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
+    as_json: AsJson = False,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+) -> None:
+    """Generate text from a float or quantized checkpoint in MindSpore graph mode."""
+    from ms_pangu_quant.inference.model import load
+
+    if bool(prompt) == bool(token_ids):
+        raise RequestError("generate: give --prompt, or --token-ids for a checkpoint without a tokenizer")
+    prompts: list[Any] = [sys.stdin.read() if text == "-" else text for text in prompt or []]
+    if token_ids:
+        try:
+            prompts = [[int(part) for part in token_ids.split(",")]]
+        except ValueError:
+            raise RequestError(f"--token-ids: got {token_ids!r}, wanted numbers separated by commas") from None
+    needed = max_new_tokens + max(map(len, prompts))  # a character is at least one byte, a token at least one too
+    model = load(directory, device, kv_cache_tokens=max(8192, 2 * needed), verbose=verbose)
+    started = time.monotonic()
+    answers = model.generate(
+        prompts, max_new_tokens, mode=mode, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
+    )
+    seconds = time.monotonic() - started
+    for number, answer in enumerate(answers):
+        if as_json:
+            print(json.dumps(asdict(answer), ensure_ascii=False))
+            continue
+        if number:
+            print()
+        if answer.thought is not None:
+            print(f"[thought]\n{answer.thought}\n[answer]")
+        print(answer.answer if answer.text else " ".join(map(str, answer.token_ids)))
+    count = sum(len(answer.token_ids) for answer in answers)
+    err.print(
+        f"[dim]{count} tokens in {seconds:.1f} s; ended by {', '.join(answer.finish_reason for answer in answers)}[/dim]"
+    )

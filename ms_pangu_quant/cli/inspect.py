@@ -1,0 +1,99 @@
+"""pangu-quant inspect"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.cli.console import AsJson, Directory, out, size
+from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+from ms_pangu_quant.pipeline import REPORT_FILE
+
+
+def inspect_command(directory: Directory, as_json: AsJson = False) -> None:
+    """Show what a checkpoint directory holds: scheme, bits and error of each layer, and the totals."""
+    found = inspection(directory)
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_layers(found)
+
+
+def inspection(directory: Path) -> dict[str, Any]:
+    """What `inspect --json` prints."""
+    reader = open_checkpoint(directory)
+    quantized = isinstance(reader, QuantizedReader)
+    report_path = directory / REPORT_FILE
+    report = json.loads(report_path.read_text(encoding="utf-8")) if quantized and report_path.exists() else {}
+    blocks = report.get("blocks", [])
+    layers, bits, weights = [], 0.0, 0
+    for index in range(reader.config.num_hidden_layers):
+        for site in layout.SITES:
+            name = f"{layout.block_prefix(index)}{site.name}"
+            outputs, inputs = layout.site_shape(reader.config, site)
+            stored = 8 * sum(
+                entry.nbytes
+                for key, entry in reader.files.entries.items()
+                if key.startswith(f"{name}.") and not key.endswith(".bias")
+            )
+            error = blocks[index]["weight_error"].get(site.name) if index < len(blocks) else None
+            layers.append(
+                {
+                    "name": name,
+                    "scheme": reader.kinds[f"{name}.weight"] if quantized else "FLOAT",
+                    "bits_per_weight": stored / (outputs * inputs),
+                    "weight_error": error,
+                }
+            )
+            bits, weights = bits + stored, weights + outputs * inputs
+    return {
+        "directory": str(directory),
+        "quantized": quantized,
+        "layers": layers,
+        "output_error": [block["output_error"] for block in blocks],
+        "bytes": reader.files.nbytes,
+        "bytes_before": report.get("bytes_before"),
+        "bits_per_weight": bits / weights,
+        "weights": weights,
+    }
+
+
+def print_layers(found: dict[str, Any]) -> None:
+    """One row for each block: its scheme, bits per weight, output error and the weight error of each layer.
+
+    A float checkpoint has only the totals.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    short = [site.name.split(".")[1].removesuffix("_proj") for site in layout.SITES]
+    for heading in ("block", "scheme", "bits", "output", *short):
+        table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
+    per_block = len(layout.SITES)
+    for index in range(len(found["layers"]) // per_block):
+        layers = found["layers"][index * per_block : (index + 1) * per_block]
+        kinds = sorted({layer["scheme"].removesuffix("_DYNAMIC") for layer in layers})
+        bits = sum(layer["bits_per_weight"] for layer in layers) / per_block
+        output = found["output_error"][index] if found["output_error"] else None
+        table.add_row(
+            str(index),
+            "+".join(kinds),
+            f"{bits:.2f}",
+            _number(output),
+            *(_number(layer["weight_error"]) for layer in layers),
+        )
+    if found["quantized"]:
+        out.print(table)
+    before = found["bytes_before"]
+    sizes = f"{size(before)} -> {size(found['bytes'])}" if before else size(found["bytes"])
+    out.print(
+        f"{sizes}, {found['bits_per_weight']:.2f} bits per weight in {found['weights']:,} weights"
+        + ("; errors are relative to the norm" if found["quantized"] else ", not quantized"),
+        soft_wrap=True,
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
