@@ -40,5 +40,5 @@ setup(
         ],
         "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
     },
-    entry_points={"console_scripts": ["pangu-quant=ms_pangu_quant.cli:main"]},
+    entry_points={"console_scripts": ["pangu-quant=ms_pangu_quant.__main__:run"]},
 )

@@ -73,10 +73,6 @@ class QuantizedWriter:
                 raise OutputError(f"{self.output}: is not empty (it holds {others[0]}); choose another --output")
             self._save()
             return
-        if not resume:
-            raise OutputError(
-                f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output"
-            )
         try:
             state = json.loads(journal.read_text(encoding="utf-8"))
             fingerprint = dict(state["fingerprint"])
@@ -86,6 +82,15 @@ class QuantizedWriter:
             ]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OutputError(f"{journal}: damaged ({error}); delete {self.output} and start again") from None
+        if not resume and records:
+            raise OutputError(
+                f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output"
+            )
+        if not records:  # stopped before its first block was entered: there is nothing to lose
+            for leftover in self.output.glob("model-*-of-*.safetensors"):
+                leftover.unlink()
+            self._save()
+            return
         changed = sorted(
             key for key in {*fingerprint, *self._fingerprint} if fingerprint.get(key) != self._fingerprint.get(key)
         )

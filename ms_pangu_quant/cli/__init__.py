@@ -1,7 +1,7 @@
 """The command line, pangu-quant: one file for each command, gathered here.
 
 Results go to the standard output, progress and errors to the standard error. Exit codes: 0 done, 2 something the user can
-mend (one line says what), 130 interrupted.
+mend (one line says what), 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -32,17 +32,12 @@ app.command("generate")(generate_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; arguments default to the process's. Returns the exit code (and exits with it as a console script)."""
+    """Run a command; arguments default to the process's. Returns the exit code."""
     try:
-        app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except PanguQuantError as error:
         err.print(f"pangu-quant: error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
-    except typer.Exit as leave:
-        return leave.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("pangu-quant: interrupted", style="red")
-        return 130
     except BrokenPipeError:
         return 1
     except Exception as error:
@@ -50,4 +45,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()  # type: ignore[attr-defined]
             return int(error.exit_code)
         raise
-    return 0
+    return code or 0

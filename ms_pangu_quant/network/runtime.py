@@ -11,6 +11,7 @@ import io
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import warnings
@@ -23,6 +24,7 @@ DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
 _started: tuple[str, str] | None = None
 _verbose = False
+_folder: str | None = None  # of the frameworks' logs
 
 
 def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) -> None:
@@ -42,7 +44,8 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
     os.environ["RUN_MODE"] = "predict"
     os.environ["ENFORCE_EAGER"] = "true" if mode == "pynative" else "false"  # MindFormers' own switch for PyNative
     if _started is None:
-        _import_quietly(verbose)
+        with _interrupt_held():
+            _import_quietly(verbose)
     import mindspore as ms
 
     if _started is None or _started[1] != mode:
@@ -53,6 +56,8 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"device {device!r} is not available on this machine: {_first_line(error)}") from None
         ms.set_context(jit_config={"jit_level": "O0"})
+        if _folder is not None:
+            ms.set_context(save_graphs_path=_folder)  # a graph that does not compile is written to ./rank_0
         from mindformers.core.context.build_context import build_mf_context
 
         build_mf_context({"run_mode": "predict", "use_legacy": False})  # the registry looks up legacy names otherwise
@@ -67,10 +72,11 @@ def _import_quietly(verbose: bool) -> None:
         os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
         os.environ.setdefault("TQDM_DISABLE", "1")  # MindFormers shows a bar for each weight file
         warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
+    global _folder
     if "LOCAL_DEFAULT_PATH" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log
-        os.environ["LOCAL_DEFAULT_PATH"] = folder
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log
+        os.environ["LOCAL_DEFAULT_PATH"] = _folder
+        atexit.register(remove_logs)
     if not verbose:
         # MindFormers warns while it is being imported, through loggers that do not exist before.
         logging.disable(logging.WARNING)
@@ -81,6 +87,22 @@ def _import_quietly(verbose: bool) -> None:
     logging.disable(logging.NOTSET)
     if not verbose:
         get_logger().setLevel(logging.ERROR)
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[None]:
+    """Hold Ctrl-C back: interrupted halfway through their import, MindSpore's libraries abort the process."""
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def remove_logs() -> None:
+    """Remove the folder the frameworks log to; done at exit, and by whoever ends the process without one."""
+    if _folder is not None:
+        shutil.rmtree(_folder, ignore_errors=True)
 
 
 def mode() -> str:

@@ -237,6 +237,21 @@ def test_an_unfinished_run_is_continued_only_when_asked(tmp_path):
     assert contents(out) == before
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_killed_before_its_first_block_was_entered_is_begun_anew(resume, tmp_path, finish, undisturbed):
+    out = tmp_path / "out"
+    with begin(tmp_path / "other", version="1") as writer:
+        journal = contents(tmp_path / "other")
+    out.mkdir()
+    for name, value in journal.items():
+        (out / name).write_bytes(value)
+    (out / "model-00001-of-00099.safetensors").write_bytes(b"of a longer model")
+    with begin(out, resume=resume) as writer:
+        write(writer)
+        finish(writer)
+    assert contents(out) == undisturbed
+
+
 def test_resuming_where_there_is_nothing_begins(tmp_path, finish, undisturbed):
     with begin(tmp_path / "out", resume=True) as writer:
         assert writer.finished == 0

@@ -1,0 +1,47 @@
+"""A command that is stopped says so in one line, at any moment, and leaves nothing but its unfinished output."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ASSETS, MINI
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+@pytest.mark.parametrize(
+    "moment", ["frameworks are being imported", "first block is being compiled", "blocks are being done"]
+)
+def test_a_stop_is_one_line_and_leaves_no_stray_file(number, code, word, moment, tmp_path):
+    folder, scratch = tmp_path / "here", tmp_path / "scratch"
+    folder.mkdir()
+    scratch.mkdir()
+    data = ["--calibration", str(ASSETS / "calibration.jsonl")]
+    command = [sys.executable, "-m", "ms_pangu_quant", "quantize", str(MINI), "--recipe", "w8a8", "--output", "out", *data]
+    process = subprocess.Popen(
+        command, cwd=folder, stderr=subprocess.PIPE, text=True, env=os.environ | {"TMPDIR": str(scratch)}
+    )
+    lines = []
+    if moment == "blocks are being done":
+        lines.append(process.stderr.readline())
+        assert lines[0].startswith("block 1/4")
+    else:
+        # The frameworks' log folder appears right before they are imported, the output right before the first block.
+        begun = folder / "out" if moment == "first block is being compiled" else scratch
+        deadline = time.monotonic() + 120
+        while not (begun.exists() and any(begun.iterdir())) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.3)
+    process.send_signal(number)
+    lines += process.stderr.readlines()
+    assert process.wait(timeout=60) == code
+    assert lines[-1] == f"pangu-quant: {word}\n"
+    assert all(line.startswith("block ") for line in lines[:-1])
+    assert list(scratch.iterdir()) == []
+    assert [path.name for path in folder.iterdir()] in ([], ["out"])
+    assert not (folder / "out" / "config.json").exists()
