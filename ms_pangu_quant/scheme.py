@@ -107,6 +107,7 @@ PRESETS: dict[str, QuantScheme] = {
     "w8a8": QuantScheme(_W8, _PER_TOKEN),
     "w8a8_static": QuantScheme(_W8, _PER_TENSOR),
     "w4a8": QuantScheme(TensorScheme(bits=4, granularity="channel"), _PER_TOKEN),
+    "w4a8_g256": QuantScheme(TensorScheme(bits=4, granularity="group", group_size=256), _PER_TOKEN),
     "w4a8_g128": QuantScheme(TensorScheme(bits=4, granularity="group", group_size=128), _PER_TOKEN),
     "w4a8_g64": QuantScheme(TensorScheme(bits=4, granularity="group", group_size=64), _PER_TOKEN),
     "w4a8_g32": QuantScheme(TensorScheme(bits=4, granularity="group", group_size=32), _PER_TOKEN),

@@ -35,5 +35,13 @@ def pack_offset_along_in(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     return (offset[:, 0::2] | (offset[:, 1::2] << 4)).astype(np.uint8, copy=False)
 
 
+def unpack_offset_along_in(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
+    """Inverse of pack_offset_along_in: bytes uint8 [out, in/2] -> codes [out, in]."""
+    codes = np.empty((packed.shape[0], packed.shape[1] * 2), np.int8)
+    codes[:, 0::2] = (packed & 0xF).view(np.int8) - np.int8(8)
+    codes[:, 1::2] = (packed >> 4).view(np.int8) - np.int8(8)
+    return codes
+
+
 def _signed(nibbles: NDArray[Any]) -> NDArray[np.int8]:
     return ((nibbles ^ 8).astype(np.int8) - np.int8(8)).astype(np.int8)

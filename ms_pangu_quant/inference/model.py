@@ -35,24 +35,32 @@ class Generation:
 
 
 def load(
-    path: str | Path, device: str = "cpu", mode: str = "graph", *, kv_cache_tokens: int = 8192, verbose: bool = False
+    path: str | Path,
+    device: str = "cpu",
+    mode: str = "graph",
+    *,
+    kv_cache_tokens: int = 8192,
+    w4a8: str = "auto",
+    verbose: bool = False,
 ) -> Model:
     """Load a Hugging Face openPangu-Embedded or Llama checkpoint, or a directory that pangu-quant wrote.
 
     device           "cpu" or "ascend"; a process keeps its first device.
     mode             "graph" compiles one graph for prefill and one for decode, for all lengths; "pynative" runs eagerly.
     kv_cache_tokens  tokens that all sequences under way may hold together.
+    w4a8             how Ascend computes int4 weights: "grouped" in integers, "weight_only" with float activations, "auto"
+                     in integers where the operator takes their groups; the CPU always computes in integers.
     Raises           CheckpointError, BackendError.
     """
     reader = open_checkpoint(Path(path))
     runtime.start(device, mode, verbose=verbose)
-    return Model(reader, kv_cache_tokens)
+    return Model(reader, kv_cache_tokens, w4a8)
 
 
 class Model:
     """A network with its weights and its key/value cache; made by load()."""
 
-    def __init__(self, reader: CheckpointReader | QuantizedReader, kv_cache_tokens: int) -> None:
+    def __init__(self, reader: CheckpointReader | QuantizedReader, kv_cache_tokens: int, w4a8: str = "auto") -> None:
         from ms_pangu_quant.network.pangu import build_network
 
         if kv_cache_tokens < 1:
@@ -68,6 +76,7 @@ class Model:
             group_size=reader.group_size if quantized else 0,
             num_blocks=self._num_blocks,
             block_size=BLOCK_SIZE,
+            w4a8=w4a8,
         )
         self.network.load_tensors(all_tensors(reader))
         self._caches = self.network.backend.new_caches(

@@ -142,12 +142,19 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
 
     quant_config  overrides what MindFormers would read from config.pretrained_model_dir.
     whole         False builds the decoder layers alone, without embedding and head.
+    backend       whose cells to use; the process's own device's if not given.
     """
 
-    def __init__(self, config: PanguEmbeddedConfig, quant_config: PanguQuantConfig | None = None, whole: bool = True):
+    def __init__(
+        self,
+        config: PanguEmbeddedConfig,
+        quant_config: PanguQuantConfig | None = None,
+        whole: bool = True,
+        backend: Backend | None = None,
+    ):
         super().__init__(config, auto_prefix=False)
         self.config = config
-        self.backend = current_backend()
+        self.backend = backend or current_backend()
         transformer_config = self.convert_to_transformer_config(config)
         transformer_config.position_embedding_type = self.backend.rope_name  # the config class knows MindFormers' only
         transformer_config.post_process = whole  # takes precedence over GPTModel's argument
@@ -267,6 +274,8 @@ def build_network(
     block_size: int = 16,
     layers: int | None = None,
     whole: bool = True,
+    w4a8: str = "auto",
+    backend: Backend | None = None,
 ) -> PanguEmbeddedForCausalLM:
     """The network of a checkpoint, parameters not loaded yet.
 
@@ -274,8 +283,10 @@ def build_network(
     group_size  inputs per int4 weight scale; 0 means one scale per output channel.
     num_blocks  size of the key/value cache in blocks of block_size tokens.
     layers      build only the first so many decoder layers.
+    w4a8        how an Ascend device computes int4 weights: auto, grouped or weight_only; see backends/ascend.py.
+    backend     whose cells to use; another device's than the process's builds a graph to look at, not to run.
     """
-    backend = current_backend()
+    backend = backend or current_backend()
     mf_config = PanguEmbeddedConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
@@ -298,9 +309,15 @@ def build_network(
     quant_config = None
     if kinds is not None:
         quant_config = PanguQuantConfig(
-            {**kinds, "weight_mapping": WEIGHT_MAPPING, "quantization": "golden-stick", "group_size": group_size},
+            {
+                **kinds,
+                "weight_mapping": WEIGHT_MAPPING,
+                "quantization": "golden-stick",
+                "group_size": group_size,
+                "w4a8": w4a8,
+            },
             backend.linear_methods,
         )
-    network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole)
+    network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole, backend)
     network.set_train(False)
     return network

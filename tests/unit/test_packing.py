@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.formats.packing import pack_along_out, pack_offset_along_in, unpack_along_out
+from ms_pangu_quant.formats.packing import pack_along_out, pack_offset_along_in, unpack_along_out, unpack_offset_along_in
 
 
 def random_codes(outputs, inputs, seed):
@@ -87,6 +87,7 @@ def test_the_cpu_layout_equals_a_slow_loop(seed):
         for row in range(5)
     ]
     assert pack_offset_along_in(codes).tolist() == wanted
+    assert (unpack_offset_along_in(pack_offset_along_in(codes)) == codes).all()
 
 
 def test_packing_leaves_its_input_alone():

@@ -1,0 +1,118 @@
+"""The operators of a network's graph, with the types and shapes that MindSpore's front end infers for them.
+
+MindSpore exports a graph of Ascend operators on a machine without an NPU (MINDIR), which type-checks every operator. What
+the front end does not check, such as the length of a scale, can be read off here. It proves nothing about the kernels.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mindspore as ms
+
+from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.network import runtime
+from ms_pangu_quant.network.pangu import build_network
+
+_PLUMBING = {"Constant", "Load", "Depend", "UpdateState", "MakeTuple", "TupleGetItem", "list_getitem", "TensorToTuple"}
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """dtype as MindSpore's proto names it ("bfloat16", "int8", "qint4x2"); -1 in shape is a dynamic size.
+
+    name is the parameter's, without the network's prefix; "" for what another operator computed.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    name: str = ""
+
+    def __str__(self) -> str:
+        sizes = ", ".join("?" if size < 0 else str(size) for size in self.shape)
+        return f"{self.dtype}[{sizes}]"
+
+
+@dataclass(frozen=True)
+class Operator:
+    """kind is the operator's name, where the path of the cell that calls it ("decoder.layers.0.mlp.linear_fc2"), or, of an
+    operator that belongs to no cell, of the one whose parameter it takes; "" if it takes none."""
+
+    kind: str
+    where: str
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+
+
+def exported_operators(
+    config: ModelConfig, backend: Backend, *, phase: str, layers: int = 1, vocab_size: int | None = None, **build: Any
+) -> list[Operator]:
+    """The operators of one phase's graph, in the order of execution; tuples are flattened, plumbing is left out.
+
+    phase       "prefill" or "decode".
+    layers      decoder layers to build; all are alike where their schemes are.
+    vocab_size  in place of the config's, to keep the exported file small.
+    build       further arguments of build_network (kinds, group_size, w4a8).
+    """
+    if vocab_size is not None:
+        config = ModelConfig.from_dict({**config.raw, "vocab_size": vocab_size}, where="graph")
+    network = build_network(config, backend=backend, layers=layers, num_blocks=1, **build)
+    network.process_weights_after_loading(network.model)
+    network.set_phase(phase)
+    network.set_dynamic_inputs()
+    with tempfile.TemporaryDirectory(prefix="pangu-quant-") as folder, runtime.quiet():
+        ms.export(network, *network.get_inputs(), file_name=f"{folder}/graph", file_format="MINDIR")
+        return read_mindir(Path(folder) / "graph.mindir")
+
+
+def read_mindir(path: Path) -> list[Operator]:
+    """The operators of an exported graph whose parameters are in the same file."""
+    from mindspore.train.mind_ir_pb2 import ModelProto
+
+    model = ModelProto()
+    model.ParseFromString(path.read_bytes())
+    values: dict[str, tuple[TensorType, ...]] = {}
+    for parameter in model.graph.parameter:
+        name = parameter.name.rpartition(":")[2]
+        values[parameter.name] = (_tensor_type(parameter, name),)
+    for argument in model.graph.input:
+        values[argument.name] = tuple(_tensor_type(tensor, argument.name.rpartition(":")[2]) for tensor in argument.tensor)
+    operators = []
+    for node in model.graph.node:
+        kind = node.op_type.removeprefix("REF::").partition(":")[0]
+        inputs = tuple(each for name in node.input for each in values.get(name, ()))
+        outputs = tuple(_tensor_type(tensor) for attribute in node.attribute for tensor in _tensors(attribute))
+        is_alias = kind in ("Load", "Depend", "MakeTuple") and bool(inputs)
+        if kind == "Depend":
+            inputs = values.get(node.input[0], ())
+        for name in node.output:
+            values[name] = inputs if is_alias else outputs
+        if kind not in _PLUMBING:
+            owner = next((each.name.rpartition(".")[0] for each in inputs if "." in each.name), "")
+            operators.append(Operator(kind, _where(node.domain) or owner, inputs, outputs))
+    return operators
+
+
+def _tensors(attribute: Any) -> Iterator[Any]:
+    if attribute.name == "shape":
+        yield from attribute.tensors
+        for value in attribute.values:
+            yield from value.tensors
+
+
+def _tensor_type(tensor: Any, name: str = "") -> TensorType:
+    from mindspore.train.mind_ir_pb2 import TensorProto
+
+    return TensorType(TensorProto.DataType.Name(tensor.data_type).lower(), tuple(tensor.dims), name)
+
+
+def _where(domain: str) -> str:
+    """Default/model-GPTModel/decoder-TransformerBlock/.../MatMul-op0 -> decoder...."""
+    cells = [re.sub(r"-\w+$", "", part) for part in domain.split("/")[1:-1]]
+    return ".".join(cells).removeprefix("model.")

@@ -1,0 +1,135 @@
+"""The graphs an NPU would run, exported on the CPU front end: every operator, type and shape of the linear layers.
+
+The expected operators are written from CANN's documentation of them, not from the backend. No kernel is run.
+"""
+
+import functools
+
+import pytest
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.network import runtime
+
+SHAPES = {
+    "1b": {"hidden_size": 1536, "intermediate_size": 6144, "num_attention_heads": 12, "num_key_value_heads": 6,
+           "tie_word_embeddings": True},
+    "7b": {"hidden_size": 4096, "intermediate_size": 12800, "num_attention_heads": 32, "num_key_value_heads": 8},
+}  # fmt: skip
+SCHEMES = {  # kind, group size
+    "float": (None, 0),
+    "w8a8": ("W8A8_DYNAMIC", 0),
+    "w8a8_static": ("W8A8", 0),
+    "w4a8": ("W4A8_DYNAMIC", 0),
+    "w4a8_g256": ("W4A8_DYNAMIC", 256),
+    "w4a8_g128": ("W4A8_DYNAMIC", 128),
+}
+VOCAB = 1024  # of the exported embedding and head: their size changes no other operator
+
+
+def config_of(shape):
+    raw = {"model_type": "PanguEmbedded", "num_hidden_layers": 2, "vocab_size": VOCAB, "max_position_embeddings": 32768}
+    return ModelConfig.from_dict({**raw, **SHAPES[shape]}, where="test")
+
+
+@functools.cache
+def exported(shape, scheme, phase, layers=1):
+    runtime.start("cpu", "graph")
+    from ms_pangu_quant.backends.ascend import BACKEND
+    from ms_pangu_quant.network.graph import exported_operators
+
+    kind, group_size = SCHEMES[scheme]
+    names = [f"{layout.block_prefix(index)}{site.name}.weight" for index in range(layers) for site in layout.SITES]
+    kinds = dict.fromkeys(names, kind) if kind else None
+    return exported_operators(config_of(shape), BACKEND, phase=phase, layers=layers, kinds=kinds, group_size=group_size)
+
+
+def linears(config):
+    """(cell, inputs, outputs) of a layer's four matmuls, q/k/v and gate/up fused."""
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    return [
+        ("self_attention.linear_qkv", hidden, queries + 2 * keys),
+        ("self_attention.linear_proj", queries, hidden),
+        ("mlp.linear_fc1", hidden, 2 * inner),
+        ("mlp.linear_fc2", inner, hidden),
+    ]
+
+
+def expected(scheme, k, n):
+    """The operators of one matmul as (kind, input types, output types); ? is the number of tokens."""
+    x, codes, out = f"bfloat16[?, {k}]", f"int8[?, {k}]", f"bfloat16[?, {n}]"
+    dynamic = ("DynamicQuantExt", [x], [codes, "float[?]"])
+    grouped = [f"qint4x2[1, {k}, {n // 2}]", f"float[1, {n}]", f"uint64[1, {k // 256}, {n}]", "float[?]", "int64[1]"]
+    return {
+        "float": [("MatMul", [x, f"bfloat16[{n}, {k}]"], [out])],
+        "w8a8": [dynamic, ("QuantBatchMatmul", [codes, f"int8[{n}, {k}]", f"bfloat16[{n}]", "float[?]"], [out])],
+        "w8a8_static": [
+            ("QuantV2", [x, f"bfloat16[{k}]", f"int8[{k}]"], [codes]),
+            ("QuantBatchMatmul", [codes, f"int8[{n}, {k}]", f"float[{n}]", f"int32[{n}]"], [out]),
+        ],
+        "w4a8": [dynamic, ("GroupedMatmulV4", [codes, *grouped], [out])],
+        "w4a8_g256": [dynamic, ("GroupedMatmulV4", [codes, *grouped], [out])],
+        "w4a8_g128": [
+            ("WeightQuantBatchMatmul", [x, f"qint4x2[{k}, {n // 2}]", f"bfloat16[{k // 128}, {n}]"], [out]),
+        ],
+    }[scheme]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", ["1b", pytest.param("7b", marks=pytest.mark.slow)])
+def test_every_linear_layer_is_the_documented_operator_and_no_float_matmul_is_left(shape, scheme, phase):
+    operators = exported(shape, scheme, phase)
+    config = config_of(shape)
+    found = [
+        (each.where, each.kind, list(map(str, each.inputs)), list(map(str, each.outputs)))
+        for each in operators
+        if "matmul" in each.kind.lower() or "quant" in each.kind.lower()
+    ]
+    hidden = config.hidden_size
+    head = ("output_layer", "MatMul", [f"bfloat16[?, {hidden}]", f"bfloat16[{VOCAB}, {hidden}]"], [f"bfloat16[?, {VOCAB}]"])
+    wanted = [
+        (f"decoder.layers.0.{cell}", *operator)
+        for cell, inputs, outputs in linears(config)
+        for operator in expected(scheme, inputs, outputs)
+    ]
+    assert found == [*wanted, head]
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_bias_is_added_exactly_once(scheme):
+    operators = exported("1b", scheme, "decode")
+    biases = [each.name for operator in operators for each in operator.inputs if each.name.endswith(".bias")]
+    assert sorted(biases) == [
+        "decoder.layers.0.self_attention.linear_proj.bias",
+        "decoder.layers.0.self_attention.linear_qkv.bias",
+    ]
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_attention_norm_and_rope_are_ascend_operators_and_nothing_falls_back_to_python(phase):
+    operators = exported("1b", "w8a8", phase, layers=2)
+    count = {kind: sum(each.kind == kind for each in operators) for kind in {each.kind for each in operators}}
+    attention = "FlashAttentionScore" if phase == "prefill" else "PagedAttention"
+    assert (count["RmsNorm"], count["ApplyRotaryPosEmb"], count["ReshapeAndCache"], count[attention]) == (5, 2, 2, 2)
+    assert not [kind for kind in count if "Py" in kind]  # PyExecute, PyInterpret: what only the interpreter can run
+
+
+def test_a_mixed_network_has_each_layers_own_operators():
+    runtime.start("cpu", "graph")
+    from ms_pangu_quant.backends.ascend import BACKEND
+    from ms_pangu_quant.network.graph import exported_operators
+
+    kinds = {f"{layout.block_prefix(0)}{site.name}.weight": "W4A8_DYNAMIC" for site in layout.SITES}
+    kinds[f"{layout.block_prefix(0)}mlp.down_proj.weight"] = "W8A8_DYNAMIC"
+    kinds[f"{layout.block_prefix(0)}self_attn.o_proj.weight"] = "FLOAT"
+    operators = exported_operators(config_of("1b"), BACKEND, phase="decode", kinds=kinds)
+    matmuls = {each.where: each.kind for each in operators if "matmul" in each.kind.lower()}
+    assert matmuls == {
+        "decoder.layers.0.self_attention.linear_qkv": "GroupedMatmulV4",
+        "decoder.layers.0.self_attention.linear_proj": "MatMul",
+        "decoder.layers.0.mlp.linear_fc1": "GroupedMatmulV4",
+        "decoder.layers.0.mlp.linear_fc2": "QuantBatchMatmul",
+        "output_layer": "MatMul",
+    }
