@@ -13,7 +13,7 @@ from ms_pangu_quant.recipe import CalibrationSettings, find_recipe, load_recipe
 from ms_pangu_quant.scheme import PRESETS
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 
-SHIPPED = ["w4a8", "w4a8_g128", "w4a8_g128_rtn", "w4a8_rtn", "w8a8", "w8a8_rtn", "w8a8_static"]
+SHIPPED = ["w4a8", "w4a8_g128", "w4a8_g128_rtn", "w4a8_g256", "w4a8_rtn", "w8a8", "w8a8_rtn", "w8a8_static"]
 EVERYTHING = """\
 why: every key there is
 scheme: w4a8_g64
@@ -63,7 +63,7 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
     assert set(plan.schemes) == {(index, site.name) for index in blocks for site in layout.SITES}
     wanted = "W4A8_DYNAMIC" if name.startswith("w4a8") else "W8A8" if name == "w8a8_static" else "W8A8_DYNAMIC"
     assert set(kinds(plan).values()) == {wanted}
-    assert plan.group_size == (128 if "g128" in name else 0)
+    assert plan.group_size == next((size for size in (128, 256) if f"g{size}" in name), 0)
     assert loaded.why
     assert loaded.needs_calibration == (not name.endswith("_rtn"))
     assert not loaded.needs_gram

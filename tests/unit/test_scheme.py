@@ -72,6 +72,7 @@ def test_presets_are_what_their_names_say():
         "w8a8_static": ("W8A8", 8, "channel", 0, False),
         "w4a8": ("W4A8_DYNAMIC", 4, "channel", 0, True),
         "w4a8_g128": ("W4A8_DYNAMIC", 4, "group", 128, True),
+        "w4a8_g256": ("W4A8_DYNAMIC", 4, "group", 256, True),
         "w4a8_g64": ("W4A8_DYNAMIC", 4, "group", 64, True),
         "w4a8_g32": ("W4A8_DYNAMIC", 4, "group", 32, True),
     }
@@ -111,4 +112,4 @@ def test_schemes_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["w8a8"].weight.bits = 4
     assert TensorScheme(8, "channel") == TensorScheme(8, "channel")
-    assert len({scheme.with_range(full_range=full) for scheme in PRESETS.values() for full in (False, True)}) == 12
+    assert len({scheme.with_range(full_range=full) for scheme in PRESETS.values() for full in (False, True)}) == 2 * len(PRESETS)
