@@ -28,7 +28,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("errors",),
     ("scheme",),
     ("checkpoint", "calibration", "transforms", "quantizers", "formats"),
-    ("recipe", "estimate"),
+    ("recipe", "estimate", "roofline"),
     ("network", "backends"),
     ("calibration.stream",),
     ("pipeline", "inference"),

@@ -112,4 +112,6 @@ def test_schemes_are_values():
     with pytest.raises(dataclasses.FrozenInstanceError):
         PRESETS["w8a8"].weight.bits = 4
     assert TensorScheme(8, "channel") == TensorScheme(8, "channel")
-    assert len({scheme.with_range(full_range=full) for scheme in PRESETS.values() for full in (False, True)}) == 2 * len(PRESETS)
+    assert len({scheme.with_range(full_range=full) for scheme in PRESETS.values() for full in (False, True)}) == 2 * len(
+        PRESETS
+    )
