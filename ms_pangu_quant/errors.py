@@ -4,9 +4,23 @@ Each message says what is wrong, where, what was found, what was wanted and, whe
 prints it as one line and exits with 2; anything that is not a PanguQuantError is a defect of ours and keeps its traceback.
 """
 
+from __future__ import annotations
+
+import re
+
+_LONGEST = 400  # characters without a space that a message repeats
+
 
 class PanguQuantError(Exception):
-    """Something outside the program is wrong: a file, a setting, the disk, the machine."""
+    """Something outside the program is wrong: a file, a setting, the disk, the machine.
+
+    The message becomes one line that a terminal can show, whatever a file put into it: control characters are escaped,
+    and what is longer than any path is cut in its middle.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(message.split()))
+        super().__init__(re.sub(rf"\S{{{_LONGEST},}}", lambda found: f"{found[0][:200]}...{found[0][-100:]}", line))
 
 
 class CheckpointError(PanguQuantError):

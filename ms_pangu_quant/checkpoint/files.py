@@ -26,6 +26,7 @@ from ms_pangu_quant.errors import CheckpointError, OutputError
 
 INDEX_FILE = "model.safetensors.index.json"
 _CHUNK = 16 << 20
+_LONGEST_NAME = 255  # bytes, on every common file system
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -184,7 +185,8 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path}: weight_map is not an object of tensor name -> file name")
     for file in set(weight_map.values()):
-        if file != os.path.basename(file) or not file.endswith(".safetensors"):
+        too_long = len(file.encode("utf-8", "replace")) > _LONGEST_NAME
+        if file != os.path.basename(file) or not file.endswith(".safetensors") or too_long:
             raise CheckpointError(f"{path}: names {file!r}; wanted the plain name of a .safetensors file beside it")
     return weight_map
 

@@ -32,6 +32,7 @@ from ms_pangu_quant.errors import CheckpointError, RequestError
 
 THINKING_MODES = ("slow_think", "auto_think", "no_think")
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, UTF-8 cannot
 _SUFFIXES = ("", " /auto_think", " /no_think")
 _ROLES = ("system", "user", "assistant", "tool", "function")
 _MAX_TEMPLATE, _MAX_RENDERED = 64 << 10, 4 << 20  # characters
@@ -209,9 +210,11 @@ def _read(path: Path, todo: str = "copy it from the original checkpoint") -> byt
 
 def _read_pieces(path: Path) -> SentencePieceProcessor:
     proto = _read(path, "only tokenizers made with sentencepiece are supported (a tokenizer.json alone is not)")
-    with suppress(RuntimeError, OSError):
-        if proto:  # an empty file loads, as a model without pieces
-            return SentencePieceProcessor(model_proto=proto)
+    with suppress(RuntimeError, OSError, UnicodeDecodeError):
+        # An empty file loads, as a model without pieces, and so does a damaged one whose unk is none of them.
+        if proto and 0 <= (pieces := SentencePieceProcessor(model_proto=proto)).unk_id() < pieces.GetPieceSize():
+            pieces.IdToPiece(list(range(pieces.GetPieceSize())))  # every piece is text
+            return pieces
     todo = "run git lfs pull" if proto.startswith(b"version https://git-lfs") else "download it again"
     raise CheckpointError(f"{path}: these {len(proto)} bytes are not a sentencepiece model; {todo}")
 
@@ -252,7 +255,7 @@ def _added_tokens(directory: Path, config: Mapping[str, Any], limit: int) -> dic
 def _content(value: Any, where: Path) -> str:
     """The text of a token that is written as a string or as an object with "content"."""
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str) or not text:
+    if not isinstance(text, str) or not text or _SURROGATE.search(text):
         raise CheckpointError(f"{where}: {value!r} is not a token, wanted a string or an object with its content")
     for flag in ("lstrip", "rstrip", "single_word"):
         if isinstance(value, dict) and value.get(flag):

@@ -1,0 +1,180 @@
+"""Files from anywhere: whatever is in them, reading ends in a value or in one clear error, soon and in little memory.
+
+Each case damages one file of a valid directory: bytes flipped, cut, repeated or put in; or, of JSON and YAML, a value
+replaced by another kind of value, a key removed, added or doubled. Cases are numbered, so that a failure can be run again.
+"""
+
+import json
+import random
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ms_pangu_quant.calibration.data import load_token_data
+from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE
+from ms_pangu_quant.checkpoint.files import INDEX_FILE
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.errors import PanguQuantError
+from ms_pangu_quant.formats.mindformers import open_checkpoint
+from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.recipe import find_recipe, load_recipe
+
+SECONDS, BYTES = 10.0, 1 << 30
+VALUES = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\ud800",
+          "../../etc/passwd", "/etc/passwd", "a\0b", [], {}, [[]], {"": {}}, [None] * 3, "9" * 5000,
+          "%s{0}{{ 7*7 }}"]  # fmt: skip
+
+
+def damage_bytes(source: bytes, chance: random.Random) -> bytes:
+    data = bytearray(source)
+    for _ in range(chance.choice((1, 1, 2, 8))):
+        at = chance.randrange(len(data) + 1)
+        match chance.randrange(5):
+            case 0:
+                del data[at:]
+            case 1:
+                data[at : at + 1] = bytes([chance.randrange(256)])
+            case 2:
+                data[at:at] = bytes(chance.choice((b"\0" * 16, b"\xff" * 8, b'"', b"{", b"9" * 40, b"\xed\xa0\x80")))
+            case 3:
+                piece = data[at : at + chance.randrange(1, 64)]
+                data[at:at] = piece * chance.choice((1, 50))
+            case 4:
+                data[:8] = chance.randrange(2**64).to_bytes(8, "little")  # a safetensors file's header length
+    return bytes(data)
+
+
+def damage_value(value, chance: random.Random):
+    """A copy of a JSON value with one place in it replaced, removed, added or renamed."""
+    if isinstance(value, (dict, list)) and value and chance.random() < 0.8:
+        copy = value.copy()
+        keys = list(copy) if isinstance(copy, dict) else range(len(copy))
+        key = chance.choice(list(keys))
+        match chance.randrange(6):
+            case 0:
+                del copy[key]
+            case 1 if isinstance(copy, dict):
+                copy[chance.choice(("", "../x", "a" * 3000, str(key) + "x"))] = copy.pop(key)
+            case _:
+                copy[key] = damage_value(copy[key], chance)
+        return copy
+    return chance.choice(VALUES)
+
+
+def dumped(value) -> bytes:
+    return json.dumps(value).encode()
+
+
+def damaged(path: Path, chance: random.Random) -> bytes:
+    source = path.read_bytes()
+    if path.suffix == ".safetensors" and chance.random() < 0.6:  # a header that is JSON, but hostile
+        length = int.from_bytes(source[:8], "little")
+        header = dumped(damage_value(json.loads(source[8 : 8 + length]), chance))
+        return len(header).to_bytes(8, "little") + header + source[8 + length :]
+    if path.suffix in (".json", ".jsonl", ".yaml") and chance.random() < 0.7:
+        if path.suffix == ".jsonl":
+            lines = source.splitlines()
+            at = chance.randrange(len(lines))
+            lines[at] = dumped(damage_value(json.loads(lines[at]), chance))
+            return b"\n".join(lines)
+        value = damage_value(yaml.safe_load(source), chance)
+        return dumped(value) if path.suffix == ".json" else yaml.safe_dump(value).encode("utf-8", "surrogatepass")
+    return damage_bytes(source, chance)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, checkpoint_tool, mini, root):
+    """Name -> (folder that is copied for each case, the file in it to damage, what reads it)."""
+    base = tmp_path_factory.mktemp("hostile")
+    config = checkpoint_tool.make_config("tiny", layers=1)
+    checkpoint_tool.write_checkpoint(base / "float", config, seed=0, dtype="bfloat16", shard_bytes=60_000)
+    quantize(CheckpointReader(base / "float"), load_recipe(find_recipe("w4a8_rtn")), base / "quantized")
+    (base / "chat").mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(mini / name, base / "chat" / name)
+    (base / "recipe").mkdir()
+    shutil.copyfile(root / "configs/w8a8.yaml", base / "recipe" / "recipe.yaml")
+    (base / "data").mkdir()
+    rows = [{"text": "one two three"}, {"text": "four five"}, {"text": "six"}]
+    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 2
+    (base / "data" / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (base / "data" / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (base / "data" / "ids.jsonl").write_text('{"token_ids": [1, 2, 3]}\n{"token_ids": [4, 5]}')
+    shard = next((base / "float").glob("*.safetensors")).name
+    stored = next((base / "quantized").glob("*.safetensors")).name
+    tokenizer = Tokenizer.from_directory(mini)
+
+    def read_checkpoint(folder):
+        reader = open_checkpoint(folder)
+        reader.block(0)
+
+    def read_tokenizer(folder):
+        found = Tokenizer.from_directory(folder)
+        ids = found.encode_chat([{"role": "user", "content": "Write f(x). 中文"}], mode="no_think")
+        found.decode(ids, skip_special_tokens=True)
+        found.split_thought(ids)
+
+    def read_data(name):
+        return lambda folder: load_token_data(folder / name, tokenizer=tokenizer, vocab_size=1024, max_length=64)
+
+    readers = {
+        "config": ("float", "config.json", read_checkpoint),
+        "index": ("float", INDEX_FILE, read_checkpoint),
+        "safetensors": ("float", shard, read_checkpoint),
+        "description": ("quantized", QUANTIZATION_FILE, read_checkpoint),
+        "quantized config": ("quantized", "config.json", read_checkpoint),
+        "quantized safetensors": ("quantized", stored, read_checkpoint),
+        "tokenizer model": ("chat", "tokenizer.model", read_tokenizer),
+        "tokenizer config": ("chat", "tokenizer_config.json", read_tokenizer),
+        "special tokens": ("chat", "special_tokens_map.json", read_tokenizer),
+        "recipe": ("recipe", "recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
+        "text": ("data", "text.jsonl", read_data("text.jsonl")),
+        "chats": ("data", "chats.jsonl", read_data("chats.jsonl")),
+        "token ids": ("data", "ids.jsonl", read_data("ids.jsonl")),
+    }
+    return {name: (base / folder, file, read) for name, (folder, file, read) in readers.items()}
+
+
+PLACES = (
+    "config",
+    "index",
+    "safetensors",
+    "description",
+    "quantized config",
+    "quantized safetensors",
+    "tokenizer model",
+    "tokenizer config",
+    "special tokens",
+    "recipe",
+    "text",
+    "chats",
+    "token ids",
+)
+
+
+@pytest.mark.parametrize("cases", [range(40), pytest.param(range(40, 1040), marks=pytest.mark.slow)], ids=["few", "many"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_damaged_file_is_read_or_refused_by_name(place, cases, places, tmp_path):
+    source, file, read = places[place]
+    folder = shutil.copytree(source, tmp_path / "copy")
+    refused = 0
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in cases:
+        (folder / file).write_bytes(damaged(source / file, random.Random(f"{place} {number}")))
+        started, message = time.monotonic(), "read"
+        try:
+            read(folder)
+        except PanguQuantError as error:
+            refused, message = refused + 1, str(error)
+        except Exception as error:
+            raise AssertionError(f"case {number} of {place!r}: {type(error).__name__}: {error}") from error
+        assert message.isprintable(), f"case {number}: {message!r}"
+        assert 0 < len(message) < 4000, f"case {number}: {message}"
+        assert time.monotonic() - started < SECONDS, f"case {number}"
+    assert refused > len(cases) / 4  # else the damage is too small to say anything
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < BYTES
