@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ms_pangu_quant.backends.cpu_kernels.library import library
+
 
 @dataclass(frozen=True)
 class Backend:
     """One device's cells.
 
     norm               RMSNorm cell class.
+    mlp                MLP cell class in place of MindFormers', or None.
     core_attention     (num_blocks, block_size) -> ModuleSpec or cell class of attention over the paged cache.
     rope_name          MindFormers' position_embedding_type.
     gpt_model          GPTModel or a subclass.
@@ -30,6 +33,7 @@ class Backend:
     """
 
     norm: type
+    mlp: type | None
     core_attention: Callable[[int, int], Any]
     rope_name: str
     gpt_model: type
@@ -42,11 +46,13 @@ class Backend:
 
 
 def current_backend() -> Backend:
-    """The backend of the device this process was started on."""
+    """The backend of the device this process was started on; on the CPU, with kernels where there are any."""
     import mindspore as ms
 
-    if ms.get_context("device_target") == "CPU":
-        from ms_pangu_quant.backends.cpu import BACKEND
-    else:
+    if ms.get_context("device_target") != "CPU":
         from ms_pangu_quant.backends.ascend import BACKEND
+    elif library() is not None:
+        from ms_pangu_quant.backends.cpu_fused import BACKEND
+    else:
+        from ms_pangu_quant.backends.cpu import BACKEND
     return BACKEND

@@ -159,7 +159,7 @@ class Model:
         from ms_pangu_quant.network.batch import packed_inputs
 
         self.network.set_phase(phase)
-        inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE)
+        inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
         out = self.network(ids, *inputs.values(), *(self._caches or ()))
         return out.asnumpy().reshape(-1, self.config.vocab_size)

@@ -68,19 +68,17 @@ PANGU_INLINE float quantize_dynamic(const float* x, int64_t count, int8_t* codes
   return scale;
 }
 
-// Codes of one row with stored factors and offsets; returns 1, or NaN where the row has a NaN.
+// Codes of one row with stored factors and offsets; returns 1, or NaN where the row has a NaN or an infinity.
 PANGU_INLINE float quantize_static(const float* x, const float* factor, const int8_t* offset, int64_t count, int8_t* codes) {
-  bool nan = false;
   for (int64_t k = 0; k < count; k++) {
     float t = x[k] * factor[k];
-    nan |= t != t;
     t = t > -1024.0f ? t : -1024.0f;  // far outside of what survives the clamp below, near enough for kMagic
     t = t < 1024.0f ? t : 1024.0f;
     int32_t q = bits_of(t + kMagic) - kMagicBits + offset[k];
     q = q > -128 ? q : -128;
     codes[k] = static_cast<int8_t>(q < 127 ? q : 127);
   }
-  return nan ? __builtin_nanf("") : 1.0f;
+  return largest_bits(x, count) >= kInfinity ? __builtin_nanf("") : 1.0f;
 }
 
 // ---- integer tiles: R rows of codes times a panel ----------------------------------------------------------------------
