@@ -30,6 +30,7 @@ class Backend:
     new_caches         (layers, num_blocks, block_size, kv_heads, head_dim) -> (key_caches, value_caches) to pass in, or
                        None where the attention cells own their cache.
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
+    bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     """
 
     norm: type
@@ -43,6 +44,7 @@ class Backend:
     attention_mask: Callable[[Sequence[int], Sequence[int], int], Any]
     new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
     dynamic_mask: tuple[list[None], Any]
+    bfloat16_tables: bool = False
 
 
 def current_backend() -> Backend:

@@ -20,6 +20,7 @@ from mindspore.common.initializer import initializer
 from ms_pangu_quant.backends import Backend, cpu
 from ms_pangu_quant.backends.cpu_kernels.library import Library, library
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
+from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.errors import BackendError
 
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
@@ -202,6 +203,8 @@ BACKEND: Backend = replace(
         module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}
     ),
     rope_name="pangu_cpu_fused_rope",
+    gpt_model=lambda **arguments: TableGPTModel(kernels(), **arguments),
     linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},
     attention_mask=_no_mask,
+    bfloat16_tables=True,
 )

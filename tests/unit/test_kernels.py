@@ -240,3 +240,77 @@ def test_bfloat16_rows_are_widened_exactly_and_the_head_is_their_product(kernels
         got = call(kernels, "PanguHead", [x, half], (rows, vocab))
         bound = np.abs(x).astype(np.float64) @ np.abs(table.T).astype(np.float64)
         assert (np.abs(got - wanted) <= 1e-6 * bound).all()
+
+
+def softmax_attention(query, keys, values, position, scale):
+    """One query [heads, dim] of float64 against keys and values [tokens, kv_heads, dim] up to its position."""
+    share = query.shape[0] // keys.shape[1]
+    out = np.empty_like(query)
+    for head in range(len(query)):
+        scores = keys[: position + 1, head // share] @ query[head] * scale
+        weights = np.exp(scores - scores.max())
+        out[head] = weights / weights.sum() @ values[: position + 1, head // share]
+    return out
+
+
+class Cache:
+    """Sequences in shuffled blocks of a cache whose free slots hold NaN, as an earlier request may have left them."""
+
+    def __init__(self, functions, kv_heads, dim, block_size, blocks=32):
+        width = -(-dim // 16) * 16
+        self.functions, self.dim, self.block_size, self.kv_heads = functions, dim, block_size, kv_heads
+        self.keys = np.full((blocks, kv_heads, dim, block_size), np.nan, F32)
+        self.values = np.full((blocks, kv_heads, block_size, width), np.nan, F32)
+
+    def attend(self, pieces, tables, contexts):
+        """pieces: (query, key, value) of each sequence's new tokens, [new, heads, dim]."""
+        lengths = [len(query) for query, _, _ in pieces]
+        slots = [
+            table[position // self.block_size] * self.block_size + position % self.block_size
+            for table, context, length in zip(tables, contexts, lengths, strict=True)
+            for position in range(context, context + length)
+        ]
+        packed = [np.concatenate([piece[i].reshape(len(piece[i]), -1) for piece in pieces]) for i in range(3)]
+        integers = [np.array(x, np.int32) for x in (slots, tables, np.add(contexts, lengths), lengths)]
+        inputs = [*packed, self.keys, self.values, *integers, np.array([0.3], F32)]
+        out = call(self.functions, "PanguAttention", inputs, packed[0].shape)
+        return np.split(out.reshape(len(out), -1, self.dim), np.cumsum(lengths)[:-1])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block"), [(4, 4, 64, 16), (6, 2, 24, 32), (8, 1, 100, 16)])
+def test_attention_is_softmax_in_prefill_in_pieces_and_in_batched_decode(heads, kv_heads, dim, block, kernels):
+    rng = np.random.default_rng(dim)
+    lengths = [1, 150, 140]
+    needed = [-(-(length + 1) // block) for length in lengths]
+    order = rng.permutation(sum(needed)).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in needed]
+    tables = [table + [0] * (max(needed) - len(table)) for table in tables]  # padding is never read
+    whole = [[rng.normal(size=(n + 1, count, dim)).astype(F32) for count in (heads, kv_heads, kv_heads)] for n in lengths]
+    wanted = [
+        [
+            softmax_attention(q[p].astype(np.float64), k.astype(np.float64), v.astype(np.float64), p, 0.3)
+            for p in range(len(q))
+        ]
+        for q, k, v in whole
+    ]
+    cache = Cache(kernels, kv_heads, dim, block)
+    prefill = cache.attend([[x[:-1] for x in parts] for parts in whole], tables, [0, 0, 0])
+    decode = cache.attend([[x[-1:] for x in parts] for parts in whole], tables, lengths)
+    for index in range(3):
+        assert np.abs(prefill[index] - wanted[index][:-1]).max() < 1e-5
+        assert np.abs(decode[index][0] - wanted[index][-1]).max() < 1e-5
+    again = Cache(kernels, kv_heads, dim, block)
+    pieces, parts = [], whole[1]
+    for start in range(0, lengths[1], 40):
+        end = min(start + 40, lengths[1])
+        pieces += again.attend([[x[start:end] for x in parts]], tables[1:2], [start])
+    assert np.array_equal(np.concatenate(pieces), prefill[1]), "a prompt in pieces, alone, has the bits of the batch"
+    assert np.array_equal(again.attend([[x[-1:] for x in parts]], tables[1:2], lengths[1:2])[0], decode[1])
+
+
+def test_attention_refuses_lengths_that_do_not_fit_the_cache(kernels):
+    one, cache = np.ones((1, 16), F32), np.ones((1, 1, 16, 16), F32)
+    for valid, new in ((17, 1), (1, 2), (0, 1), (1, 0)):
+        integers = [np.array(x, np.int32) for x in ([0], [[0]], [valid], [new])]
+        with pytest.raises(AssertionError):
+            call(kernels, "PanguAttention", [one, one, one, cache, cache, *integers, one[0, :1]], (1, 16))

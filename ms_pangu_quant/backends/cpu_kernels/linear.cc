@@ -114,8 +114,12 @@ EXPORT void pangu_pack_w8(uint8_t* weight, int64_t outputs, int64_t inputs) {
   repack(weight, outputs, inputs, [&](const uint8_t* from, uint8_t* to, int64_t n) {
     const int64_t full = inputs / 4 * 4, left = inputs - full;
     for (int64_t k = 0; k < full; k += 4)
-      for (int64_t j = 0; j < n; j++)
-        for (int64_t b = 0; b < 4; b++) *to++ = from[j * inputs + k + b] ^ 0x80;
+      for (int64_t j = 0; j < n; j++, to += 4) {
+        uint32_t quad;
+        memcpy(&quad, from + j * inputs + k, 4);
+        quad ^= 0x80808080;
+        memcpy(to, &quad, 4);
+      }
     for (int64_t j = 0; j < n; j++)
       for (int64_t b = 0; b < left; b++) *to++ = from[j * inputs + full + b] ^ 0x80;
   });
@@ -124,17 +128,21 @@ EXPORT void pangu_pack_w8(uint8_t* weight, int64_t outputs, int64_t inputs) {
 // weight uint8 [outputs, inputs / 2] (low nibble: even input, code + 8) -> packed, in place.
 EXPORT void pangu_pack_w4(uint8_t* weight, int64_t outputs, int64_t inputs, int64_t group) {
   repack(weight, outputs, inputs / 2, [&](const uint8_t* from, uint8_t* to, int64_t n) {
-    const auto nibble = [&](int64_t j, int64_t k) {
-      const uint8_t byte = from[(j * inputs + k) / 2];
-      return k % 2 ? byte >> 4 : byte & 15;
+    const auto spread = [](uint32_t x) {  // four nibbles -> the low halves of four bytes
+      x = (x | x << 8) & 0x00FF00FF;
+      return (x | x << 4) & 0x0F0F0F0F;
     };
     for (int64_t g = 0; g < inputs; g += group) {
       const int64_t full = g + group / 8 * 8;
       for (int64_t k = g; k < full; k += 8)
-        for (int64_t j = 0; j < n; j++)
-          for (int64_t b = 0; b < 4; b++) *to++ = static_cast<uint8_t>(nibble(j, k + b) | nibble(j, k + 4 + b) << 4);
+        for (int64_t j = 0; j < n; j++, to += 4) {
+          uint32_t step;  // eight nibbles, the first input lowest
+          memcpy(&step, from + (j * inputs + k) / 2, 4);
+          step = spread(step & 0xFFFF) | spread(step >> 16) << 4;
+          memcpy(to, &step, 4);
+        }
       for (int64_t j = 0; j < n; j++)
-        for (int64_t k = full; k < g + group; k += 2) *to++ = static_cast<uint8_t>(nibble(j, k) | nibble(j, k + 1) << 4);
+        for (int64_t k = full; k < g + group; k += 2) *to++ = from[(j * inputs + k) / 2];
     }
   });
 }
