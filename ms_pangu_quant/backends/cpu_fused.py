@@ -1,8 +1,8 @@
 """The CPU backend with C++ kernels: the same cells as cpu.py, one operator each.
 
-Linear layers give the bits of the plain ones: integer sums are exact and the float operations after them are the same, in the
-same order. Norm, rope, SwiGLU and attention agree up to float32 rounding. Weights are packed in place when they have been
-loaded, so they are in memory once.
+Linear layers give the bits of the plain ones: integer sums are exact and the float operations after them are the same, in
+the same order. Norm, rope, SwiGLU and attention agree up to float32 rounding. Weights are packed in place when they have
+been loaded, so they are in memory once.
 """
 
 from __future__ import annotations

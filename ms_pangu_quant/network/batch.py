@@ -44,4 +44,5 @@ def packed_inputs(
         "slot_mapping": slots,
     }
     tensors = {name: Tensor(np.ascontiguousarray(value, np.int32)) for name, value in integers.items()}
-    return {**tensors, "attention_mask": (backend or current_backend()).attention_mask(lengths, contexts, width * block_size)}
+    backend = backend or current_backend()
+    return {**tensors, "attention_mask": backend.attention_mask(lengths, contexts, width * block_size)}

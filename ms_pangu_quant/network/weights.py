@@ -1,7 +1,7 @@
 """From a checkpoint's files to the network's parameters without a float copy in between.
 
-formats.mindformers.all_tensors gives the same tensors widened to float32 and in NumPy's hands; here a bfloat16 embedding and
-head keep their dtype, and an int4 weight goes from the stored layout to the network's in one pass over its bytes.
+formats.mindformers.all_tensors gives the same tensors widened to float32; here a bfloat16 embedding and head keep their
+dtype, and an int4 weight goes from the stored layout to the network's in one pass over its bytes.
 """
 
 from __future__ import annotations

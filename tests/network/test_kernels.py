@@ -71,8 +71,14 @@ def parameters(kind, outputs, inputs, group, rng):
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 @pytest.mark.parametrize(
     ("kind", "group", "inputs"),
-    [("W8A8", 0, 1500), ("W8A8_DYNAMIC", 0, 1500), ("W8A8_DYNAMIC", 0, 30), ("W4A8_DYNAMIC", 0, 1500)]
-    + [("W4A8_DYNAMIC", 128, 1536), ("W4A8_DYNAMIC", 6, 66)],
+    [
+        ("W8A8", 0, 1500),
+        ("W8A8_DYNAMIC", 0, 1500),
+        ("W8A8_DYNAMIC", 0, 30),
+        ("W4A8_DYNAMIC", 0, 1500),
+        ("W4A8_DYNAMIC", 128, 1536),
+        ("W4A8_DYNAMIC", 6, 66),
+    ],
 )
 def test_a_linear_layer_has_the_bits_of_the_plain_operators(kind, group, inputs, mode):
     runtime.start("cpu", mode)
@@ -131,6 +137,12 @@ def test_logits_of_a_token_do_not_depend_on_the_batch_to_the_last_bit(quantized)
 
 
 def test_an_operator_that_fails_says_so_instead_of_returning_noise():
+    from mindspore import Tensor
+
+    from ms_pangu_quant.network.batch import packed_inputs
+
     model = load(MINI, kv_cache_tokens=64)
+    inputs = packed_inputs([2], [0], [[0]], 16, model.network.backend)
+    inputs["batch_valid_length"] = Tensor(np.array([1], np.int32))  # two tokens of a sequence of one
     with pytest.raises(RuntimeError):
-        model.forward([[5, 6]], [200], [[0]], phase="logits")
+        model.network(Tensor(np.array([5, 6], np.int32)), *inputs.values()).asnumpy()

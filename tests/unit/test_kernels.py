@@ -104,8 +104,18 @@ def test_w8a8_has_the_exact_integers_and_the_floats_of_the_definition(shape, ker
 
 @pytest.mark.parametrize(
     ("shape", "group"),
-    [((1, 2, 2), 2), ((7, 65, 66), 66), ((7, 65, 66), 22), ((7, 65, 66), 2), ((3, 130, 130), 26), ((6, 64, 256), 128)]
-    + [((13, 130, 4100), 4100), ((13, 64, 4100), 50), ((2, 96, 12800), 128), ((20, 10, 96), 32)],
+    [
+        ((1, 2, 2), 2),
+        ((7, 65, 66), 66),
+        ((7, 65, 66), 22),
+        ((7, 65, 66), 2),
+        ((3, 130, 130), 26),
+        ((6, 64, 256), 128),
+        ((13, 130, 4100), 4100),
+        ((13, 64, 4100), 50),
+        ((2, 96, 12800), 128),
+        ((20, 10, 96), 32),
+    ],
 )
 def test_w4a8_has_the_exact_integers_and_the_floats_of_the_definition(shape, group, kernels):
     rows, outputs, inputs = shape

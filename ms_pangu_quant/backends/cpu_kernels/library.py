@@ -1,8 +1,8 @@
 """Builds the C++ kernels with this machine's compiler, once, and loads them.
 
-The library lies in the user's cache under a name made of a hash of its sources, its flags and the compiler, so a new version
-of any of them is a new file. It is compiled into a temporary folder beside it and renamed, so two processes may build at once.
-All instruction sets are in one library, and the one that is used is chosen when it is loaded.
+The library lies in the user's cache under a name made of a hash of its sources, its flags and the compiler, so a new
+version of any of them is a new file. It is compiled in a temporary folder beside it and renamed, so two processes may build
+at once. All instruction sets are in one library; the one that is used is chosen when it is loaded.
 
 Environment:
   MS_PANGU_QUANT_KERNELS  auto (default): the best path of this CPU; vnni, avx2, portable: that one; off: plain operators.
