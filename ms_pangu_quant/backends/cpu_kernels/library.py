@@ -31,10 +31,10 @@ SETTING = "MS_PANGU_QUANT_KERNELS"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
 # Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
-_UNITS = {"parallel.cc": (), "linear.cc": ("-ffp-contract=off",), "layer.cc": ("-ffp-contract=fast",)}
+_UNITS = {"parallel.cc": (), "linear.cc": ("-ffp-contract=off",), "layer.cc": ("-ffp-contract=fast",), "limits.cc": ()}
 _TIMEOUT = 600  # seconds for one source
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
-_ARGUMENTS = {
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pangu_pack_w8": (_POINTER, _INTEGER, _INTEGER),
     "pangu_pack_w4": (_POINTER, _INTEGER, _INTEGER, _INTEGER),
     "pangu_pack_scale": (_POINTER, _INTEGER, _INTEGER),
@@ -183,6 +183,8 @@ def _load(file: Path) -> Library:
     for name, arguments in _ARGUMENTS.items():
         function = getattr(functions, name)
         function.argtypes, function.restype = arguments, None
+    functions.pangu_peak.argtypes, functions.pangu_peak.restype = (ctypes.c_int,), ctypes.c_double
+    functions.pangu_bandwidth.argtypes, functions.pangu_bandwidth.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_double
     return Library(file, functions, PATHS[functions.pangu_best_isa()])
 
 
