@@ -13,7 +13,10 @@ setup(
     python_requires=">=3.10,<3.12",
     packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],
     package_dir={"ms_pangu_quant.configs": "configs"},  # the recipes travel with the package
-    package_data={"ms_pangu_quant": ["assets/*", "assets/*/*"], "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml"]},
+    package_data={
+        "ms_pangu_quant": ["assets/*", "assets/*/*", "backends/cpu_kernels/*.cc", "backends/cpu_kernels/*.h"],
+        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml"],
+    },
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
         "mindspore==2.9.0",

@@ -10,12 +10,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ms_pangu_quant.backends.cpu_kernels.library import library
+
 
 @dataclass(frozen=True)
 class Backend:
     """One device's cells.
 
     norm               RMSNorm cell class.
+    mlp                MLP cell class in place of MindFormers', or None.
     core_attention     (num_blocks, block_size) -> ModuleSpec or cell class of attention over the paged cache.
     rope_name          MindFormers' position_embedding_type.
     gpt_model          GPTModel or a subclass.
@@ -27,9 +30,11 @@ class Backend:
     new_caches         (layers, num_blocks, block_size, kv_heads, head_dim) -> (key_caches, value_caches) to pass in, or
                        None where the attention cells own their cache.
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
+    bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     """
 
     norm: type
+    mlp: type | None
     core_attention: Callable[[int, int], Any]
     rope_name: str
     gpt_model: type
@@ -39,14 +44,17 @@ class Backend:
     attention_mask: Callable[[Sequence[int], Sequence[int], int], Any]
     new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
     dynamic_mask: tuple[list[None], Any]
+    bfloat16_tables: bool = False
 
 
 def current_backend() -> Backend:
-    """The backend of the device this process was started on."""
+    """The backend of the device this process was started on; on the CPU, with kernels where there are any."""
     import mindspore as ms
 
-    if ms.get_context("device_target") == "CPU":
-        from ms_pangu_quant.backends.cpu import BACKEND
-    else:
+    if ms.get_context("device_target") != "CPU":
         from ms_pangu_quant.backends.ascend import BACKEND
+    elif library() is not None:
+        from ms_pangu_quant.backends.cpu_fused import BACKEND
+    else:
+        from ms_pangu_quant.backends.cpu import BACKEND
     return BACKEND

@@ -193,6 +193,7 @@ def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, he
 
 BACKEND = Backend(
     norm=RMSNorm,
+    mlp=None,
     core_attention=lambda num_blocks, block_size: FlashAttention,
     rope_name="rope",
     gpt_model=GPTModel,

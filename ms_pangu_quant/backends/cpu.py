@@ -194,7 +194,7 @@ class CpuGPTModel(GPTModel):
 def per_token_codes(x, inputs):
     """Codes (as float32) [tokens, in] and scales [tokens, 1] of x [tokens, in]: scale = absmax / 127, half to even.
 
-    A row of zeros gets scale 0 and codes 0; NaN and Inf propagate into the result.
+    A row of zeros gets scale 0 and codes 0; one with a NaN or an infinity gets a NaN code, so its outputs are all NaN.
     """
     scale = ops.abs(x).max(-1, keepdims=True) / 127.0
     divisor = ops.tile(ops.maximum(scale, TINY), (1, inputs))
@@ -210,7 +210,8 @@ def exact_product(codes, weight, inputs, exact_inputs, multiply):
     for start in range(0, inputs, exact_inputs):
         part = multiply(codes[:, start : start + exact_inputs], weight[:, start : start + exact_inputs])
         total = total + part.astype(ms.int32)
-    return total.astype(ms.float32)
+    lost = 0.0 * codes.sum(-1, keepdims=True)  # zero, or the NaN that an integer cannot hold
+    return total.astype(ms.float32) + lost
 
 
 def widened(weight, codes):
@@ -250,6 +251,7 @@ class W8A8StaticLinear(A8W8LinearMethod):
         ones = ops.ones_like(x[:, :1])
         codes = ops.Rint()(x * self.outer(ones, layer.input_scale.astype(ms.float32).reshape((1, -1))))
         codes = ops.clamp(self.add_bias(codes, layer.input_offset.astype(ms.float32)), -128.0, 127.0)
+        codes = codes + 0.0 * x  # clamp makes a NaN -128; so a row with a NaN or an infinity becomes NaN
         total = exact_product(codes, widened(layer.weight, codes), inputs, EXACT_INPUTS_W8, self.multiply)
         out = self.add_bias(total, layer.quant_bias.astype(ms.float32)) * self.outer(ones, layer.deq_scale.reshape((1, -1)))
         return out if bias is None else self.add_bias(out, bias)
@@ -301,13 +303,14 @@ class W4A8DynamicLinear(LinearMethodBase):
             row = ops.arange(codes.shape[0]) * groups + ops.arange(groups).expand_dims(1)  # [groups, tokens]
             total = self.multiply_groups(ops.gather(codes.reshape((-1, size)), row, 0), codes_w)  # [groups, tokens, out]
             scale = layer.group_scale.transpose((1, 0)).expand_dims(1)  # [groups, 1, out]
-            token_scale = ops.tile(token_scale.expand_dims(0), (groups, 1, 1))
-            out = (total * self.outer_groups(token_scale, scale)).sum(0)
+            scale = self.outer_groups(ops.ones_like(total[:, :, :1]), scale)  # a broadcast is slower
+            out = (total * scale).sum(0) * ops.tile(token_scale, (1, outputs))
         return out if bias is None else self.add_bias(out, bias)
 
 
-def _rope(**arguments):
-    return Rope(
+def rope(cell, arguments):
+    """MindFormers' arguments of a rope kind -> a cell of ours."""
+    return cell(
         kv_channels=arguments["kv_channels"],
         rotary_percent=arguments["rotary_percent"],
         rotary_base=arguments["rotary_base"],
@@ -317,10 +320,15 @@ def _rope(**arguments):
     )
 
 
+def _rope(**arguments):
+    return rope(Rope, arguments)
+
+
 rope_utils.ROPE_FUNCTION["pangu_cpu_rope"] = _rope  # MindFormers' own table of rope kinds
 
 BACKEND = Backend(
     norm=RMSNorm,
+    mlp=None,
     core_attention=lambda num_blocks, block_size: ModuleSpec(
         module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}
     ),

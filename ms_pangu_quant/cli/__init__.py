@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import typer
 
+from ms_pangu_quant.cli.bench import bench_command
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err
+from ms_pangu_quant.cli.doctor import doctor_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
@@ -29,6 +31,8 @@ app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
+app.command("bench")(bench_command)
+app.command("doctor")(doctor_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.formats.mindformers import QuantizedReader, all_tensors, open_checkpoint
+from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import runtime
@@ -62,6 +62,7 @@ class Model:
 
     def __init__(self, reader: CheckpointReader | QuantizedReader, kv_cache_tokens: int, w4a8: str = "auto") -> None:
         from ms_pangu_quant.network.pangu import build_network
+        from ms_pangu_quant.network.weights import served_tensors
 
         if kv_cache_tokens < 1:
             raise RequestError(f"kv_cache_tokens: got {kv_cache_tokens}, wanted at least 1")
@@ -78,7 +79,7 @@ class Model:
             block_size=BLOCK_SIZE,
             w4a8=w4a8,
         )
-        self.network.load_tensors(all_tensors(reader))
+        self.network.load_tensors(served_tensors(reader, self.network.backend))
         self._caches = self.network.backend.new_caches(
             self.config.num_hidden_layers,
             self._num_blocks,
@@ -168,7 +169,7 @@ class Model:
         from ms_pangu_quant.network.batch import packed_inputs
 
         self.network.set_phase(phase)
-        inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE)
+        inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
         out = self.network(ids, *inputs.values(), *(self._caches or ()))
         return out.asnumpy().reshape(-1, self.config.vocab_size)

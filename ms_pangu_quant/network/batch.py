@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from mindspore import Tensor
 
-from ms_pangu_quant.backends import current_backend
+from ms_pangu_quant.backends import Backend, current_backend
 
 
 def blocks_for(tokens: int, block_size: int) -> int:
@@ -15,11 +15,16 @@ def blocks_for(tokens: int, block_size: int) -> int:
 
 
 def packed_inputs(
-    lengths: Sequence[int], contexts: Sequence[int], tables: Sequence[Sequence[int]], block_size: int
+    lengths: Sequence[int],
+    contexts: Sequence[int],
+    tables: Sequence[Sequence[int]],
+    block_size: int,
+    backend: Backend | None = None,
 ) -> dict[str, Tensor]:
     """Inputs for sequences that contribute lengths[b] new tokens after contexts[b] cached ones.
 
     tables[b] lists the cache blocks of sequence b, enough for contexts[b] + lengths[b] tokens.
+    backend is the network's, by default the current one.
     Returns int32 tensors positions and slot_mapping [tokens], batch_valid_length, context_lens_tensor and q_seq_lens
     [batch], block_tables [batch, blocks], and the backend's attention_mask.
     """
@@ -39,4 +44,5 @@ def packed_inputs(
         "slot_mapping": slots,
     }
     tensors = {name: Tensor(np.ascontiguousarray(value, np.int32)) for name, value in integers.items()}
-    return {**tensors, "attention_mask": current_backend().attention_mask(lengths, contexts, width * block_size)}
+    backend = backend or current_backend()
+    return {**tensors, "attention_mask": backend.attention_mask(lengths, contexts, width * block_size)}

@@ -27,9 +27,10 @@ from mindspore import Tensor, mutable
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats.mindformers import all_tensors, open_checkpoint
+from ms_pangu_quant.formats.mindformers import open_checkpoint
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
+from ms_pangu_quant.network.weights import served_tensors
 
 WEIGHT_MAPPING = [
     ("model.embed_tokens.", "embedding.word_embeddings."),
@@ -130,6 +131,8 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
     spec.submodules.input_layernorm = backend.norm
     spec.submodules.pre_mlp_layernorm = backend.norm
+    if backend.mlp is not None:
+        spec.submodules.mlp.module = backend.mlp
     spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)
     return TransformerBlockSubmodules(
         layer_specs=[spec] * transformer_config.num_layers, layer_norm=backend.norm if final_norm else None
@@ -244,7 +247,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         if weights_path is None:
             super().load_weights(weights_path, weights)
         else:
-            self.load_tensors(all_tensors(open_checkpoint(Path(weights_path))))
+            self.load_tensors(served_tensors(open_checkpoint(Path(weights_path)), self.backend))
 
     def load_tensors(self, tensors: Iterable[tuple[str, Any]]) -> None:
         """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them.

@@ -35,9 +35,13 @@ def test_the_goldens_were_made_from_the_weights_the_tool_writes_today(name, tmp_
     assert digest == str(golden(name)["weights_sha256"])
 
 
+@pytest.mark.parametrize("kernels", ["auto", "off"])
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 @pytest.mark.parametrize("name", NAMES)
-def test_prefill_of_a_batch_and_decode_through_the_cache_equal_transformers(name, mode, tmp_path, write_checkpoint):
+def test_prefill_of_a_batch_and_decode_through_the_cache_equal_transformers(
+    name, mode, kernels, tmp_path, write_checkpoint, monkeypatch
+):
+    monkeypatch.setenv("MS_PANGU_QUANT_KERNELS", kernels)
     values = golden(name)
     model = load(golden_checkpoint(name, tmp_path, write_checkpoint), mode=mode, kv_cache_tokens=2048)
     ids = sequences(values)

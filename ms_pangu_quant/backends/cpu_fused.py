@@ -1,0 +1,210 @@
+"""The CPU backend with C++ kernels: the same cells as cpu.py, one operator each.
+
+Linear layers give the bits of the plain ones: integer sums are exact and the float operations after them are the same, in
+the same order. Norm, rope, SwiGLU and attention agree up to float32 rounding. Weights are packed in place when they have
+been loaded, so they are in memory once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mindspore as ms
+import numpy as np
+from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
+from mindformers.parallel_core.inference.transformer.mlp import MLP
+from mindformers.parallel_core.utils.spec_utils import ModuleSpec
+from mindspore import Parameter, Tensor, nn
+from mindspore.common.initializer import initializer
+
+from ms_pangu_quant.backends import Backend, cpu
+from ms_pangu_quant.backends.cpu_kernels.library import Library, library
+from ms_pangu_quant.backends.cpu_kernels.operators import operator
+from ms_pangu_quant.backends.cpu_tables import TableGPTModel
+from ms_pangu_quant.errors import BackendError
+
+LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
+LARGEST_INPUT = 65536  # partial sums of an integer product fit int32
+
+
+def kernels() -> Library:
+    """The library, which was there when the backend was chosen."""
+    found = library()
+    if found is None:
+        raise BackendError("the CPU kernels were switched off after the network's backend had been chosen")
+    return found
+
+
+class RMSNorm(cpu.RMSNorm):
+    def __init__(self, config, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(config, hidden_size, eps)
+        self.kernel = operator(kernels(), "PanguRMSNorm")
+        self.epsilon = Tensor([eps], ms.float32)
+
+    def construct(self, x):
+        return self.kernel(x, self.weight, self.epsilon)
+
+
+class Rope(cpu.Rope):
+    def __init__(self, **arguments) -> None:
+        super().__init__(**arguments)
+        self.kernel = operator(kernels(), "PanguRope")
+
+    def _rotate(self, x, cos, sin):
+        return self.kernel(x, cos, sin)
+
+
+class SwiGLUMLP(MLP):
+    """MindFormers' MLP with silu(gate) * up as one operator."""
+
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        self.kernel = operator(kernels(), "PanguSwiGLU")
+
+    def construct(self, hidden_states):
+        return self.linear_fc2(self.kernel(self.linear_fc1(hidden_states)))
+
+
+class PagedAttention(nn.Cell):
+    """Called as cpu.PagedAttention; needs no mask, since a query's position follows from the lengths.
+
+    key_cache [blocks, kv_heads, head_dim, block_size] and value_cache [blocks, kv_heads, block_size, head_dim rounded up].
+    """
+
+    def __init__(
+        self,
+        head_num,
+        head_dim=None,
+        kv_head_num=None,
+        scale_value=1.0,
+        next_tokens=0,
+        pa_kv_head_num=None,
+        num_blocks=1,
+        block_size=16,
+    ):
+        super().__init__()
+        if block_size % LANES:
+            raise BackendError(f"block_size: got {block_size}, wanted a multiple of {LANES}")
+        keys = (num_blocks, kv_head_num, head_dim, block_size)
+        values = (num_blocks, kv_head_num, block_size, -(-head_dim // LANES) * LANES)
+        self.key_cache = Parameter(initializer("zeros", keys, ms.float32), name="key_cache", requires_grad=False)
+        self.value_cache = Parameter(initializer("zeros", values, ms.float32), name="value_cache", requires_grad=False)
+        self.scale = Tensor([scale_value], ms.float32)
+        self.kernel = operator(kernels(), "PanguAttention")
+
+    def construct(
+        self,
+        query,
+        key,
+        value,
+        slot_mapping=None,
+        block_tables=None,
+        batch_valid_length=None,
+        context_lens_tensor=None,
+        q_seq_lens=None,
+        actual_seq_qlen=None,
+        actual_seq_kvlen=None,
+        attn_mask=None,
+        padding_mask=None,
+        prefix=None,
+        key_cache=None,
+        value_cache=None,
+    ):
+        return self.kernel(
+            query,
+            key,
+            value,
+            self.key_cache,
+            self.value_cache,
+            slot_mapping,
+            block_tables,
+            batch_valid_length,
+            q_seq_lens,
+            self.scale,
+        )
+
+
+def _prepare(method, layer, name: str) -> None:
+    """What every linear method needs: its kernel, and what stands for a missing bias."""
+    if method.input_size_per_partition > LARGEST_INPUT:
+        raise BackendError(f"{layer.weight.name}: {method.input_size_per_partition} inputs, wanted at most {LARGEST_INPUT}")
+    method.kernel = operator(kernels(), name)
+    method.no_bias = Tensor(np.zeros(1, np.float32))
+
+
+class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
+    def create_weights(self, layer, *arguments, **keywords):
+        weight = super().create_weights(layer, *arguments, **keywords)
+        _prepare(self, layer, "PanguW8A8Dynamic")
+        return weight
+
+    def process_weights_after_loading(self, layer):
+        outputs, inputs = layer.weight.shape
+        kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, outputs, inputs)
+
+    def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
+        x = x.reshape((-1, self.input_size_per_partition))
+        return self.kernel(x, layer.weight, layer.w_scale, self.no_bias if bias is None else bias)
+
+
+class W8A8StaticLinear(cpu.W8A8StaticLinear):
+    def create_weights(self, layer, *arguments, **keywords):
+        weight = super().create_weights(layer, *arguments, **keywords)
+        _prepare(self, layer, "PanguW8A8Static")
+        return weight
+
+    def process_weights_after_loading(self, layer):
+        outputs, inputs = layer.weight.shape
+        kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, outputs, inputs)
+
+    def apply(self, layer, x, weight=None, bias=None):
+        return self.kernel(
+            x.reshape((-1, self.input_size_per_partition)),
+            layer.weight,
+            layer.deq_scale,
+            layer.input_scale,
+            layer.input_offset,
+            layer.quant_bias,
+            self.no_bias if bias is None else bias,
+        )
+
+
+class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
+    def create_weights(self, layer, *arguments, **keywords):
+        super().create_weights(layer, *arguments, **keywords)
+        _prepare(self, layer, "PanguW4A8Dynamic")
+
+    def process_weights_after_loading(self, layer):
+        outputs, inputs = layer.weight.shape[0], self.input_size_per_partition
+        functions = kernels().functions
+        functions.pangu_pack_w4(layer.weight.asnumpy().ctypes.data, outputs, inputs, inputs // self.groups)
+        functions.pangu_pack_scale(layer.group_scale.asnumpy().ctypes.data, outputs, self.groups)
+
+    def apply(self, layer, x, weight=None, bias=None):
+        x = x.reshape((-1, self.input_size_per_partition))
+        return self.kernel(x, layer.weight, layer.group_scale, self.no_bias if bias is None else bias)
+
+
+def _rope(**arguments):
+    return cpu.rope(Rope, arguments)
+
+
+def _no_mask(lengths, contexts, kv_tokens):
+    return Tensor(np.zeros((1, 1, 1), np.float32))
+
+
+rope_utils.ROPE_FUNCTION["pangu_cpu_fused_rope"] = _rope  # MindFormers' own table of rope kinds
+
+BACKEND: Backend = replace(
+    cpu.BACKEND,
+    norm=RMSNorm,
+    mlp=SwiGLUMLP,
+    core_attention=lambda num_blocks, block_size: ModuleSpec(
+        module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}
+    ),
+    rope_name="pangu_cpu_fused_rope",
+    gpt_model=lambda **arguments: TableGPTModel(kernels(), **arguments),
+    linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},
+    attention_mask=_no_mask,
+    bfloat16_tables=True,
+)

@@ -1,0 +1,182 @@
+// Compiled with contraction of a * b + c where the instruction set has it: these are float kernels, equal to the plain
+// operators up to rounding. Within one instruction set a token's result does not depend on the other tokens.
+#include "layer.h"
+
+#include <vector>
+
+#include "isa.h"
+#include "operator.h"
+#include "parallel.h"
+
+namespace pangu {
+namespace {
+
+#define PANGU_LEVEL 0
+namespace portable {
+#include "layer_body.h"
+}
+#undef PANGU_LEVEL
+#if PANGU_X86
+#define PANGU_LEVEL 1
+PANGU_BEGIN_AVX2
+namespace avx2 {
+#include "layer_body.h"
+}
+PANGU_END
+#undef PANGU_LEVEL
+#define PANGU_LEVEL 2
+PANGU_BEGIN_VNNI
+namespace vnni {
+#include "layer_body.h"
+}
+PANGU_END
+#undef PANGU_LEVEL
+#define DISPATCH(call)                                    \
+  switch (isa()) {                                        \
+    case VNNI: vnni::call; break;                         \
+    case AVX2: avx2::call; break;                         \
+    default: portable::call;                              \
+  }
+#else
+#define DISPATCH(call) portable::call
+#endif
+
+// f(row) for each of so many rows of so many floats; serially where threads would cost more than they save.
+template <class F>
+void each_row(int64_t rows, int64_t floats, const F& f) {
+  constexpr int64_t kSmall = 16384;
+  if (rows * floats < kSmall) {
+    for (int64_t m = 0; m < rows; m++) f(m);
+    return;
+  }
+  const int64_t at_once = floats < kSmall / 4 ? kSmall / 4 / (floats ? floats : 1) : 1;
+  parallel_for((rows + at_once - 1) / at_once, [&](int64_t i) {
+    for (int64_t m = i * at_once; m < rows && m < (i + 1) * at_once; m++) f(m);
+  });
+}
+
+void write_cache(const Attention& a, int64_t head) {
+  for (int64_t t = 0; t < a.tokens; t++) {
+    const int64_t block = a.slots[t] / a.block_size * a.kv_heads + head, offset = a.slots[t] % a.block_size;
+    const int64_t from = (t * a.kv_heads + head) * a.dim;
+    float* keys = a.key_cache + block * a.dim * a.block_size + offset;
+    for (int64_t e = 0; e < a.dim; e++) keys[e * a.block_size] = a.key[from + e];
+    memcpy(a.value_cache + (block * a.block_size + offset) * a.width, a.value + from, a.dim * sizeof(float));
+  }
+}
+
+void attention(const Attention& a) {
+  if (a.tokens < 16)
+    for (int64_t h = 0; h < a.kv_heads; h++) write_cache(a, h);
+  else
+    parallel_for(a.kv_heads, [&](int64_t h) { write_cache(a, h); });
+  const int64_t share = a.heads / a.kv_heads, tokens = kTileRows / share > 1 ? kTileRows / share : 1;
+  std::vector<AttentionTile> tiles;
+  for (int64_t b = 0, start = 0; b < a.batch; start += a.q_lens[b++])
+    for (int64_t first = (a.q_lens[b] - 1) / tokens * tokens; first >= 0; first -= tokens)  // the longest first
+      for (int64_t h = 0; h < a.kv_heads; h++) {
+        const int64_t left = a.q_lens[b] - first;
+        tiles.push_back({b, h, first, left < tokens ? left : tokens, start + first, a.valid[b] - a.q_lens[b] + first});
+      }
+  parallel_for(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
+    static thread_local std::vector<float> scratch;
+    const size_t needed = kTileRows * (a.dim + a.width + 64 + 2);
+    if (scratch.size() < needed) scratch.resize(needed);
+    DISPATCH(attend(a, tiles[i], scratch.data()));
+  });
+}
+
+}  // namespace
+}  // namespace pangu
+
+using namespace pangu;
+
+extern "C" {
+
+// x [.., hidden], weight [hidden], eps [1] -> like x
+OPERATOR(PanguRMSNorm) {
+  const Arguments a(params, ndims, shapes);
+  const int64_t n = a.last(0);
+  each_row(a.rows(0), n, [&](int64_t m) {
+    DISPATCH(norm_row(a.data<float>(0) + m * n, a.data<float>(1), *a.data<float>(2), n, a.data<float>(3) + m * n));
+  });
+  return 0;
+}
+SHAPE_OF(PanguRMSNorm) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]); }
+
+// x [tokens, heads * dim], cos and sin [tokens, dim] -> like x
+OPERATOR(PanguRope) {
+  const Arguments a(params, ndims, shapes);
+  const int64_t n = a.last(0), dim = a.last(1);
+  each_row(a.rows(0), n, [&](int64_t m) {
+    DISPATCH(rope_row(a.data<float>(0) + m * n, a.data<float>(1) + m * dim, a.data<float>(2) + m * dim, n / dim, dim,
+                      a.data<float>(3) + m * n));
+  });
+  return 0;
+}
+SHAPE_OF(PanguRope) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]); }
+
+// x [.., 2 * inner]: gate, then up -> [.., inner]
+OPERATOR(PanguSwiGLU) {
+  const Arguments a(params, ndims, shapes);
+  const int64_t n = a.last(0) / 2;
+  each_row(a.rows(0), n, [&](int64_t m) {
+    const float* x = a.data<float>(0) + 2 * m * n;
+    DISPATCH(swiglu_row(x, x + n, n, a.data<float>(1) + m * n));
+  });
+  return 0;
+}
+SHAPE_OF(PanguSwiGLU) {
+  std::vector<int64_t> out(shapes[0], shapes[0] + ndims[0]);
+  out.back() = out.back() < 0 ? out.back() : out.back() / 2;
+  return out;
+}
+
+// query, key, value, key_cache, value_cache (both written), slot_mapping, block_tables, batch_valid_length, q_seq_lens,
+// scale [1] -> like query
+OPERATOR(PanguAttention) {
+  const Arguments a(params, ndims, shapes);
+  Attention p{};
+  p.query = a.data<float>(0), p.key = a.data<float>(1), p.value = a.data<float>(2);
+  p.key_cache = a.data<float>(3), p.value_cache = a.data<float>(4);
+  p.slots = a.data<int32_t>(5), p.table = a.data<int32_t>(6), p.valid = a.data<int32_t>(7), p.q_lens = a.data<int32_t>(8);
+  p.scale = *a.data<float>(9), p.out = a.data<float>(10);
+  p.tokens = a.dim(0, 0), p.batch = a.dim(6, 0), p.table_width = a.dim(6, 1);
+  p.kv_heads = a.dim(3, 1), p.dim = a.dim(3, 2), p.block_size = a.dim(3, 3), p.width = a.dim(4, 3);
+  p.heads = a.last(0) / p.dim;
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < p.batch; b++) {
+    if (p.q_lens[b] < 1 || p.valid[b] < p.q_lens[b] || p.valid[b] > p.table_width * p.block_size) return 1;
+    tokens += p.q_lens[b];
+  }
+  if (tokens != p.tokens || p.block_size % kLanes || p.heads > kTileRows * p.kv_heads) return 1;
+  attention(p);
+  return 0;
+}
+SHAPE_OF(PanguAttention) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]); }
+
+// token ids [tokens], table [vocab, hidden] in bfloat16 bits -> float32 [tokens, hidden]
+OPERATOR(PanguEmbedding) {
+  const Arguments a(params, ndims, shapes);
+  const int64_t vocab = a.dim(1, 0), n = a.dim(1, 1);
+  for (int64_t t = 0; t < a.dim(0, 0); t++) {
+    const int64_t id = a.data<int32_t>(0)[t];
+    if (id < 0 || id >= vocab) return 1;
+    DISPATCH(embed_row(a.data<uint16_t>(1) + id * n, n, a.data<float>(2) + t * n));
+  }
+  return 0;
+}
+SHAPE_OF(PanguEmbedding) { return {shapes[0][0], shapes[1][1]}; }
+
+// x [.., hidden], weight [vocab, hidden] in bfloat16 bits -> [.., vocab]
+OPERATOR(PanguHead) {
+  const Arguments a(params, ndims, shapes);
+  const int64_t rows = a.rows(0), inputs = a.dim(1, 1), outputs = a.dim(1, 0), at_once = 64;
+  parallel_for((outputs + at_once - 1) / at_once, [&](int64_t i) {
+    const int64_t first = i * at_once, last = first + at_once < outputs ? first + at_once : outputs;
+    DISPATCH(head(a.data<float>(0), rows, a.data<uint16_t>(1), inputs, first, last, a.data<float>(2), outputs));
+  });
+  return 0;
+}
+SHAPE_OF_LINEAR(PanguHead)
+}

@@ -1,0 +1,196 @@
+"""Builds the C++ kernels with this machine's compiler, once, and loads them.
+
+The library lies in the user's cache under a name made of a hash of its sources, its flags and the compiler, so a new
+version of any of them is a new file. It is compiled in a temporary folder beside it and renamed, so two processes may build
+at once. All instruction sets are in one library; the one that is used is chosen when it is loaded.
+
+Environment:
+  MS_PANGU_QUANT_KERNELS  auto (default): the best path of this CPU; vnni, avx2, portable: that one; off: plain operators.
+  MS_PANGU_QUANT_CACHE    folder of the library; default $XDG_CACHE_HOME/ms_pangu_quant or ~/.cache/ms_pangu_quant.
+  CXX                     compiler; default the first of c++, g++, clang++ that exists.
+  OMP_NUM_THREADS         threads; default as many as CPUs this process may use.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from ms_pangu_quant.errors import BackendError
+
+PATHS = ("portable", "avx2", "vnni")  # in the order of the library's numbers
+SETTING = "MS_PANGU_QUANT_KERNELS"
+_SOURCES = Path(__file__).parent
+_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
+# Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
+_UNITS = {"parallel.cc": (), "linear.cc": ("-ffp-contract=off",), "layer.cc": ("-ffp-contract=fast",), "limits.cc": ()}
+_TIMEOUT = 600  # seconds for one source
+_INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
+_ARGUMENTS: dict[str, tuple[type, ...]] = {
+    "pangu_pack_w8": (_POINTER, _INTEGER, _INTEGER),
+    "pangu_pack_w4": (_POINTER, _INTEGER, _INTEGER, _INTEGER),
+    "pangu_pack_scale": (_POINTER, _INTEGER, _INTEGER),
+    "pangu_transpose_w4": (_POINTER, _POINTER, _INTEGER, _INTEGER),
+}
+
+
+class BuildError(Exception):
+    """There is no compiler, or it failed; the message says which and what it printed."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """file: the shared object; functions: its C interface; best: the fastest path this CPU has."""
+
+    file: Path
+    functions: ctypes.CDLL
+    best: str
+
+    @property
+    def path(self) -> str:
+        """The path in use."""
+        return PATHS[self.functions.pangu_isa()]
+
+    @property
+    def threads(self) -> int:
+        return int(self.functions.pangu_threads(0))
+
+
+_built: Library | None = None
+_failure: str | None = None
+
+
+def library() -> Library | None:
+    """The loaded library with the path that SETTING asks for; None for plain operators.
+
+    Where it cannot be built, says so on the standard error, once, and returns None. Raises BackendError for a setting that
+    does not exist or that this CPU cannot run.
+    """
+    global _built, _failure
+    wanted = os.environ.get(SETTING, "auto")
+    if wanted not in ("auto", "off", *PATHS):
+        raise BackendError(f"{SETTING}: got {wanted!r}, wanted auto, off, {', '.join(PATHS)}")
+    if wanted == "off":
+        return None
+    if _built is None and _failure is None:
+        try:
+            _built = _load(build())
+        except BuildError as error:
+            _failure = str(error)
+            print(
+                f"pangu-quant: the CPU kernels cannot be built, so plain MindSpore operators are used, which are several "
+                f"times slower. {_failure}",
+                file=sys.stderr,
+            )
+    if _built is None:
+        return None
+    if wanted != "auto" and PATHS.index(wanted) > PATHS.index(_built.best):
+        raise BackendError(f"{SETTING}: this CPU has no {wanted}; its best path is {_built.best}")
+    _built.functions.pangu_select(-1 if wanted == "auto" else PATHS.index(wanted))
+    return _built
+
+
+def failure() -> str | None:
+    """Why library() could not build, if it tried."""
+    return _failure
+
+
+def compiler() -> str | None:
+    """Path of the C++ compiler, or None."""
+    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
+        found = shutil.which(name)
+        if found:
+            return found
+    return None
+
+
+def compiler_version(command: str) -> str:
+    """First line of what the compiler says about itself. Raises BuildError if it cannot be run."""
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise BuildError(f"{command} --version: {error}") from None
+    return done.stdout.splitlines()[0].strip() if done.stdout else ""
+
+
+def cache_folder() -> Path:
+    if os.environ.get("MS_PANGU_QUANT_CACHE"):
+        return Path(os.environ["MS_PANGU_QUANT_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "ms_pangu_quant"
+
+
+def build() -> Path:
+    """The library's file, compiled if the cache does not have it. Raises BuildError."""
+    folder = cache_folder()
+    stem = f"kernels-{platform.machine()}-{_source_hash()}"
+    command = compiler()
+    if command is None:
+        for file in sorted(folder.glob(f"{stem}-*.so")):  # another compiler's result is as good
+            return file
+        wanted = os.environ.get("CXX") or "c++, g++ or clang++"
+        raise BuildError(f"No C++ compiler: {wanted} is not on the PATH.")
+    version = compiler_version(command)
+    file = folder / f"{stem}-{hashlib.sha256(f'{command} {version}'.encode()).hexdigest()[:12]}.so"
+    if not file.exists():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+                os.replace(_compile(command, Path(scratch)), file)
+        except OSError as error:
+            raise BuildError(f"{folder}: {error.strerror or error}; set MS_PANGU_QUANT_CACHE to another folder.") from None
+    return file
+
+
+def _compile(command: str, scratch: Path) -> Path:
+    print("pangu-quant: building the CPU kernels (once, about 20 s)", file=sys.stderr)
+    running = []
+    for unit, flags in _UNITS.items():
+        line = [command, *_FLAGS, *flags, "-c", str(_SOURCES / unit), "-o", str(scratch / f"{unit}.o")]
+        running.append((line, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
+    for line, process in running:
+        _finish(line, process)
+    out = scratch / "kernels.so"
+    line = [command, "-shared", "-pthread", *(str(scratch / f"{unit}.o") for unit in _UNITS), "-o", str(out)]
+    _finish(line, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    return out
+
+
+def _finish(line: list[str], process: subprocess.Popen[str]) -> None:
+    try:
+        output, _ = process.communicate(timeout=_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise BuildError(f"{' '.join(line)} did not end within {_TIMEOUT} s.") from None
+    if process.returncode:
+        raise BuildError(f"{' '.join(line)} failed with exit code {process.returncode}:\n{output.strip()}")
+
+
+def _load(file: Path) -> Library:
+    try:
+        functions = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise BuildError(f"{file}: {error}; delete the file to have it built again.") from None
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(functions, name)
+        function.argtypes, function.restype = arguments, None
+    functions.pangu_peak.argtypes, functions.pangu_peak.restype = (ctypes.c_int,), ctypes.c_double
+    functions.pangu_bandwidth.argtypes, functions.pangu_bandwidth.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_double
+    return Library(file, functions, PATHS[functions.pangu_best_isa()])
+
+
+def _source_hash() -> str:
+    digest = hashlib.sha256(repr((_FLAGS, _UNITS)).encode())
+    for file in sorted(_SOURCES.iterdir()):
+        if file.suffix in (".cc", ".h"):
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]

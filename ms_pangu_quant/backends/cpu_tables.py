@@ -1,0 +1,99 @@
+"""Embedding and head of the CPU backend: a table stored in bfloat16 stays in bfloat16, where MindSpore would widen it.
+
+A bfloat16 is widened to float32 without loss when it is used, so logits are those of the float32 table up to the order of
+sums, in half the memory and half the memory traffic. A table of another dtype is held in float32 and computed by MindSpore.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers.parallel_core.inference.tensor_parallel.layers import UnquantizedLinearMethod
+from mindformers.parallel_core.inference.weights_utils import set_weight_attrs
+from mindspore import Parameter, nn, ops
+from mindspore.common.initializer import initializer
+
+from ms_pangu_quant.backends.cpu import CpuGPTModel
+from ms_pangu_quant.backends.cpu_kernels.library import Library
+from ms_pangu_quant.backends.cpu_kernels.operators import operator
+from ms_pangu_quant.errors import CheckpointError
+
+
+class WordEmbeddings(nn.Cell):
+    def __init__(self, library: Library, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = Parameter(
+            initializer("zeros", (vocab_size, hidden_size), ms.float32), name="weight", requires_grad=False
+        )
+        self.narrow = False
+        self.gather, self.kernel = ops.Gather(), operator(library, "PanguEmbedding")
+
+    def construct(self, token_ids):
+        return self.kernel(token_ids, self.weight) if self.narrow else self.gather(self.weight, token_ids, 0)
+
+
+class Embedding(nn.Cell):
+    """Parameters under the names of MindFormers' LanguageModelEmbedding, which allocates a float32 table at once."""
+
+    def __init__(self, library: Library, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.word_embeddings = WordEmbeddings(library, vocab_size, hidden_size)
+
+    def construct(self, token_ids):
+        return self.word_embeddings(token_ids)
+
+
+class HeadMethod(UnquantizedLinearMethod):
+    def __init__(self, library: Library) -> None:
+        self.kernel, self.multiply = operator(library, "PanguHead"), ops.MatMul(transpose_b=True)
+
+    def apply(self, layer, x, weight=None, bias=None):
+        x = x.reshape((-1, layer.input_size))
+        return self.kernel(x, layer.weight) if layer.narrow else self.multiply(x, layer.weight)
+
+
+class TableGPTModel(CpuGPTModel):
+    """GPTModel whose embedding and head take the dtype of the checkpoint when it is loaded."""
+
+    def __init__(
+        self, library: Library, *arguments, pre_process=True, share_embeddings_and_output_weights=False, **keywords
+    ) -> None:
+        super().__init__(*arguments, pre_process=False, share_embeddings_and_output_weights=False, **keywords)
+        self.pre_process = pre_process
+        if pre_process:
+            self.embedding = Embedding(library, self.vocab_size, self.config.hidden_size)
+        tables = [self.embedding.word_embeddings] if pre_process else []
+        if self.post_process:
+            self.output_layer.narrow = False
+            self.output_layer.quant_method = HeadMethod(library)
+            tables.append(self.output_layer)
+        if share_embeddings_and_output_weights:
+            self.output_layer.weight = self.embedding.word_embeddings.weight
+            _set_loader(tables)
+        else:
+            for table in tables:
+                _set_loader([table])
+
+
+def _set_loader(cells: Sequence[Any]) -> None:
+    """Let the parameter that these cells share be loaded in the dtype it is stored in."""
+    set_weight_attrs(cells[0].weight, {"output_dim": 0, "weight_loader": lambda old, stored: _load(cells, old, stored)})
+
+
+def _load(cells: Sequence[Any], old: Parameter, stored: Any) -> None:
+    """stored: an array, or a slice of a file, [vocab, hidden]; an array is used as it is, without a copy."""
+    values = stored[:]
+    if tuple(values.shape) != tuple(old.shape):
+        raise CheckpointError(f"{old.name}: got {list(values.shape)}, the network wants {list(old.shape)}")
+    narrow = str(values.dtype) == "bfloat16"
+    values = values.view(np.uint16) if narrow else np.ascontiguousarray(values, np.float32)
+    dtype = ms.uint16 if narrow else ms.float32
+    table = Parameter(initializer("zeros", old.shape, dtype), name=old.name, requires_grad=False)
+    table.set_data(ms.from_numpy(values))
+    for cell in cells:
+        cell.weight, cell.narrow = table, narrow
+        cell.stored = values  # MindSpore points into it
+    _set_loader(cells)

@@ -1,0 +1,207 @@
+"""Speed of a served model, float and quantized in turns, beside what the machine can do at most.
+
+Every repetition measures each model once, so a disturbance hits all of them alike and the ratios stay true. The limit of a
+phase is the time its multiplications take at the machine's peak or its weights take to be read from memory, whichever is
+longer; both peaks are measured in the same run. Prompts are random ids: speed does not depend on which.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.backends.cpu_kernels.library import library
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.inference.model import BLOCK_SIZE, PREFILL_TOKENS, Model
+
+
+@dataclass(frozen=True)
+class Limits:
+    """All threads together: multiplications and additions a second, and bytes a second from memory."""
+
+    int8: float
+    fp32: float
+    bandwidth: float
+
+    @staticmethod
+    def measure() -> Limits:
+        kernels = library()
+        if kernels is not None:
+            functions = kernels.functions
+            return Limits(functions.pangu_peak(1), functions.pangu_peak(0), functions.pangu_bandwidth(256, 5))
+        matrix, memory = np.ones((1024, 1024), np.float32), np.ones(1 << 27, np.uint8)
+        fp32 = 2 * 1024**3 / min(_seconds(lambda: matrix @ matrix) for _ in range(10))
+        return Limits(fp32, fp32, memory.nbytes / min(_seconds(lambda: memory.view(np.uint64).sum()) for _ in range(5)))
+
+    def best(self, other: Limits) -> Limits:
+        return Limits(max(self.int8, other.int8), max(self.fp32, other.fp32), max(self.bandwidth, other.bandwidth))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one token costs a model: weights of quantized and float layers and of the head, and the bytes they are held in."""
+
+    quantized: int
+    floating: int
+    head: int
+    layer_bytes: int
+    head_bytes: int
+
+    def seconds(self, limits: Limits, tokens: int, logits: int, passes: int) -> float:
+        """Least time for `tokens` through the layers and `logits` through the head, in so many passes."""
+        compute = 2 * tokens * self.quantized / limits.int8
+        compute += 2 * (tokens * self.floating + logits * self.head) / limits.fp32
+        return max(compute, passes * (self.layer_bytes + self.head_bytes) / limits.bandwidth)
+
+
+def work_of(model: Model, kinds: Mapping[str, str] | None) -> Work:
+    """kinds as in QuantizedReader.kinds; None for a float checkpoint."""
+    quantized = floating = 0
+    config: ModelConfig = model.config
+    for index in range(config.num_hidden_layers):
+        for site in layout.SITES:
+            outputs, inputs = layout.site_shape(config, site)
+            if kinds is None or kinds[f"{layout.block_prefix(index)}{site.name}.weight"] == "FLOAT":
+                floating += outputs * inputs
+            else:
+                quantized += outputs * inputs
+    layers = head = 0
+    for name, parameter in model.network.model.parameters_and_names():
+        if name.endswith(("key_cache", "value_cache")):
+            continue
+        if parameter is model.network.model.output_layer.weight:
+            head = parameter.nbytes
+        elif "embedding" not in name:
+            layers += parameter.nbytes
+    return Work(quantized, floating, config.vocab_size * config.hidden_size, layers, head)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """name: "float" or "quantized"."""
+
+    name: str
+    model: Model
+    work: Work
+
+
+def bench(
+    subjects: Sequence[Subject],
+    prompt_lens: Sequence[int],
+    batch_sizes: Sequence[int],
+    *,
+    new_tokens: int,
+    repeats: int,
+    seed: int = 0,
+    on_measured: Callable[[], None] = lambda: None,
+) -> tuple[list[dict[str, Any]], Limits]:
+    """Rows for each prompt length, batch size, phase and subject; on_measured is called len(subjects) times for each pair.
+
+    latency_ms      median over repetitions: prefill until all first tokens are known; decode for one step of the batch.
+    spread          (third - first quartile) / median of the latency.
+    limit_fraction  least possible time / latency.
+    time_to_first_token_ms  prefill rows: until the first sequence's first token is known.
+    """
+    generator = np.random.default_rng(seed)
+    limits, rows = Limits.measure(), []
+    for prompt_len in prompt_lens:
+        for batch in batch_sizes:
+            vocab = subjects[0].model.config.vocab_size
+            prompts = generator.integers(0, vocab, (batch, prompt_len)).tolist()
+            times: dict[tuple[str, str], list[float]] = {}
+            for repeat in range(repeats + 1):
+                for subject in subjects:
+                    prefill, first, steps = _answer(subject.model, prompts, new_tokens)
+                    if repeat:  # the first repetition compiles and warms up
+                        times.setdefault((subject.name, "prefill"), []).append(prefill)
+                        times.setdefault((subject.name, "first"), []).append(first)
+                        times.setdefault((subject.name, "decode"), []).extend(steps)
+                    if repeat == repeats:
+                        on_measured()
+            limits = limits.best(Limits.measure())
+            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            for subject in subjects:
+                for phase, tokens in (("prefill", batch * prompt_len), ("decode", batch)):
+                    passes = len(list(_passes(prompts))) if phase == "prefill" else 1
+                    least = subject.work.seconds(limits, tokens, batch, passes)
+                    row = _row(np.array(times[subject.name, phase]), tokens, least)
+                    row = {"model": subject.name, "phase": phase, "batch_size": batch, "prompt_len": prompt_len, **row}
+                    row["peak_rss_gib"] = peak / 2**30
+                    if phase == "prefill":
+                        row["time_to_first_token_ms"] = 1e3 * float(np.median(times[subject.name, "first"]))
+                    rows.append(row)
+    return rows, limits
+
+
+def blocks_needed(prompt_len: int, batch: int, new_tokens: int) -> int:
+    return batch * -(-(prompt_len + new_tokens) // BLOCK_SIZE)
+
+
+def _answer(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float, list[float]]:
+    """Seconds of the prefill, until the first token, and of each decode step, with the passes the scheduler would make."""
+    count = blocks_needed(len(prompts[0]), 1, new_tokens)
+    tables = [list(range(index * count, (index + 1) * count)) for index in range(len(prompts))]
+    started = time.perf_counter()
+    first = 0.0
+    tokens = [0] * len(prompts)
+    for chosen in _passes(prompts):
+        logits = model.forward(
+            [prompts[index][start:end] for index, start, end in chosen],
+            [start for _, start, _ in chosen],
+            [tables[index] for index, _, _ in chosen],
+            phase="prefill",
+        )
+        for (index, _, end), row in zip(chosen, logits, strict=True):
+            if end == len(prompts[index]):
+                tokens[index] = int(row.argmax())
+                first = first or time.perf_counter() - started
+    prefill = time.perf_counter() - started
+    steps = []
+    for step in range(new_tokens):
+        started = time.perf_counter()
+        logits = model.forward(
+            [[token] for token in tokens], [len(prompts[0]) + step] * len(prompts), tables, phase="decode"
+        )
+        tokens = logits.argmax(1).tolist()
+        steps.append(time.perf_counter() - started)
+    return prefill, first, steps
+
+
+def _passes(prompts: Sequence[Sequence[int]]):
+    """(sequence, start, end) pieces of each prefill pass, at most PREFILL_TOKENS tokens together."""
+    chosen, room = [], PREFILL_TOKENS
+    for index, prompt in enumerate(prompts):
+        start = 0
+        while start < len(prompt):
+            end = min(start + room, len(prompt))
+            chosen.append((index, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield chosen
+                chosen, room = [], PREFILL_TOKENS
+    if chosen:
+        yield chosen
+
+
+def _row(seconds: NDArray[np.float64], tokens: int, least: float) -> dict[str, float]:
+    low, median, high = np.percentile(seconds, [25, 50, 75])
+    return {
+        "latency_ms": 1e3 * float(median),
+        "tokens_per_s": float(tokens / median),
+        "spread": float((high - low) / median),
+        "limit_fraction": float(least / median),
+    }
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started

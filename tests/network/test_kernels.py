@@ -1,0 +1,148 @@
+"""The cells with kernels against the cells of plain operators, in graph mode with dynamic shapes and in PyNative."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
+from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.network import runtime
+from tests.conftest import MINI, golden
+
+if library() is None:
+    pytest.skip("no C++ compiler, or kernels switched off", allow_module_level=True)
+
+ROWS = (1, 5, 37)
+
+
+class Layer:
+    """What a linear method needs of a MindFormers layer."""
+
+    def insert_param_to_cell(self, name, parameter):
+        setattr(self, name, parameter)
+
+
+def linear_cell(methods, kind, outputs, inputs, group, parameters):
+    from mindspore import Tensor, nn
+
+    method = methods[kind](type("Config", (), {"full_config": {"group_size": group}, "is_modelslim": False})())
+    layer = nn.Cell()
+    method.create_weights(layer, inputs, [outputs], __import__("mindspore").float32)
+    for name, value in parameters.items():
+        parameter = getattr(layer, name)
+        parameter.init_data()
+        parameter.set_data(Tensor(value.copy()))
+    method.process_weights_after_loading(layer)
+    bias = Tensor(np.linspace(-1, 1, outputs, dtype=np.float32))
+
+    class Cell(nn.Cell):
+        def __init__(self):
+            super().__init__(auto_prefix=False)
+            self.layer, self.method, self.bias = layer, method, bias
+
+        def construct(self, x):
+            return self.method.apply(self.layer, x, self.layer.weight, self.bias)
+
+    return Cell()
+
+
+def parameters(kind, outputs, inputs, group, rng):
+    from ms_pangu_quant.formats import packing
+
+    if kind == "W4A8_DYNAMIC":
+        codes = rng.integers(-8, 8, (outputs, inputs)).astype(np.int8)
+        groups = inputs // group if group else 1
+        scale = rng.uniform(0.1, 1, (outputs, groups)).astype(np.float32)
+        return {"weight": packing.pack_offset_along_in(codes), "group_scale": scale}
+    weight = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
+    scale = rng.uniform(0.1, 1, outputs).astype(np.float32)
+    if kind == "W8A8_DYNAMIC":
+        return {"weight": weight, "w_scale": scale}
+    return {
+        "weight": weight,
+        "deq_scale": scale,
+        "input_scale": np.full(inputs, 40, np.float32),
+        "input_offset": np.zeros(inputs, np.int8),
+        "quant_bias": rng.integers(-99, 99, outputs).astype(np.int32),
+    }
+
+
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+@pytest.mark.parametrize(
+    ("kind", "group", "inputs"),
+    [
+        ("W8A8", 0, 1500),
+        ("W8A8_DYNAMIC", 0, 1500),
+        ("W8A8_DYNAMIC", 0, 30),
+        ("W4A8_DYNAMIC", 0, 1500),
+        ("W4A8_DYNAMIC", 128, 1536),
+        ("W4A8_DYNAMIC", 6, 66),
+    ],
+)
+def test_a_linear_layer_has_the_bits_of_the_plain_operators(kind, group, inputs, mode):
+    runtime.start("cpu", mode)
+    import mindspore as ms
+    from mindspore import Tensor
+
+    from ms_pangu_quant.backends import cpu, cpu_fused
+
+    rng = np.random.default_rng(inputs)
+    values = parameters(kind, 70, inputs, group, rng)
+    cells = [linear_cell(module.BACKEND.linear_methods, kind, 70, inputs, group, values) for module in (cpu, cpu_fused)]
+    if mode == "graph":
+        for cell in cells:
+            cell.set_inputs(Tensor(shape=[None, inputs], dtype=ms.float32))
+    for rows in ROWS:
+        x = rng.normal(size=(rows, inputs)).astype(np.float32)
+        x[rows // 2] *= 1e-3
+        if rows == ROWS[1]:
+            x[0], x[3, 7], x[4, 9] = 0, np.nan, np.inf
+        plain, fused = (cell(Tensor(x)).asnumpy() for cell in cells)
+        assert np.array_equal(plain, fused, equal_nan=True)
+        assert np.isfinite(plain[:3]).all()
+        if rows == ROWS[1]:
+            assert np.isnan(plain[3:]).all()
+
+
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", "w4a8", "w4a8_g128"])
+def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, quantized, monkeypatch):
+    directory = quantized(recipe)
+    ids = golden("mini")["ids_0"].tolist()[:70]
+    fused = load(directory, kv_cache_tokens=128).logits(ids)
+    monkeypatch.setenv(SETTING, "off")
+    plain_model = load(directory, kv_cache_tokens=128)
+    assert plain_model.network.backend.mlp is None
+    plain = plain_model.logits(ids)
+    # Norm and attention round differently, which moves an int8 code now and then.
+    assert np.abs(fused - plain).max() < 2e-2 * np.abs(plain).max()
+    assert (fused.argmax(1) == plain.argmax(1)).mean() > 0.95
+
+
+def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):
+    model = load(quantized("w8a8"), kv_cache_tokens=2048)
+    prompts = [list(range(3, 3 + length)) for length in (1, 17, 40, 5)]
+    together = model.generate(prompts, 12)
+    for prompt, answer in zip(prompts, together, strict=True):
+        assert model.generate([prompt], 12)[0].token_ids == answer.token_ids
+
+
+def test_logits_of_a_token_do_not_depend_on_the_batch_to_the_last_bit(quantized):
+    model = load(quantized("w4a8_g128"), kv_cache_tokens=2048)
+    pieces = [list(range(3, 3 + length)) for length in (33, 1, 40)]
+    tables = [[0, 1, 2], [3], [4, 5, 6]]
+    together = model.forward(pieces, [0, 0, 0], tables, phase="logits")
+    alone = [model.forward([piece], [0], [table], phase="logits") for piece, table in zip(pieces, tables, strict=True)]
+    assert np.array_equal(together, np.concatenate(alone))
+
+
+def test_an_operator_that_fails_says_so_instead_of_returning_noise():
+    from mindspore import Tensor
+
+    from ms_pangu_quant.network.batch import packed_inputs
+
+    model = load(MINI, kv_cache_tokens=64)
+    inputs = packed_inputs([2], [0], [[0]], 16, model.network.backend)
+    inputs["batch_valid_length"] = Tensor(np.array([1], np.int32))  # two tokens of a sequence of one
+    with pytest.raises(RuntimeError):
+        model.network(Tensor(np.array([5, 6], np.int32)), *inputs.values()).asnumpy()
