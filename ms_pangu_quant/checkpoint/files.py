@@ -282,4 +282,8 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> Writte
 
 
 def write_json(path: Path, value: Any) -> WrittenFile:
-    return write_atomically(path, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])
+    return write_atomically(path, [json_bytes(value)])
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.cli.console import AsJson, Directory, out, size
-from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.pipeline import REPORT_FILE
 
 

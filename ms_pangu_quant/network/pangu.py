@@ -27,7 +27,8 @@ from mindspore import Tensor, mutable
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats.mindformers import all_tensors, open_checkpoint
+from ms_pangu_quant.formats.parameters import all_tensors
+from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
 
