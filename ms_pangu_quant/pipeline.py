@@ -24,7 +24,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
-from ms_pangu_quant.checkpoint.writer import QuantizedWriter
+from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
@@ -35,8 +35,6 @@ from ms_pangu_quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
-
-REPORT_FILE = "quantization_report.json"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def quantize(
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
         files = {
-            **stored_as.metadata(config, _kinds(config, plan), plan.group_size),
+            **stored_as.metadata(config, planned_kinds(plan), plan.group_size),
             REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
         }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
@@ -199,7 +197,7 @@ def _replay(
     if runner is None or hidden is None:
         return None
     files = TensorFiles(writer.output, only=writer.block_file(index))
-    block, linears = read_block(stored_as, files, config, _kinds(config, plan), plan.group_size, index)
+    block, linears = read_block(stored_as, files, config, planned_kinds(plan), plan.group_size, index)
     return runner.advance(block, linears, hidden)
 
 
@@ -220,7 +218,7 @@ def _stored_tensors(
     return tensors
 
 
-def _kinds(config: ModelConfig, plan: Plan) -> dict[str, str]:
+def planned_kinds(plan: Plan) -> dict[str, str]:
     """Weight name -> kind, for every linear layer."""
     return {
         f"{layout.block_prefix(index)}{name}.weight": scheme.kind if scheme else FLOAT

@@ -35,6 +35,7 @@ from ms_pangu_quant.errors import OutputError
 
 JOURNAL = ".quantize_journal.json"
 HASHES_FILE = "SHA256SUMS"
+REPORT_FILE = "quantization_report.json"
 SHARD_BYTES = 4 << 30
 CARRIED_OVER = (
     "tokenizer.model",
@@ -130,7 +131,7 @@ class QuantizedWriter:
     def block_file(self, index: int) -> Path:
         return self.output / self._file_name(index)
 
-    def write_block(self, tensors: Mapping[str, NDArray[Any]], report: Mapping[str, Any]) -> None:
+    def write_block(self, tensors: Mapping[str, NDArray[Any] | TensorEntry], report: Mapping[str, Any]) -> None:
         """Write the next block's tensors; when this returns, a resumed run will not do it again."""
         name = self._file_name(self.finished)
         written = write_safetensors(self.output / name, tensors)

@@ -12,9 +12,11 @@ import typer
 
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err
+from ms_pangu_quant.cli.export import export_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
+from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError
 
 app = typer.Typer(
@@ -27,6 +29,8 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
+app.command("export")(export_command)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 
@@ -34,7 +38,7 @@ app.command("generate")(generate_command)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; arguments default to the process's. Returns the exit code (and exits with it as a console script)."""
     try:
-        app(args=None if arguments is None else list(arguments), standalone_mode=False)
+        code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except PanguQuantError as error:
         err.print(f"pangu-quant: error: {error}", style="red", markup=False, soft_wrap=True)
         return 2
@@ -50,4 +54,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()  # type: ignore[attr-defined]
             return int(error.exit_code)
         raise
-    return 0
+    return code if isinstance(code, int) else 0  # typer returns the code of an Exit that a command raised

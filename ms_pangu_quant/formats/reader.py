@@ -139,22 +139,30 @@ def read_block(
     prefix = layout.block_prefix(index)
     names = [name for name in layout.block_shapes(config) if kinds.get(prefix + name, FLOAT) == FLOAT]
     block = Block(config, {name: files.read_float32(prefix + name) for name in names})
-    linears = {}
-    for site in layout.SITES:
-        kind = kinds[f"{prefix}{site.name}.weight"]
-        if kind == FLOAT:
-            continue
-        found = {
-            key: files.entries[f"{prefix}{site.name}.{key}"].read()
-            for key in chosen.specs(config, site, kind, group_size)
-            if f"{prefix}{site.name}.{key}" in files.entries
-        }
-        try:
-            linears[site.name] = chosen.decode(block, site, kind, found)
-        except CheckpointError as error:
-            raise CheckpointError(f"{prefix}{error}") from None
+    quantized = [site for site in layout.SITES if kinds[f"{prefix}{site.name}.weight"] != FLOAT]
+    linears = {site.name: read_linear(chosen, files, block, prefix, site, kinds, group_size) for site in quantized}
     check_fused_inputs(prefix, linears)
     return block, linears
+
+
+def read_linear(
+    chosen: Format,
+    files: TensorFiles,
+    block: Block,
+    prefix: str,
+    site: layout.LinearSite,
+    kinds: Mapping[str, str],
+    group_size: int,
+) -> QuantizedLinear:
+    """One quantized layer of the block with this prefix."""
+    name = f"{prefix}{site.name}"
+    kind = kinds[f"{name}.weight"]
+    keys = chosen.specs(block.config, site, kind, group_size)
+    found = {key: files.entries[f"{name}.{key}"].read() for key in keys if f"{name}.{key}" in files.entries}
+    try:
+        return chosen.decode(block, site, kind, found)
+    except CheckpointError as error:
+        raise CheckpointError(f"{prefix}{error}") from None
 
 
 def check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> None:
