@@ -231,7 +231,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
 
     Raises OutputError when the disk is full or not writable; nothing is left behind then.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers loads no other
     offset = 0
     for name, tensor in tensors.items():
         header[name] = {
