@@ -12,7 +12,10 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.formats.linear import FLOAT
+from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.recipe import Plan, Recipe
+from ms_pangu_quant.scheme import QuantScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
 _PYTHON = 0.15 * 2**30  # resident without them
@@ -29,7 +32,7 @@ class Estimate:
     seconds: float
 
 
-def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None) -> Estimate:
+def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, stored_as: Format = mindformers) -> Estimate:
     """Raises RecipeError if the recipe does not fit the checkpoint."""
     plan = recipe.plan(reader.config)
     weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES))
@@ -40,10 +43,11 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None) -
     blocks = reader.config.num_hidden_layers
     products = 2 * 2 * tokens * weights * blocks  # float and quantized pass
     seconds = 5 + reader.files.nbytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
-    return Estimate(_groups(plan, reader.config), reader.files.nbytes, stored_bytes(reader, recipe, plan), peak, seconds)
+    after = stored_bytes(reader, recipe, plan, stored_as)
+    return Estimate(_groups(plan, reader.config), reader.files.nbytes, after, peak, seconds)
 
 
-def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan) -> int:
+def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:
     """Size of the tensors that quantize() will write."""
     config, folded = reader.config, bool(recipe.transforms)
     total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
@@ -58,20 +62,18 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan) -> int:
                 total += entry.nbytes // entry.dtype.itemsize * (4 if changed else entry.dtype.itemsize)
         for site in layout.SITES:
             scheme = quantized[site.name]
-            if scheme is None:
-                continue
-            shapes = mindformers.stored_shapes(scheme.kind, *layout.site_shape(config, site), plan.group_size)
-            for key, (shape, _) in shapes.items():
-                total += int(np.prod(shape)) * _item_size(key, scheme.weight.bfloat16_scale)
+            if scheme is not None:
+                total += layer_bytes(stored_as, config, site, scheme, plan.group_size)
     return total
 
 
-def _item_size(key: str, bfloat16_scale: bool) -> int:
-    if key in ("weight", "input_offset"):
-        return 1
-    if key in ("weight_scale", "input_scale"):
-        return 2 if bfloat16_scale else 4
-    return 4
+def layer_bytes(
+    stored_as: Format, config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme, group_size: int
+) -> int:
+    """Size of one quantized layer's tensors, without its bias."""
+    specs = stored_as.specs(config, site, scheme.kind, group_size).values()
+    narrow = scheme.weight.bfloat16_scale
+    return sum(spec.nbytes(bfloat16_values=narrow) for spec in specs if not spec.optional)
 
 
 def _groups(plan: Plan, config: ModelConfig) -> tuple[tuple[str, str, str, float], ...]:
@@ -83,7 +85,7 @@ def _groups(plan: Plan, config: ModelConfig) -> tuple[tuple[str, str, str, float
             scheme = plan.scheme(index, sites[0])
             bits = scheme.bits_per_weight(layout.site_shape(config, sites[0])[1]) if scheme else 16.0
             names = "/".join(site.name.split(".")[1].removesuffix("_proj") for site in sites)
-            rows.setdefault((names, scheme.kind if scheme else mindformers.FLOAT, bits), []).append(index)
+            rows.setdefault((names, scheme.kind if scheme else FLOAT, bits), []).append(index)
     return tuple((names, _ranges(indices), kind, bits) for (names, kind, bits), indices in rows.items())
 
 

@@ -21,21 +21,20 @@ from numpy.typing import NDArray
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
-from ms_pangu_quant.checkpoint.writer import QuantizedWriter
+from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import mindformers
-from ms_pangu_quant.formats.mindformers import QuantizedLinear
+from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
+from ms_pangu_quant.formats.reader import Format, read_block
 from ms_pangu_quant.quantizers.grid import relative_weight_error, round_down_to_bfloat16
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
 if TYPE_CHECKING:
     from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
-
-REPORT_FILE = "quantization_report.json"
 
 
 @dataclass(frozen=True)
@@ -67,12 +66,14 @@ def quantize(
     *,
     data: TokenData | None = None,
     resume: bool = False,
+    stored_as: Format = mindformers,
     on_block: Callable[[BlockReport], None] = lambda report: None,
     on_bytes: Callable[[int], None] = lambda count: None,
 ) -> QuantizeResult:
     """Quantize the checkpoint of `reader` as `recipe` says into the directory `output`.
 
     data      calibration tokens; required if the recipe has transforms or static activations, else only measured on.
+    stored_as the on-disk layout, one of formats.reader.FORMATS.
     resume    go on with an unfinished run in `output`; the result is byte-identical to an undisturbed run's.
     on_block  called after each block is safely on disk; on_bytes with bytes read while the checkpoint is hashed.
     Raises    PanguQuantError for anything wrong with checkpoint, recipe, data or output directory.
@@ -85,12 +86,13 @@ def quantize(
         "calibration data": data.sha256 if data else "none",
         "version of ms_pangu_quant": version("ms_pangu_quant"),
     }
-    with QuantizedWriter(output, fingerprint, blocks=config.num_hidden_layers, resume=resume) as writer:
+    begun_with = {**fingerprint, "format": stored_as.NAME}  # not in the report: an export makes the same one
+    with QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) as writer:
         runner, hidden = _begin_stream(reader, data)
         start = writer.finished
         for index in range(start):
             on_block(BlockReport(**writer.reports[index]))
-            hidden = _replay(writer, plan, config, index, runner, hidden)
+            hidden = _replay(writer, stored_as, plan, config, index, runner, hidden)
         for index in range(start, config.num_hidden_layers):
             block = reader.block(index)
             stats, target = _observe(runner, block, hidden, recipe.needs_gram, index)
@@ -99,13 +101,12 @@ def quantize(
             block, linears, weight_error = _round_block(block, plan, recipe, stats, index)
             hidden, output_error = _advance(runner, block, linears, hidden, target)
             report = BlockReport(index, output_error, weight_error)
-            writer.write_block(_stored_tensors(reader, index, block, linears), asdict(report))
+            writer.write_block(_stored_tensors(reader, stored_as, index, block, linears), asdict(report))
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
         files = {
-            QUANTIZATION_FILE: _description(config, plan),
+            **stored_as.metadata(config, planned_kinds(plan), plan.group_size),
             REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
-            "config.json": mindformers.output_config(config, plan.group_size),
         }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
         after = writer.finish(outer, reader.directory, files)
@@ -184,18 +185,24 @@ def _advance(
 
 
 def _replay(
-    writer: QuantizedWriter, plan: Plan, config: ModelConfig, index: int, runner: BlockRunner | None, hidden: Hidden | None
+    writer: QuantizedWriter,
+    stored_as: Format,
+    plan: Plan,
+    config: ModelConfig,
+    index: int,
+    runner: BlockRunner | None,
+    hidden: Hidden | None,
 ) -> Hidden | None:
     """Hidden states after a block that an earlier run wrote."""
     if runner is None or hidden is None:
         return None
     files = TensorFiles(writer.output, only=writer.block_file(index))
-    block, linears = mindformers.read_block(files, config, _description(config, plan), plan.group_size, index)
+    block, linears = read_block(stored_as, files, config, planned_kinds(plan), plan.group_size, index)
     return runner.advance(block, linears, hidden)
 
 
 def _stored_tensors(
-    reader: CheckpointReader, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
+    reader: CheckpointReader, stored_as: Format, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
 ) -> dict[str, NDArray[Any] | TensorEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)
@@ -204,28 +211,19 @@ def _stored_tensors(
         entry = reader.files.entries[prefix + name]
         unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
         tensors[prefix + name] = entry if unchanged else value
-    for site, linear in linears.items():
-        for key, stored in mindformers.encode(linear).items():
-            tensors[f"{prefix}{site}.{key}"] = stored
+    for site in layout.SITES:
+        if site.name in linears:
+            for key, stored in stored_as.encode(block, site, linears[site.name]).items():
+                tensors[f"{prefix}{site.name}.{key}"] = stored
     return tensors
 
 
-def _description(config: ModelConfig, plan: Plan) -> dict[str, str]:
-    """Parameter name -> kind, a layer's weight before its bias (MindFormers takes the first key that contains its name)."""
-    description = {}
-    for index in range(config.num_hidden_layers):
-        for site in layout.SITES:
-            scheme = plan.scheme(index, site)
-            name = f"{layout.block_prefix(index)}{site.name}"
-            kind = scheme.kind if scheme else mindformers.FLOAT
-            outputs, inputs = layout.site_shape(config, site)
-            keys = mindformers.stored_shapes(kind, outputs, inputs, plan.group_size) if scheme else {"weight": ()}
-            description.update({f"{name}.{key}": kind for key in keys})
-            if layout.has_bias(config, site):
-                description[f"{name}.bias"] = mindformers.FLOAT
-        for norm in layout.NORMS:
-            description[f"{layout.block_prefix(index)}{norm}.weight"] = mindformers.FLOAT
-    return {**description, **dict.fromkeys(layout.outer_shapes(config), mindformers.FLOAT)}
+def planned_kinds(plan: Plan) -> dict[str, str]:
+    """Weight name -> kind, for every linear layer."""
+    return {
+        f"{layout.block_prefix(index)}{name}.weight": scheme.kind if scheme else FLOAT
+        for (index, name), scheme in plan.schemes.items()
+    }
 
 
 def _report(
@@ -254,7 +252,7 @@ def _report(
         "bytes_before": reader.files.nbytes,
         "blocks": [asdict(block) for block in blocks],
         "schemes": {
-            f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else mindformers.FLOAT
+            f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else FLOAT
             for (index, name), scheme in plan.schemes.items()
         },
         "files": dict(hashes),

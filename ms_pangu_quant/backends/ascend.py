@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 class Int4Linear(LinearMethodBase):
     """What both ways of computing have in common: int4 weights as they are loaded.
 
-    Loaded as weight uint8 [out, in/2] and group_scale float32 [out, groups], the layout of formats.mindformers'
+    Loaded as weight uint8 [out, in/2] and group_scale float32 [out, groups], the layout of formats.parameters'
     runtime_tensors, whose two axes MindFormers' loaders can fuse and slice; process_weights_after_loading() makes the
     operator's own tensors of them.
     """

@@ -22,7 +22,8 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block
-from ms_pangu_quant.formats.mindformers import ArraySlice, QuantizedLinear, network_tensors
+from ms_pangu_quant.formats.linear import QuantizedLinear
+from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, packed_inputs
 from ms_pangu_quant.network.pangu import build_network

@@ -15,7 +15,8 @@ from typing import Any
 
 from ms_pangu_quant.errors import CheckpointError
 
-QUANTIZATION_FILE = "quantization_description.json"
+QUANTIZATION_FILE = "quantization_description.json"  # Golden Stick's
+ASCEND_FILE = "quant_model_description.json"  # msModelSlim's
 
 # A key that only another architecture's config has -> what that architecture is.
 _OTHER_GRAPHS = {
@@ -59,17 +60,9 @@ class ModelConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path.parent}: no config.json here; wanted a Hugging Face checkpoint directory"
-            ) from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, wanted an object")
-        return cls.from_dict(raw, where=str(path))
+        if not path.exists():
+            raise CheckpointError(f"{path.parent}: no config.json here; wanted a Hugging Face checkpoint directory")
+        return cls.from_dict(read_json(path), where=str(path))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], *, where: str) -> ModelConfig:
@@ -110,6 +103,17 @@ class ModelConfig:
             torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
             raw=dict(raw),
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError naming the file."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, wanted an object")
+    return raw
 
 
 def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:

@@ -233,7 +233,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
 
     Raises OutputError when the disk is full or not writable; nothing is left behind then.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "np"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers loads no other
     offset = 0
     for name, tensor in tensors.items():
         header[name] = {
@@ -284,4 +284,8 @@ def write_atomically(path: Path, pieces: Iterable[bytes | memoryview]) -> Writte
 
 
 def write_json(path: Path, value: Any) -> WrittenFile:
-    return write_atomically(path, [json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"])
+    return write_atomically(path, [json_bytes(value)])
+
+
+def json_bytes(value: Any) -> bytes:
+    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"

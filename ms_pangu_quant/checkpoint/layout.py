@@ -92,3 +92,8 @@ def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = vocab
     return shapes
+
+
+def linear_names(config: ModelConfig) -> list[str]:
+    """Full names of the weights of all blocks' linear layers, block by block."""
+    return [f"{block_prefix(index)}{site.name}.weight" for index in range(config.num_hidden_layers) for site in SITES]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.errors import CheckpointError
 
@@ -79,6 +79,6 @@ def embedding_rows(files: TensorFiles, token_ids: NDArray[np.int32]) -> NDArray[
 def is_quantized(directory: Path, config: ModelConfig) -> bool:
     return (
         (directory / QUANTIZATION_FILE).exists()
-        or (directory / "quant_model_description.json").exists()
+        or (directory / ASCEND_FILE).exists()
         or bool(config.raw.get("quantization_config"))
     )

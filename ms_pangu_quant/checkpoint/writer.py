@@ -2,7 +2,11 @@
 
 While a run is under way the directory holds one file for each finished block and a journal that names them with their
 hashes; config.json and the index, without which no loader accepts the directory, are written last. The journal carries a
-fingerprint of everything the result depends on, and a run with another fingerprint is refused.
+fingerprint of everything the result depends on, and a run with another fingerprint is refused. A finished directory has
+the hash of every file in SHA256SUMS, as `sha256sum -c` reads it.
+
+A block is one file: the largest of the supported models' is below 1 GiB. What is outside the blocks goes into files of at
+most SHARD_BYTES (a larger tensor gets one of its own).
 """
 
 from __future__ import annotations
@@ -19,10 +23,20 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorEntry, write_json, write_safetensors
+from ms_pangu_quant.checkpoint.files import (
+    INDEX_FILE,
+    TensorEntry,
+    json_bytes,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 from ms_pangu_quant.errors import OutputError
 
 JOURNAL = ".quantize_journal.json"
+HASHES_FILE = "SHA256SUMS"
+REPORT_FILE = "quantization_report.json"
+SHARD_BYTES = 4 << 30
 CARRIED_OVER = (
     "tokenizer.model",
     "tokenizer_config.json",
@@ -122,7 +136,7 @@ class QuantizedWriter:
     def block_file(self, index: int) -> Path:
         return self.output / self._file_name(index)
 
-    def write_block(self, tensors: Mapping[str, NDArray[Any]], report: Mapping[str, Any]) -> None:
+    def write_block(self, tensors: Mapping[str, NDArray[Any] | TensorEntry], report: Mapping[str, Any]) -> None:
         """Write the next block's tensors; when this returns, a resumed run will not do it again."""
         name = self._file_name(self.finished)
         written = write_safetensors(self.output / name, tensors)
@@ -142,20 +156,28 @@ class QuantizedWriter:
 
         Returns the total size of the weight files in bytes.
         """
-        name = self._file_name(self._blocks)
-        written = write_safetensors(self.output / name, outer)
         weight_map = {tensor: record["file"] for record in self._records for tensor in record["tensors"]}
-        weight_map.update(dict.fromkeys(outer, name))
-        total = written.nbytes + sum(int(record["nbytes"]) for record in self._records)
+        total = sum(int(record["nbytes"]) for record in self._records)
+        hashes = self.hashes()
+        for number, shard in enumerate(_shards(outer)):
+            name = self._file_name(self._blocks, part=number)
+            written = write_safetensors(self.output / name, shard)
+            weight_map.update(dict.fromkeys(shard, name))
+            total += written.nbytes
+            hashes[name] = written.sha256
         for carried in CARRIED_OVER:
             if (source / carried).is_file():
                 self._copy(source / carried)
-        config = json_files["config.json"]
-        for file, value in json_files.items():
-            if file != "config.json":
-                write_json(self.output / file, value)
-        write_json(self.output / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(self.output / "config.json", config)
+                hashes[carried] = hash_file(self.output / carried)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        for file, value in {**json_files, INDEX_FILE: index}.items():
+            if file == "config.json":
+                hashes[file] = hashlib.sha256(json_bytes(value)).hexdigest()
+            else:
+                hashes[file] = write_json(self.output / file, value).sha256
+        lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(hashes.items()))
+        write_atomically(self.output / HASHES_FILE, [lines.encode()])
+        write_json(self.output / "config.json", json_files["config.json"])
         (self.output / JOURNAL).unlink()
         return total
 
@@ -168,8 +190,9 @@ class QuantizedWriter:
         except OSError as error:
             raise OutputError(f"{self.output / path.name}: cannot write ({error.strerror})") from None
 
-    def _file_name(self, index: int) -> str:
-        return f"model-{index + 1:05d}-of-{self._blocks + 1:05d}.safetensors"
+    def _file_name(self, index: int, part: int = 0) -> str:
+        suffix = f".part{part + 1}" if part else ""
+        return f"model-{index + 1:05d}-of-{self._blocks + 1:05d}{suffix}.safetensors"
 
     def _save(self) -> None:
         write_json(self.output / JOURNAL, {"fingerprint": self._fingerprint, "blocks": self._records})
@@ -187,6 +210,17 @@ class QuantizedWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _shards(tensors: Mapping[str, TensorEntry]) -> list[dict[str, TensorEntry]]:
+    """The tensors in their order, in pieces of at most SHARD_BYTES; at least one piece."""
+    shards: list[dict[str, TensorEntry]] = [{}]
+    for name, entry in tensors.items():
+        held = sum(each.nbytes for each in shards[-1].values())
+        if shards[-1] and held + entry.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = entry
+    return shards
 
 
 def hash_file(path: Path) -> str:

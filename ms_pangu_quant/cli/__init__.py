@@ -14,9 +14,11 @@ from ms_pangu_quant.cli.bench import bench_command
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err
 from ms_pangu_quant.cli.doctor import doctor_command
+from ms_pangu_quant.cli.export import export_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
+from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError
 
 app = typer.Typer(
@@ -29,6 +31,8 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
+app.command("export")(export_command)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 app.command("bench")(bench_command)
@@ -49,4 +53,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             error.show()  # type: ignore[attr-defined]
             return int(error.exit_code)
         raise
-    return code or 0
+    return code if isinstance(code, int) else 0  # typer returns the code of an Exit that a command raised

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ms_pangu_quant.cli.console import AsJson, Directory, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
-from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
 
 def bench_command(

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars, token_data
-from ms_pangu_quant.formats.mindformers import open_checkpoint
+from ms_pangu_quant.formats.reader import open_checkpoint
 
 
 def compare_command(

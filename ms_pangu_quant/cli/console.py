@@ -21,6 +21,9 @@ from rich.progress import (
 from ms_pangu_quant.calibration.data import TokenData, load_token_data
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats import reader
+from ms_pangu_quant.formats.reader import FORMATS
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -31,7 +34,19 @@ Checkpoint = Annotated[
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory, float or quantized.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what MindSpore and MindFormers print.")]
 Device = Annotated[str, typer.Option(help="cpu or ascend.")]
+Format = Annotated[
+    str, typer.Option("--format", help=f"Layout on disk: {', '.join(FORMATS)}. docs/formats.md says who reads which.")
+]
+AllowUnserved = Annotated[
+    bool, typer.Option("--allow-unserved", help="Write a scheme in a format in which no program computes it.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def chosen_format(name: str) -> reader.Format:
+    if name not in FORMATS:
+        raise RequestError(f"--format: got {name!r}, wanted one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def token_data(

@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.cli.console import AsJson, Directory, out, size
-from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
-from ms_pangu_quant.pipeline import REPORT_FILE
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.serving import INTEGER, REFUSES, WRONG, facts_of, rows_for
 
 
-def inspect_command(directory: Directory, as_json: AsJson = False) -> None:
-    """Show what a checkpoint directory holds: scheme, bits and error of each layer, and the totals."""
-    found = inspection(directory)
+def inspect_command(
+    directory: Directory,
+    servable: Annotated[
+        bool, typer.Option("--servable", help="Show which programs compute its schemes, in each format, and how.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint directory holds: scheme, bits and error of each layer, and the totals.
+
+    Example: pangu-quant inspect openPangu-7B-w8a8 --servable
+    """
+    found = servability(directory) if servable else inspection(directory)
     if as_json:
         print(json.dumps(found, indent=2))
+    elif servable:
+        print_servability(found)
     else:
         print_layers(found)
 
@@ -60,6 +74,44 @@ def inspection(directory: Path) -> dict[str, Any]:
         "bits_per_weight": bits / weights,
         "weights": weights,
     }
+
+
+def servability(directory: Path) -> dict[str, Any]:
+    """What `inspect --servable --json` prints."""
+    reader = open_checkpoint(directory)
+    if not isinstance(reader, QuantizedReader):
+        raise RequestError(f"{directory}: is a float checkpoint; --servable is about quantized ones")
+    rows = [
+        {
+            "format": name,
+            "scheme": each.kind,
+            "group_size": each.group_size,
+            "consumer": row.consumer,
+            "versions": row.versions,
+            "verdict": row.verdict,
+            "note": row.note,
+            "source": row.source,
+        }
+        for each in facts_of(reader.config, reader.kinds, reader.group_size)
+        for name in FORMATS
+        for row in rows_for(name, each)
+    ]
+    return {"directory": str(directory), "format": reader.format.NAME, "rows": rows}
+
+
+def print_servability(found: dict[str, Any]) -> None:
+    """The directory's own format first; another one is an export away."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for heading in ("format", "scheme", "read by", "versions", "computed", "how"):
+        table.add_column(heading, no_wrap=heading in ("format", "scheme"))
+    for row in sorted(found["rows"], key=lambda row: row["format"] != found["format"]):
+        scheme = row["scheme"] + (f" g{row['group_size']}" if row["group_size"] else "")
+        style = {INTEGER: "green", REFUSES: "dim", WRONG: "red"}.get(row["verdict"])
+        mark = "*" if row["format"] == found["format"] else ""
+        cells = (row["format"] + mark, scheme, row["consumer"], row["versions"], row["verdict"], row["note"])
+        table.add_row(*cells, style=style)
+    out.print(table)
+    out.print("* this directory; the sources of each claim are in docs/formats.md and in --json")
 
 
 def print_layers(found: dict[str, Any]) -> None:

@@ -13,10 +13,22 @@ from rich.table import Table
 
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.cli.console import Checkpoint, Verbose, out, peak_memory, progress_bars, size, token_data
+from ms_pangu_quant.cli.console import (
+    AllowUnserved,
+    Checkpoint,
+    Format,
+    Verbose,
+    chosen_format,
+    out,
+    peak_memory,
+    progress_bars,
+    size,
+    token_data,
+)
 from ms_pangu_quant.cli.inspect import inspection, print_layers
 from ms_pangu_quant.estimate import Estimate, estimate
-from ms_pangu_quant.pipeline import BlockReport, check_data, quantize
+from ms_pangu_quant.formats.serving import check_served, facts_of
+from ms_pangu_quant.pipeline import BlockReport, check_data, planned_kinds, quantize
 from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe
 
 
@@ -42,6 +54,8 @@ def quantize_command(
         bool,
         typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems."),
     ] = False,
+    stored_as: Format = "mindformers",
+    allow_unserved: AllowUnserved = False,
     verbose: Verbose = False,
 ) -> None:
     """Quantize a float checkpoint, one block in memory at a time.
@@ -50,6 +64,10 @@ def quantize_command(
     """
     reader = CheckpointReader(checkpoint)
     chosen = load_recipe(find_recipe(recipe))
+    layout_on_disk = chosen_format(stored_as)
+    if not allow_unserved:
+        plan = chosen.plan(reader.config)
+        check_served(layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size))
     data = None
     if calibration is not None:
         settings = chosen.calibration
@@ -64,7 +82,7 @@ def quantize_command(
         )
     if dry_run:
         check_data(reader.config, chosen, data)
-        _print_plan(estimate(reader, chosen, data), chosen, data)
+        _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)
         return
     if data is not None:
         from ms_pangu_quant.network import runtime
@@ -81,6 +99,7 @@ def quantize_command(
             output,
             data=data,
             resume=resume,
+            stored_as=layout_on_disk,
             on_block=on_block,
             on_bytes=lambda count: progress.advance(hashing, count),
         )

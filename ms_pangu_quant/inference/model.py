@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import runtime

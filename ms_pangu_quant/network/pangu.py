@@ -27,7 +27,7 @@ from mindspore import Tensor, mutable
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats.mindformers import open_checkpoint
+from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
 from ms_pangu_quant.network.weights import served_tensors

@@ -1,7 +1,7 @@
 """From a checkpoint's files to the network's parameters without a float copy in between.
 
-formats.mindformers.all_tensors gives the same tensors widened to float32; here a bfloat16 embedding and head keep their
-dtype, and an int4 weight goes from the stored layout to the network's in one pass over its bytes.
+Where the backend can use them so, a bfloat16 embedding and head keep their dtype, and an int4 weight in MindFormers' layout
+goes to the network's in one pass over its bytes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from ms_pangu_quant.backends.cpu_kernels.library import Library, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import TensorEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.formats.mindformers import FLOAT, ArraySlice, QuantizedReader, network_tensors
+from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.formats.linear import FLOAT
+from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
+from ms_pangu_quant.formats.reader import QuantizedReader
 
 
 def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend) -> Iterator[tuple[str, ArraySlice]]:
@@ -35,7 +38,7 @@ def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend)
     for index in range(reader.config.num_hidden_layers):
         if not isinstance(reader, QuantizedReader):
             yield from network_tensors(layout.block_prefix(index), reader.block(index), {})
-        elif kernels is not None and _kinds(reader, index) <= {FLOAT, "W4A8_DYNAMIC"}:
+        elif kernels is not None and reader.format is mindformers and _kinds(reader, index) <= {FLOAT, "W4A8_DYNAMIC"}:
             yield from _int4_block(reader, index, kernels)
         else:
             yield from network_tensors(layout.block_prefix(index), *reader.block(index))

@@ -7,7 +7,7 @@ import pytest
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import BackendError
-from ms_pangu_quant.formats.mindformers import QuantizedReader, all_tensors
+from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import load_recipe
@@ -30,6 +30,7 @@ def loaded(tmp_path_factory):
         runtime.start("cpu", "graph")
         from ms_pangu_quant.backends.ascend import BACKEND
         from ms_pangu_quant.network.pangu import build_network
+        from ms_pangu_quant.network.weights import served_tensors
 
         if (scheme, w4a8) not in made:
             folder = tmp_path_factory.mktemp("int4")
@@ -44,7 +45,7 @@ def loaded(tmp_path_factory):
                 w4a8=w4a8,
                 backend=BACKEND,
             )
-            network.load_tensors(all_tensors(reader))
+            network.load_tensors(served_tensors(reader, BACKEND))
             made[scheme, w4a8] = network, reader
         return made[scheme, w4a8]
 

@@ -338,7 +338,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path):
     assert result.sha256 == hashlib.sha256(data).hexdigest()
     assert result.nbytes == len(data)
     assert (8 + int.from_bytes(data[:8], "little")) % 8 == 0  # tensors are aligned
-    assert header_of(tmp_path / "out.safetensors")["__metadata__"] == {"format": "np"}
+    assert header_of(tmp_path / "out.safetensors")["__metadata__"] == {"format": "pt"}
     assert [path.name for path in tmp_path.iterdir()] == ["out.safetensors"]
 
 

@@ -20,7 +20,7 @@ from ms_pangu_quant.checkpoint.files import INDEX_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import PanguQuantError
-from ms_pangu_quant.formats.mindformers import open_checkpoint
+from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import find_recipe, load_recipe
 

@@ -1,6 +1,7 @@
 """formats/mindformers.py: what is stored is Golden Stick's layout, and it is read back exactly or refused by name."""
 
 import json
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -12,20 +13,14 @@ from safetensors.numpy import load_file, save_file
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats import mindformers
-from ms_pangu_quant.formats.mindformers import (
-    FLOAT,
-    KINDS,
-    QuantizedLinear,
-    QuantizedReader,
-    decode,
-    encode,
-    open_checkpoint,
-)
+from ms_pangu_quant.formats import mindformers, parameters
+from ms_pangu_quant.formats.linear import FLOAT, KINDS, QuantizedLinear
 from ms_pangu_quant.formats.packing import pack_along_out, pack_offset_along_in, unpack_along_out
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint, read_block
+from ms_pangu_quant.network.weights import served_tensors
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS
@@ -33,6 +28,30 @@ from ms_pangu_quant.scheme import PRESETS
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 GROUP_SIZE = 32
 FACTOR = 21.25  # a bfloat16 value: activations are multiplied by it
+SITE = layout.SITES[3]
+CONFIG = ModelConfig.from_dict(
+    {
+        "model_type": "PanguEmbedded",
+        "hidden_size": 6,
+        "intermediate_size": 10,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 4,
+        "vocab_size": 8,
+        "max_position_embeddings": 8,
+    },
+    where="test",
+)  # SITE, o_proj, is [6, 8]
+BLOCK = Block(CONFIG, {})
+FLOAT32 = SimpleNamespace(bfloat16_tables=False)  # a backend that takes no dtype but float32
+
+
+def encode(linear):
+    return mindformers.encode(BLOCK, SITE, linear)
+
+
+def decode(kind, tensors):
+    return mindformers.decode(BLOCK, SITE, kind, tensors)
 
 
 def bfloat16s(low, high):
@@ -160,26 +179,40 @@ def test_a_static_layer_without_the_scale_of_its_input_is_a_mistake_of_the_calle
 
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stored_shapes_are_those_of_what_encode_makes(kind, groups):
+def test_specs_are_those_of_what_encode_makes(kind, groups):
     groups = groups if kind == "W4A8_DYNAMIC" else 1
-    stored = encode(linear(kind, groups=groups))
-    promised = mindformers.stored_shapes(kind, 6, 8, 8 // groups if groups > 1 else 0)
-    assert list(promised) == list(stored)
-    for key, (shape, dtype) in promised.items():
-        assert stored[key].shape == shape
-        assert (stored[key].dtype.name if stored[key].dtype.kind == "i" else "f") == dtype
+    for bfloat16 in (True, False):
+        stored = encode(linear(kind, groups=groups, bfloat16=bfloat16, factor=FACTOR if bfloat16 else 0.1))
+        promised = mindformers.specs(CONFIG, SITE, kind, 8 // groups if groups > 1 else 0)
+        assert list(promised) == list(stored)
+        for key, spec in promised.items():
+            assert stored[key].shape == spec.shape
+            assert stored[key].dtype.name in spec.dtypes
+            assert stored[key].nbytes == spec.nbytes(bfloat16_values=bfloat16)
+
+
+@given(st.integers(-128, 127))
+def test_a_zero_point_goes_into_quant_bias_and_comes_back(offset):
+    plain = linear("W8A8")
+    made = QuantizedLinear("W8A8", plain.weight, plain.input_scale, offset)
+    stored = encode(made)
+    assert (stored["input_offset"] == offset).all()
+    np.testing.assert_array_equal(stored["quant_bias"], -offset * made.weight.codes.astype(np.int64).sum(axis=1))
+    back = decode("W8A8", stored)
+    assert same(back, made)
+    assert back.input_offset == offset
 
 
 def test_runtime_tensors_are_the_stored_ones_in_float32_but_for_int4_which_is_packed_for_the_cpu():
     for kind in ("W8A8", "W8A8_DYNAMIC"):
         made = linear(kind)
-        held, stored = mindformers.runtime_tensors(made), encode(made)
+        held, stored = parameters.runtime_tensors(BLOCK, SITE, made), encode(made)
         assert list(held) == list(stored)
         for key, value in stored.items():
             assert held[key].dtype == (np.float32 if value.dtype == BFLOAT16 else value.dtype)
             np.testing.assert_array_equal(held[key], value.astype(held[key].dtype))
     made = linear("W4A8_DYNAMIC", groups=4)
-    held = mindformers.runtime_tensors(made)
+    held = parameters.runtime_tensors(BLOCK, SITE, made)
     assert list(held) == ["weight", "group_scale"]
     np.testing.assert_array_equal(held["weight"], pack_offset_along_in(made.weight.codes))
     np.testing.assert_array_equal(held["group_scale"], made.weight.scale)
@@ -219,7 +252,7 @@ def quantized(make_checkpoint, tmp_path):
         writer.finish(
             outer,
             reader.directory,
-            {QUANTIZATION_FILE: description, "config.json": mindformers.output_config(reader.config, GROUP_SIZE)},
+            mindformers.metadata(reader.config, description, GROUP_SIZE),
         )
     return tmp_path / "quantized", reader, linears
 
@@ -272,31 +305,31 @@ def test_one_block_can_be_read_from_its_own_file(quantized):
     directory, _, linears = quantized
     reader = QuantizedReader(directory)
     only = TensorFiles(directory, only=directory / "model-00002-of-00003.safetensors")
-    block, read = mindformers.read_block(only, reader.config, reader.kinds, GROUP_SIZE, 1)
+    block, read = read_block(mindformers, only, reader.config, reader.kinds, GROUP_SIZE, 1)
     assert all(same(found, linears[1, site]) for site, found in read.items())
     assert block.tensors.keys() == reader.block(1)[0].tensors.keys()
 
 
 def test_the_network_gets_every_tensor_once_as_its_linear_methods_hold_it(quantized):
     directory, source, linears = quantized
-    found = list(mindformers.all_tensors(QuantizedReader(directory)))
+    found = list(served_tensors(QuantizedReader(directory), FLOAT32))
     arrays = {name: piece[:] for name, piece in found}
     assert len(arrays) == len(found)
     wanted = {name: source.files.read_float32(name) for name in source.shapes()}
     for (index, site), made in linears.items():
         del wanted[f"model.layers.{index}.{site}.weight"]
-        held = mindformers.runtime_tensors(made)
+        held = parameters.runtime_tensors(BLOCK, SITE, made)
         wanted.update({f"model.layers.{index}.{site}.{key}": value for key, value in held.items()})
     assert arrays.keys() == wanted.keys()
     for name, piece in found:
         assert piece.get_shape() == list(wanted[name].shape)
         assert arrays[name].dtype == wanted[name].dtype
         np.testing.assert_array_equal(arrays[name], wanted[name])
-    assert {name for name, _ in mindformers.all_tensors(source)} == set(source.shapes())
+    assert {name for name, _ in served_tensors(source, FLOAT32)} == set(source.shapes())
 
 
 def test_slices_are_contiguous_whatever_is_cut():
-    piece = mindformers.ArraySlice(np.arange(24).reshape(4, 6))
+    piece = parameters.ArraySlice(np.arange(24).reshape(4, 6))
     for index in (slice(None), slice(1, 3), (slice(None), slice(2, 4)), (slice(None, None, 2), slice(1, None))):
         cut = piece[index]
         assert cut.flags.c_contiguous
@@ -332,7 +365,8 @@ def test_the_written_config_describes_the_same_network_by_openpangus_names(check
     """A llama checkpoint too: the defaults of the two families differ, so every value must be written out."""
     given_raw = {key: value for key, value in checkpoint_tool.make_config("tiny", **raw).items() if value is not None}
     before = ModelConfig.from_dict(given_raw, where="before")
-    written = json.loads(json.dumps(mindformers.output_config(before, 128)))
+    kinds = dict.fromkeys(layout.linear_names(before), FLOAT)
+    written = json.loads(json.dumps(mindformers.metadata(before, kinds, 128)["config.json"]))
     after = ModelConfig.from_dict(written, where="after")
     assert {**vars(after), "raw": None} == {**vars(before), "raw": None}
     assert (written["model_type"], written["architectures"]) == ("PanguEmbedded", ["PanguEmbeddedForCausalLM"])
@@ -370,7 +404,10 @@ FAULTS = {
     "integer scale": put(f"{INT8}.weight_scale", np.ones(64, np.int32)),
     "extra tensor": put(f"{INT8}.smooth_scale", np.ones(128, np.float32)),
     # What decode would drop: a directory of another program with these would be served with other numbers.
-    "zero point": put(f"{STATIC}.input_offset", np.full(64, 3, np.int8)),
+    "zero point without its correction": (
+        lambda t: t.update({f"{STATIC}.input_offset": np.full(64, 3, np.int8)}),
+        f"{STATIC}.quant_bias",
+    ),
     "bias inside quant_bias": put(f"{STATIC}.quant_bias", np.full(64, 9, np.int32)),
     "input_scale per channel": put(f"{STATIC}.input_scale", np.arange(1, 65).astype(BFLOAT16)),
     # q, k and v are one matmul of one input
@@ -429,7 +466,7 @@ def test_a_description_that_is_none_is_refused_naming_it(quantized, content):
         "golden-stick",
         ["golden-stick"],
         {"quant_method": "gptq", "bits": 4},
-        {"quant_method": "compressed-tensors"},
+        {"quant_method": "fp8"},
         {"group_size": 32},
     ],
 )

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ms_pangu_quant.checkpoint import writer as writer_module
 from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles
-from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, JOURNAL, QuantizedWriter, free_bytes, hash_file
+from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, HASHES_FILE, JOURNAL, QuantizedWriter, free_bytes, hash_file
 from ms_pangu_quant.errors import OutputError
 
 BLOCKS = 3
@@ -94,6 +95,7 @@ def test_a_finished_directory_holds_what_a_loader_wants(tmp_path, source, finish
         size = finish(writer)
     assert set(contents(out)) == {
         *FILES,
+        HASHES_FILE,
         INDEX_FILE,
         "config.json",
         "report.json",
@@ -115,6 +117,32 @@ def test_a_finished_directory_holds_what_a_loader_wants(tmp_path, source, finish
     assert size == sum((out / file).stat().st_size for file in FILES)
     assert json.loads((out / "config.json").read_text()) == JSON_FILES["config.json"]
     assert len(TensorFiles(out).entries) == 2 * BLOCKS + 2
+
+
+def test_sha256sum_finds_every_file_as_it_was_written(tmp_path, finish):
+    with begin(tmp_path / "out") as writer:
+        write(writer)
+        finish(writer)
+    checked = subprocess.run(
+        ["sha256sum", "--check", "--strict", HASHES_FILE], cwd=tmp_path / "out", capture_output=True, text=True, check=True
+    )
+    listed = {line.split(":")[0] for line in checked.stdout.splitlines()}
+    assert listed == contents(tmp_path / "out").keys() - {HASHES_FILE}
+
+
+@pytest.mark.parametrize(("limit", "files"), [(1 << 30, 1), (1000, 2), (1, 2)])
+def test_what_is_outside_the_blocks_is_split_at_the_shard_size(tmp_path, finish, monkeypatch, limit, files):
+    monkeypatch.setattr(writer_module, "SHARD_BYTES", limit)
+    with begin(tmp_path / "out") as writer:
+        write(writer)
+        finish(writer)
+    outer = sorted(path.name for path in (tmp_path / "out").glob("model-00004-*"))
+    assert len(outer) == files
+    entries = TensorFiles(tmp_path / "out").entries  # checks the index against the files
+    assert len(entries) == 2 * BLOCKS + 2
+    for name in outer:
+        held = [entry.nbytes for entry in entries.values() if entry.file.name == name]
+        assert sum(held) <= limit or len(held) == 1
 
 
 def test_only_the_tokenizer_and_generation_settings_are_carried_over(tmp_path, source, finish):

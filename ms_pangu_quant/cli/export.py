@@ -1,0 +1,44 @@
+"""pangu-quant export"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ms_pangu_quant.cli.console import AllowUnserved, Format, chosen_format, err, out, progress_bars, size
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats.export import export
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.serving import WRONG, check_served, facts_of, rows_for
+
+
+def export_command(
+    directory: Annotated[Path, typer.Argument(help="Quantized checkpoint directory, in any format.", show_default=False)],
+    stored_as: Format,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory to write; must be empty or absent, or --resume.")
+    ],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished export in --output.")] = False,
+    allow_unserved: AllowUnserved = False,
+) -> None:
+    """Write a quantized checkpoint in another format; the float checkpoint is not needed.
+
+    Example: pangu-quant export openPangu-7B-w8a8 --format ascend --output openPangu-7B-w8a8-ascend
+    """
+    target = chosen_format(stored_as)
+    reader = open_checkpoint(directory)
+    if not isinstance(reader, QuantizedReader):
+        raise RequestError(f"{directory}: is a float checkpoint; wanted a quantized one (pangu-quant quantize makes it)")
+    facts = facts_of(reader.config, reader.kinds, reader.group_size)
+    if not allow_unserved:
+        check_served(target.NAME, facts)
+    with progress_bars() as progress:
+        task = progress.add_task("blocks", total=reader.config.num_hidden_layers, kind="count")
+        after = export(reader, target, output, resume=resume, on_block=lambda index: progress.advance(task))
+    out.print(f"{output}: {reader.format.NAME} -> {target.NAME}, {size(after)}", soft_wrap=True)
+    for each in facts:
+        for row in rows_for(target.NAME, each):
+            if row.verdict == WRONG:
+                err.print(f"{each.kind}: not for {row.consumer}, which {row.verdict}: {row.note}", soft_wrap=True)

@@ -1,0 +1,224 @@
+"""verify(): whether a quantized directory is whole and consistent; every fault is a line, not only the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig, read_json
+from ms_pangu_quant.checkpoint.files import TensorFiles
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.checkpoint.writer import HASHES_FILE, hash_file
+from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.formats.against import check_block, law_of
+from ms_pangu_quant.formats.linear import FLOAT, FLOATS, KINDS, QuantizedLinear, TensorSpec
+from ms_pangu_quant.formats.reader import (
+    Format,
+    check_fused_inputs,
+    find_format,
+    float_shapes,
+    quantized_specs,
+    read_linear,
+)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """faults: what is wrong; notes: what could not be checked, and why."""
+
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+    layers: int
+
+
+@dataclass(frozen=True)
+class _Directory:
+    path: Path
+    config: ModelConfig
+    format: Format
+    kinds: Mapping[str, str]
+    group_size: int
+    files: TensorFiles
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        floats = {name: TensorSpec(shape, FLOATS) for name, shape in float_shapes(self.config, self.kinds).items()}
+        return {**floats, **quantized_specs(self.format, self.config, self.kinds, self.group_size)}
+
+
+def verify(
+    directory: Path, against: CheckpointReader | None = None, on_block: Callable[[int], None] = lambda index: None
+) -> Verification:
+    """Check hashes, description, tensors, values and fused groups; with the float checkpoint, the weights too.
+
+    Raises nothing for a damaged directory: what is wrong with it is the answer.
+    """
+    faults, notes = list(_hash_faults(directory)), []
+    if not (directory / HASHES_FILE).exists():
+        notes.append(f"{HASHES_FILE}: not there, so the files' hashes are not checked; pangu-quant writes it")
+    try:
+        opened = _open(directory)
+        specs = opened.specs
+    except CheckpointError as error:
+        return Verification((*faults, str(error)), tuple(notes), 0)
+    faults += _tensor_faults(opened, specs)
+    faults += _description_faults(opened)
+    faults += _fused_faults(opened)
+    law = law_of(directory)
+    if against is not None:
+        notes += law.notes
+        faults += _same_model(against.config, opened.config)
+    layers = 0
+    comparable = not faults  # else there may be no counterpart
+    for index in range(opened.config.num_hidden_layers):
+        block, linears, found = _read_block(opened, specs, index)
+        faults += found
+        layers += len(linears)
+        if against is not None and comparable and not found:
+            faults += check_block(index, against.block(index), block, linears, law)
+        on_block(index)
+    faults += _outer_faults(opened, specs)
+    return Verification(tuple(faults), tuple(notes), layers)
+
+
+def _open(directory: Path) -> _Directory:
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory")
+    config = ModelConfig.from_file(directory / "config.json")
+    chosen = find_format(directory, config)
+    kinds, group_size = chosen.read_metadata(directory, config)
+    for name, kind in kinds.items():
+        if kind not in (*KINDS, FLOAT):
+            raise CheckpointError(f"{directory}: the description: {name} is {kind!r}, wanted {', '.join(KINDS)} or {FLOAT}")
+    return _Directory(directory, config, chosen, kinds, group_size, TensorFiles(directory))
+
+
+def _hash_faults(directory: Path) -> Iterator[str]:
+    path = directory / HASHES_FILE
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        digest, _, name = line.partition("  ")
+        file = directory / name
+        if not name or Path(name).name != name:
+            yield f"{path}: {line!r} is not a line of hash and file name"
+        elif not file.is_file():
+            yield f"{file}: is missing; {HASHES_FILE} has its hash"
+        elif hash_file(file) != digest:
+            yield f"{file}: is not the file that was written (its sha256 differs from {HASHES_FILE})"
+
+
+def _tensor_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    entries = opened.files.entries
+    for name, spec in specs.items():
+        entry = entries.get(name)
+        wanted = f"{' or '.join(dict.fromkeys(spec.dtypes))} {list(spec.shape)}"
+        if entry is None:
+            if not spec.optional:
+                yield f"{name}: is missing, wanted {wanted}"
+        elif entry.shape != spec.shape or entry.dtype.name not in spec.dtypes:
+            yield f"{name}: got {entry.dtype} {list(entry.shape)}, wanted {wanted}"
+    allowed = {layout.HEAD} if opened.config.tie_word_embeddings else set()
+    for name in sorted(set(entries) - set(specs) - allowed):
+        yield f"{name}: is no tensor of this model in the {opened.format.NAME} format"
+
+
+def _description_faults(opened: _Directory) -> Iterator[str]:
+    """Every tensor is described as what its layer is, and nothing is described that is not there."""
+    found = [opened.path / name for name in (QUANTIZATION_FILE, ASCEND_FILE) if (opened.path / name).exists()]
+    if opened.format.NAME == "compressed-tensors":
+        return
+    if len(found) > 1:
+        yield f"{opened.path}: has {found[0].name} and {found[1].name}; a loader may take either, remove one"
+    description = {name: kind for name, kind in read_json(found[0]).items() if name.endswith(_SUFFIXES)}
+    for name in opened.files.entries:
+        layer = f"{name.rpartition('.')[0]}.weight"
+        kind = FLOAT if name.endswith(".bias") else opened.kinds.get(layer, FLOAT)
+        if description.get(name) != kind:
+            yield f"{found[0].name}: {name} is {description.get(name)!r}, but it is stored as {kind}"
+    for name in description:
+        if name not in opened.files.entries and name != layout.HEAD:
+            yield f"{found[0].name}: {name} is described as {description[name]!r}, but not stored"
+
+
+_SUFFIXES = (".weight", ".bias", "_scale", "_offset", "_bias", "_second")
+
+
+def _fused_faults(opened: _Directory) -> Iterator[str]:
+    for index in range(opened.config.num_hidden_layers):
+        for fused in dict.fromkeys(site.fused for site in layout.SITES):
+            names = [f"{layout.block_prefix(index)}{site.name}" for site in layout.SITES if site.fused == fused]
+            kinds = {name: opened.kinds[f"{name}.weight"] for name in names}
+            if len(set(kinds.values())) > 1:
+                listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+                yield f"{listed}; these layers are computed as one and need the same scheme"
+
+
+def _same_model(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size"):
+        if getattr(reference, key) != getattr(config, key):
+            yield f"config.json: {key} is {getattr(config, key)}, the float checkpoint has {getattr(reference, key)}"
+
+
+def _read_block(
+    opened: _Directory, specs: Mapping[str, TensorSpec], index: int
+) -> tuple[Block, dict[str, QuantizedLinear], list[str]]:
+    """What of a block can be read, and the faults of its values."""
+    prefix, faults = layout.block_prefix(index), []
+
+    def sound(name: str) -> bool:
+        entry, spec = opened.files.entries.get(name), specs[name]
+        if entry is None:
+            return spec.optional
+        return entry.shape == spec.shape and entry.dtype.name in spec.dtypes
+
+    names = [name for name in layout.block_shapes(opened.config) if prefix + name in specs and sound(prefix + name)]
+    block = Block(opened.config, {name: opened.files.read_float32(prefix + name) for name in names})
+    for name, value in block.tensors.items():
+        if not np.isfinite(value).all():
+            faults.append(f"{prefix}{name}: has values that are not finite")
+    linears = {}
+    for site in layout.SITES:
+        name = f"{prefix}{site.name}"
+        if opened.kinds[f"{name}.weight"] == FLOAT or not all(sound(key) for key in specs if key.startswith(f"{name}.")):
+            continue
+        faults += _scale_faults(opened, specs, name)
+        try:
+            linears[site.name] = read_linear(
+                opened.format, opened.files, block, prefix, site, opened.kinds, opened.group_size
+            )
+        except CheckpointError as error:
+            faults.append(str(error))
+    try:
+        check_fused_inputs(prefix, linears)
+    except CheckpointError as error:
+        faults.append(str(error))
+    return block, linears, faults
+
+
+def _scale_faults(opened: _Directory, specs: Mapping[str, TensorSpec], name: str) -> Iterator[str]:
+    for key in specs:
+        if key.startswith(f"{name}.") and key.endswith(("_scale", "scale_second")) and key in opened.files.entries:
+            value: Any = opened.files.entries[key].read()
+            if value.dtype == np.int64:  # float32 bits
+                value = value.astype(np.int32).view(np.float32)
+            value = value.astype(np.float32)
+            bad = int((~(np.isfinite(value) & (value > 0))).sum())
+            if bad:
+                yield f"{key}: {bad} of {value.size} scales are not positive finite numbers"
+
+
+def _outer_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+    for name in layout.outer_shapes(opened.config):
+        entry = opened.files.entries.get(name)
+        if entry is None or entry.shape != specs[name].shape or entry.dtype.name not in FLOATS:
+            continue
+        step = max(1, (16 << 20) // max(1, entry.nbytes // max(1, entry.shape[0])))
+        rows = range(0, entry.shape[0], step)
+        if not all(np.isfinite(opened.files.read_float32(name, start, start + step)).all() for start in rows):
+            yield f"{name}: has values that are not finite"

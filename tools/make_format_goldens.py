@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""Make tests/golden/formats/*.npz: quantized checkpoints and logits of programs that are not ours.
+
+msmodelslim_<scheme>.npz   what msModelSlim writes for a tiny Llama with biases on the CPU (round to nearest, AscendV1)
+llmcompressor_w8a8.npz     what llm-compressor writes for the same model (QuantizationModifier, scheme W8A8)
+  tensor/<name>   every tensor;  json/<file>  config.json and the description;  seed of the float32 weights, which
+  make_checkpoint writes again, and weights_sha256 of its model.safetensors
+compressed_tensors.npz     logits of transformers with the compressed-tensors library on the embedded checkpoint in our
+  compressed-tensors format, decompressed: `ids` [tokens] and logits_<recipe> [tokens, vocabulary] of recipes without
+  calibration, activations left in float; sha256_<recipe> of what was loaded
+
+Each needs packages that contradict each other's and this project's, so each is made by its own interpreter:
+  make_format_goldens.py msmodelslim        --python PY   with msmodelslim==26.1.0 torch transformers==4.57.1
+  make_format_goldens.py llmcompressor      --python PY   with llmcompressor==0.14.0.1
+  make_format_goldens.py compressed_tensors --python PY   with compressed-tensors==0.20.0 transformers==4.57.1 accelerate
+PY is any Python that has them; this file is run by the project's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from make_checkpoint import make_config, write_checkpoint
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = ROOT / "tests/golden/formats"
+MINI = ROOT / "ms_pangu_quant/assets/openpangu-mini"
+SEED = 7
+SCHEMES = {  # msModelSlim: (activation scope, symmetric activations, weight bits)
+    "w8a8_dynamic": ("per_token", True, 8),
+    "w4a8_dynamic": ("per_token", True, 4),
+    "w8a8": ("per_tensor", False, 8),
+}
+RECIPES = ("w8a8_rtn", "w4a8_g128_rtn")
+
+TOKENIZER = """
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+letters = {**{"<unk>": 0, "<s>": 1, "</s>": 2}, **{chr(i + 32): i + 3 for i in range(93)}}
+made = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+PreTrainedTokenizerFast(
+    tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+).save_pretrained(DIRECTORY)
+"""
+
+LLM_COMPRESSOR = """
+from llmcompressor import oneshot
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="float32")
+oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]))
+model.save_pretrained(OUTPUT, save_compressed=True)
+"""
+
+TRANSFORMERS = """
+import numpy as np, torch
+from compressed_tensors.quantization import disable_quantization
+from transformers import CompressedTensorsConfig, LlamaForCausalLM
+settings = CompressedTensorsConfig(run_compressed=False)
+model = LlamaForCausalLM.from_pretrained(DIRECTORY, dtype=torch.float32, quantization_config=settings)
+model.apply(disable_quantization)  # of activations: the weights have been decompressed
+ids = torch.from_numpy(np.load(IDS).astype(np.int64))[None]
+with torch.inference_mode():
+    np.save(OUTPUT, model(ids).logits[0].numpy())
+"""
+
+
+def tiny_llama(directory: Path) -> Path:
+    config = make_config(
+        "tiny",
+        dtype="float32",
+        model_type="llama",
+        architectures=["LlamaForCausalLM"],
+        attention_bias=True,
+        vocab_size=96,
+        num_hidden_layers=1,
+        tie_word_embeddings=False,
+    )
+    config = {key: value for key, value in config.items() if key not in ("bias", "auto_map")}
+    write_checkpoint(directory, config, seed=SEED, dtype="float32")
+    return directory
+
+
+def as_llama(directory: Path) -> None:
+    """Let transformers take an openPangu checkpoint for what it is: a Llama with biases."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text())
+    config.update(model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=config["bias"], mlp_bias=False)
+    path.write_text(json.dumps(config))
+
+
+def run(python: str, program: str, **values: Any) -> None:
+    lines = [f"{name} = {str(value)!r}" for name, value in values.items()]
+    subprocess.run([python, "-c", "\n".join(lines) + program], check=True)
+
+
+def golden_of(written: Path, source: Path) -> dict[str, Any]:
+    tensors = {name: value for file in sorted(written.glob("*.safetensors")) for name, value in load_file(file).items()}
+    texts = {name: (written / name) for name in ("config.json", "quant_model_description.json")}
+    return {
+        **{f"tensor/{name}": value for name, value in tensors.items()},
+        **{f"json/{name}": path.read_text() for name, path in texts.items() if path.exists()},
+        "seed": np.int64(SEED),
+        "weights_sha256": hashlib.sha256((source / "model.safetensors").read_bytes()).hexdigest(),
+    }
+
+
+def msmodelslim(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
+    source = tiny_llama(scratch / "tiny")
+    run(python, TOKENIZER, DIRECTORY=source)
+    rows = [{"inputs_pretokenized": text} for text in ("def add(a, b): return a + b", "The fox jumps over the dog.")]
+    (scratch / "calib.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = {}
+    for name, (scope, symmetric, bits) in SCHEMES.items():
+        quantizer = {
+            "type": "linear_quant",
+            "qconfig": {
+                "act": {"scope": scope, "dtype": "int8", "symmetric": symmetric, "method": "minmax"},
+                "weight": {"scope": "per_channel", "dtype": f"int{bits}", "symmetric": True, "method": "minmax"},
+            },
+            "include": ["*"],
+            "exclude": ["*lm_head*"],
+        }
+        settings = {
+            "apiversion": "modelslim_v1",
+            "metadata": {
+                "config_id": name,
+                "score": 90,
+                "verified_model_types": ["default"],
+                "label": {"w_bit": bits, "a_bit": 8, "is_sparse": False, "kv_cache": False},
+            },
+            "spec": {
+                "runner": "layer_wise",
+                "process": [quantizer],
+                "save": [{"type": "ascendv1_saver", "part_file_size": 4}],
+                "dataset": str(scratch / "calib.jsonl"),
+            },
+        }
+        (scratch / f"{name}.yaml").write_text(json.dumps(settings))  # JSON is YAML
+        command = [str(Path(python).with_name("msmodelslim")), "quant", "--model_type", "default", "--device", "cpu"]
+        command += ["--model_path", str(source), "--save_path", str(scratch / name), "--trust_remote_code", "False"]
+        command += ["--config_path", str(scratch / f"{name}.yaml")]
+        subprocess.run(command, check=True, input="n\n" * 9, text=True)  # it asks about the settings
+        made[f"msmodelslim_{name}"] = golden_of(scratch / name, source)
+    return made
+
+
+def llmcompressor(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
+    source = tiny_llama(scratch / "tiny")
+    run(python, TOKENIZER, DIRECTORY=source)
+    run(python, LLM_COMPRESSOR, DIRECTORY=source, OUTPUT=scratch / "out")
+    return {"llmcompressor_w8a8": golden_of(scratch / "out", source)}
+
+
+def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
+    from ms_pangu_quant.checkpoint.reader import CheckpointReader
+    from ms_pangu_quant.formats.reader import FORMATS
+    from ms_pangu_quant.pipeline import quantize
+    from ms_pangu_quant.recipe import find_recipe, load_recipe
+
+    ids = np.arange(3, 1024, 32, dtype=np.int32)
+    np.save(scratch / "ids.npy", ids)
+    golden: dict[str, Any] = {"ids": ids}
+    for recipe in RECIPES:
+        output = scratch / recipe
+        stored_as = FORMATS["compressed-tensors"]
+        quantize(CheckpointReader(MINI), load_recipe(find_recipe(recipe)), output, stored_as=stored_as)
+        golden[f"sha256_{recipe}"] = (output / "SHA256SUMS").read_text()
+        as_llama(output)
+        run(python, TRANSFORMERS, DIRECTORY=output, IDS=scratch / "ids.npy", OUTPUT=scratch / "logits.npy")
+        golden[f"logits_{recipe}"] = np.load(scratch / "logits.npy")
+    return {"compressed_tensors": golden}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    makers = {each.__name__: each for each in (msmodelslim, llmcompressor, compressed_tensors)}
+    parser.add_argument("which", choices=makers)
+    parser.add_argument("--python", required=True, help="interpreter that has the package")
+    arguments = parser.parse_args()
+    GOLDEN.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, golden in makers[arguments.which](arguments.python, Path(scratch)).items():
+            np.savez_compressed(GOLDEN / f"{name}.npz", **golden)
+            print(f"{name}: {(GOLDEN / f'{name}.npz').stat().st_size} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
