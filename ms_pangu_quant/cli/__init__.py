@@ -12,6 +12,7 @@ import typer
 
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err
+from ms_pangu_quant.cli.evaluate import evaluate_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
@@ -29,6 +30,7 @@ app.command("quantize")(quantize_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
+app.command("evaluate")(evaluate_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -56,13 +56,13 @@ Key = TypeVar("Key")
 
 
 class Sandbox:
-    """Judges programs, `workers` at a time; a context manager. kind is BUBBLEWRAP or RLIMITS.
+    """Judges programs, `workers` at a time; a context manager. isolation as found by find_isolation().
 
     Raises BackendError on entry where the machine cannot give that isolation.
     """
 
-    def __init__(self, kind: str = BUBBLEWRAP, limits: Limits | None = None, workers: int | None = None) -> None:
-        self.isolation = _isolation(kind)
+    def __init__(self, isolation: Isolation, limits: Limits | None = None, workers: int | None = None) -> None:
+        self.isolation = isolation
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
         self._free: list[_Pair] = []
@@ -249,7 +249,7 @@ def _end_verdict(ended: dict[str, Any], limits: Limits) -> tuple[str, str]:
     return "crash", "the process cut its connection"
 
 
-def _isolation(kind: str) -> Isolation:
+def find_isolation(kind: str) -> Isolation:
     """Raises BackendError where bubblewrap is asked for and missing, and for an unknown kind."""
     root = os.geteuid() == 0
     if kind == RLIMITS:
@@ -274,7 +274,14 @@ def _refusal(kind: str, why: str) -> str:
 
 def _bubblewrap(role: str, uid: int | None) -> list[str]:
     """The command that shuts a server in; the candidate server keeps what it needs to make namespaces."""
-    command = ["bwrap", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
     if uid is None:
         command.append("--unshare-user")
     command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]

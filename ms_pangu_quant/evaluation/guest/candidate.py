@@ -71,8 +71,8 @@ def _answer(channel, reply):
     try:
         payload = wire_encode(reply)
     except BaseException as error:  # too deep, too large, or an iterator that fails
-        kind = "exit" if isinstance(error, SystemExit) else "error"
-        payload = wire_encode((kind, type(error).__name__, _text(error)))
+        exited = isinstance(error, SystemExit)
+        payload = wire_encode(("exit",) if exited else ("error", type(error).__name__, _text(error)))
     wire_send(channel, payload)
 
 

@@ -94,7 +94,7 @@ def _is_float(value):
 def _close(got, expected, atol):
     """numpy.allclose with rtol 1e-7."""
     if isinstance(expected, (list, tuple)):
-        return len(got) == len(expected) and all(_close(*pair, atol) for pair in zip(got, expected))
+        return len(got) == len(expected) and all(_close(*pair, atol) for pair in zip(got, expected, strict=True))
     if not isinstance(expected, (int, float, complex)) or not isinstance(got, (int, float, complex)):
         return False
     return got == expected or abs(got - expected) <= atol + 1e-7 * abs(expected)
@@ -107,4 +107,4 @@ def _pyramid(base, height):
 def _digit_distance(first, second):
     texts = str(first), str(second)
     width = max(map(len, texts))
-    return sum(abs(int(a) - int(b)) for a, b in zip(*(text.zfill(width) for text in texts)))
+    return sum(abs(int(a) - int(b)) for a, b in zip(*(text.zfill(width) for text in texts), strict=True))

@@ -117,10 +117,8 @@ def _watch(control, reading):
             wire.send(control, json.dumps({"usage": _usage()}).encode())
             continue
         patience = _GRACE if order == b"wait" else 0
-        if select.select([reading], [], [], patience)[0]:
-            ended = _ended(os.read(reading, 4096))
-        else:
-            ended = {"how": "stopped"}
+        reported = select.select([reading], [], [], patience)[0]
+        ended = _ended(os.read(reading, 4096)) if reported else {"how": "stopped"}
         return {**ended, "orphaned": order is None}
 
 

@@ -9,6 +9,8 @@ import time
 
 import wire
 
+_ANSWERS = {"ready": 1, "passed": 1, "exit": 1, "value": 2, "failed": 2, "syntax": 2, "error": 3}  # kind -> length
+
 
 class Ended(BaseException):
     """The test cannot go on; a BaseException, so that no test catches it."""
@@ -83,14 +85,16 @@ class _Link:
         if payload is None:
             raise Ended("gone")
         try:
-            kind, *rest = wire.decode(payload)
+            answer = wire.decode(payload)
+            if type(answer) is not tuple or len(answer) != _ANSWERS.get(answer[0]):
+                raise ValueError("not an answer")
         except MemoryError:
             raise Ended("output_limit", "an answer too large to hold") from None
         except Exception as error:
             raise Ended("wrong_answer", f"not a plain value: {error}") from None
-        return self._value(kind, rest)
+        return self._value(*answer)
 
-    def _value(self, kind, rest):
+    def _value(self, kind, *rest):
         if kind == "value":
             return rest[0]
         if kind in ("ready", "passed"):

@@ -17,6 +17,7 @@ import fractions
 import io
 import os
 import struct
+from collections.abc import Callable
 
 MAX_MESSAGE = 512 << 20  # the largest answer of MBPP+ is half of it
 
@@ -35,7 +36,7 @@ _STANDARD = (
 )
 _BUILTIN = (
     *(bool, int, float, complex, str, bytes, bytearray, list, tuple, set, frozenset, dict, range, slice, object, iter),
-    *(type(...), type(None)),
+    type(None),
 )
 _KNOWN_TYPES = frozenset((*_STANDARD, bytearray, complex, range, slice))
 _SUBCLASSABLE = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
@@ -66,6 +67,8 @@ def items_view(items):
 
 _ALLOWED = {(kind.__module__, kind.__qualname__): kind for kind in (*_STANDARD, *_BUILTIN)}
 _ALLOWED |= {("wire", made.__name__): made for made in (Opaque, keys_view, values_view, items_view)}
+_ALLOWED["builtins", "Ellipsis"] = ...
+_KNOWN = frozenset(map(id, _ALLOWED.values()))  # they are sent by their names
 
 
 class _Encoder(_pickle.Pickler):
@@ -73,7 +76,7 @@ class _Encoder(_pickle.Pickler):
 
     def reducer_override(self, value):
         kind = type(value)
-        if kind in _KNOWN_TYPES or (kind is type and (value.__module__, value.__qualname__) in _ALLOWED):
+        if kind in _KNOWN_TYPES or id(value) in _KNOWN:
             return NotImplemented
         if kind in _VIEWS:
             return globals()[_VIEWS[kind]], (list(value),)
@@ -90,7 +93,7 @@ class _StrictEncoder(_pickle.Pickler):
 
     def reducer_override(self, value):
         kind = type(value)
-        if kind in _KNOWN_TYPES or (kind is type and (value.__module__, value.__qualname__) in _ALLOWED):
+        if kind in _KNOWN_TYPES or id(value) in _KNOWN:
             return NotImplemented
         if isinstance(value, Opaque):
             raise TypeError(f"{value!r} cannot be handed back")
@@ -119,13 +122,13 @@ def decode(payload):
     return _Decoder(io.BytesIO(payload)).load()
 
 
-def send(fd, payload):
+def send(fd: int, payload: bytes) -> None:
     data = memoryview(struct.pack("<Q", len(payload)) + payload)
     while data:
         data = data[os.write(fd, data) :]
 
 
-def receive(fd, wait=lambda: None):
+def receive(fd: int, wait: Callable[[], None] = lambda: None) -> bytes | None:
     """The next message; None at the end of the stream. wait() is called before every read.
 
     Raises OverflowError for a message that is too long.
@@ -139,7 +142,7 @@ def receive(fd, wait=lambda: None):
     return _exactly(fd, length, wait)
 
 
-def _exactly(fd, count, wait):
+def _exactly(fd: int, count: int, wait: Callable[[], None]) -> bytes | None:
     parts = []
     while count:
         wait()

@@ -1,7 +1,7 @@
 """HumanEval (Chen et al. 2021, arXiv:2107.03374), and the embedded checkpoint's own problems in the same form.
 
-A row has task_id, prompt (imports, helpers, the signature and docstring), entry_point, test (defines `check(candidate)`) and
-canonical_solution (a body).
+A row has task_id, prompt (imports, helpers, the signature and docstring), entry_point, test (defines `check(candidate)`)
+and canonical_solution (a body).
 """
 
 from __future__ import annotations

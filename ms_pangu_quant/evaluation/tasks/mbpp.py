@@ -14,6 +14,7 @@ import ast
 import builtins
 from dataclasses import replace
 from functools import lru_cache
+from typing import TypeGuard
 
 from ms_pangu_quant.evaluation.tasks.task import Row, Statement, Task
 from ms_pangu_quant.evaluation.verdict import Program
@@ -75,7 +76,7 @@ def _imports(code: str) -> tuple[str, ...]:
     return tuple(ast.unparse(node) for node in ast.parse(code).body if isinstance(node, (ast.Import, ast.ImportFrom)))
 
 
-def _is_name(node: ast.AST) -> bool:
+def _is_name(node: ast.AST) -> TypeGuard[ast.Name]:
     return isinstance(node, ast.Name)
 
 

@@ -3,8 +3,8 @@
 A row has no expected values: the tester runs the canonical solution and compares, with EvalPlus' tolerances and its
 exceptions for problems that allow several answers. All of its tests must pass, the base ones and the added ones.
 
-Differs from EvalPlus in the limit of time (one for the whole sample instead of one for each input) and in that the arguments
-are copies, so that an answer that changes its arguments cannot spoil the expected values.
+Differs from EvalPlus in the limit of time (one for the whole sample instead of one for each input) and in that the
+arguments are copies, so that an answer that changes its arguments cannot spoil the expected values.
 """
 
 from __future__ import annotations
