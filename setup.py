@@ -13,7 +13,7 @@ setup(
     python_requires=">=3.10,<3.12",
     packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],
     package_dir={"ms_pangu_quant.configs": "configs"},  # the recipes travel with the package
-    package_data={"ms_pangu_quant": ["assets/*", "assets/*/*"], "ms_pangu_quant.configs": ["*.yaml"]},
+    package_data={"ms_pangu_quant": ["assets/*", "assets/*/*", "report/templates/*"], "ms_pangu_quant.configs": ["*.yaml"]},
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
         "mindspore==2.9.0",
@@ -28,6 +28,8 @@ setup(
         "typer>=0.15,<1",
         "rich>=13.7,<16",
         "psutil>=5.9,<8",
+        "scipy>=1.11,<2",  # exact tests and intervals
+        "matplotlib>=3.8,<4",  # the report's plots
     ],
     extras_require={
         "dev": [

@@ -16,6 +16,7 @@ from ms_pangu_quant.cli.evaluate import evaluate_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
+from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.errors import PanguQuantError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

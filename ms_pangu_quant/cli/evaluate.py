@@ -255,18 +255,18 @@ def _score(
 
 def _table(entries: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for title in ("benchmark", "mode", "passed", "pass@1", "95 % interval", "tokens", "truncated", "repetitive"):
-        table.add_column(title, justify="left" if title in ("benchmark", "mode") else "right")
+    for title in ("benchmark", "mode", "passed", "pass@1, %", "95 %", "length", "cut", "repeats"):
+        table.add_column(title, justify="left" if title in ("benchmark", "mode") else "right", no_wrap=True)
     for entry in entries:
-        score, length = entry["pass@1"], entry["lengths"]["tokens"] or entry["lengths"]["words"]
-        unit = "" if entry["lengths"]["tokens"] else " words"
+        score, lengths = entry["pass@1"], entry["lengths"]
+        length, unit = (lengths["tokens"], "tokens") if lengths["tokens"] else (lengths["words"], "words")
         table.add_row(
             entry["task"],
             entry["mode"] or "",
             f"{entry['passed']}/{entry['samples']}",
-            f"{score['value']:.2%}" if score else "",
-            f"{score['low']:.1%} to {score['high']:.1%}" if score else "",
-            f"{length['mean']:.0f}{unit}" if length else "",
+            f"{100 * score['value']:.2f}" if score else "",
+            f"{100 * score['low']:.1f}-{100 * score['high']:.1f}" if score else "",
+            f"{length['mean']:.0f} {unit}" if length else "",
             f"{entry['truncated']}",
             f"{entry['repetitive']}",
         )

@@ -90,6 +90,29 @@ def mcnemar(lost: int, gained: int) -> float:
     return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
+def sign_flip(reference: Sequence[float], new: Sequence[float]) -> float:
+    """Two-sided p of "no difference" for scores paired by problem: which run a score is from is exchanged at random.
+
+    For one sample a problem it is the McNemar test.
+    """
+    from scipy import stats
+
+    pairs = _pairs(reference, new)
+    if (pairs[:, 0] == pairs[:, 1]).all():
+        return 1.0
+    return float(
+        stats.permutation_test(
+            (pairs[:, 0], pairs[:, 1]),
+            lambda a, b, axis: b.mean(axis) - a.mean(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=1000,
+            random_state=np.random.default_rng(SEED),
+        ).pvalue
+    )
+
+
 def difference(reference: Sequence[float], new: Sequence[float]) -> Interval:
     """mean(new) - mean(reference) of values paired by problem, with its bootstrap interval."""
     pairs = _pairs(reference, new)
