@@ -13,7 +13,8 @@ from markupsafe import Markup
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.extract import Split, split_text
 from ms_pangu_quant.evaluation.samples import write_bytes
-from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
+from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.comparison import Comparison, compare
@@ -26,10 +27,14 @@ MINUS = "\N{MINUS SIGN}"
 
 @dataclass(frozen=True)
 class Example:
-    """One problem's first answer of each run that has one: (run, verdict, text in two)."""
+    """One problem's first answer of each run that has one: (run, verdict, text in two).
+
+    problem is None where the problems were not the shipped ones.
+    """
 
     cell: Cell
     task_id: str
+    problem: str | None
     answers: tuple[tuple[Run, str, Split], ...]
 
 
@@ -50,7 +55,6 @@ def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str 
         "examples": _examples(runs, comparisons, examples),
         "task_title": lambda name: TASKS[name].title if name in TASKS else name,
         "verdicts": VERDICTS,
-        "isolations": sorted({str(run.summary["sandbox"]["description"]) for run in runs}),
         "incomplete": [*_incomplete(runs)],
     }
     page = _environment(html=True).get_template("page.html.j2").render(**values, plots=_plots(runs, comparisons, wanted))
@@ -61,14 +65,14 @@ def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str 
     return paths
 
 
-def _plots(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> dict[str, Markup]:
+def _plots(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> dict[str, Markup | None]:
     drawn = {
         "scores": plots.scores(runs),
         "retention": plots.retention(runs, comparisons, wanted),
         "lengths": plots.lengths(runs),
         "block_errors": plots.block_errors(runs),
     }
-    return {name: Markup(svg) for name, svg in drawn.items() if svg}
+    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}  # drawn here, from numbers and names
 
 
 def _headlines(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> Iterator[tuple[Run, str]]:
@@ -101,8 +105,16 @@ def _examples(runs: Sequence[Run], comparisons: Sequence[Comparison], most: int)
     for cell, task_id in dict.fromkeys(wanted):
         answers = tuple(_answers(runs, texts, cell, task_id))
         if answers and len(found) < most:
-            found.append(Example(cell, task_id, answers))
+            found.append(Example(cell, task_id, _statement(runs[0], cell, task_id), answers))
     return found
+
+
+def _statement(run: Run, cell: Cell, task_id: str) -> str | None:
+    task = TASKS.get(cell[0])
+    if task is None or run.entries[cell]["data_sha256"] != task.sha256:
+        return None
+    problem = find_problem(load_problems(task), task_id)
+    return "\n".join([problem.statement.text.strip(), *problem.statement.tests]) if problem else None
 
 
 def _answers(
@@ -117,15 +129,24 @@ def _answers(
 
 
 def _incomplete(runs: Sequence[Run]) -> Iterator[str]:
-    for run in runs:
-        for (task, mode), entry in run.entries.items():
-            name = f"{run.name}, {task} {mode}".strip()
-            if entry["problems"] < entry["of"]:
-                yield f"{name}: {entry['problems']} of {entry['of']} problems"
-            if not entry["complete"]:
-                yield f"{name}: some samples could not be judged (infra_error) and are left out"
-            if entry["prompt_too_long"]:
-                yield f"{name}: {entry['prompt_too_long']} prompts were longer than the context and count as failed"
+    """What a reader must know before believing the numbers; said once where it holds for every run and mode."""
+    entries = [(run, entry) for run in runs for entry in run.entries.values()]
+    for title, problems, of in dict.fromkeys((entry["title"], entry["problems"], entry["of"]) for _, entry in entries):
+        if problems < of:
+            yield f"{title}: {problems} of its {of} problems, not the whole benchmark"
+    for run, entry in entries:
+        name = f"{run.name}, {entry['title']} {entry['mode'] or ''}".strip()
+        if not entry["complete"]:
+            yield f"{name}: {entry['verdicts']['infra_error']} samples could not be judged (infra_error) and are left out"
+        if entry["prompt_too_long"]:
+            yield f"{name}: {entry['prompt_too_long']} prompts were longer than the context and count as failed"
+    for description in dict.fromkeys(str(run.summary["sandbox"]["description"]) for run in runs):
+        if any(
+            run.summary["sandbox"]["kind"] != BUBBLEWRAP
+            for run in runs
+            if run.summary["sandbox"]["description"] == description
+        ):
+            yield f"Answers were run with {description}"
 
 
 def _environment(*, html: bool) -> Environment:

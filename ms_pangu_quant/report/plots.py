@@ -129,11 +129,11 @@ def _svg(
     from matplotlib.lines import Line2D
 
     if groups is not None:
-        axes.set_xticks(range(len(groups)), [f"{task}\n{mode}" if mode else task for task, mode in groups])
+        axes.set_xticks(range(len(groups)), [_plain(f"{task}\n{mode}".strip()) for task, mode in groups])
         axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel(label)
     numbers = colors if colors is not None else range(first, len(names))
-    shown = names if colors is not None else names[first:]
+    shown = [_plain(name) for name in (names if colors is not None else names[first:])]
     handles = [Line2D([], [], marker="o", linestyle="", color=_SERIES[number]) for number in numbers]
     figure.legend(handles, shown, loc="upper left", ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)
     figure.tight_layout(rect=(0, 0, 1, 0.92))
@@ -143,6 +143,11 @@ def _svg(
     return _themed(text.getvalue()[text.getvalue().index("<svg") :])
 
 
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
 def _themed(svg: str) -> str:
     svg = svg.replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
     for number, color in enumerate(_SERIES, 1):
@@ -150,4 +155,5 @@ def _themed(svg: str) -> str:
     width, height = (float(size) for size in re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0])
     head, _, rest = svg.partition(">")
     head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
-    return f'{head} role="img" style="max-width: {width:.0f}px; aspect-ratio: {width / height:.4f}">{rest}'
+    sizes = f"min-width: {0.8 * width:.0f}px; max-width: {1.6 * width:.0f}px; aspect-ratio: {width / height:.4f}"
+    return f'{head} role="img" style="{sizes}">{rest}'

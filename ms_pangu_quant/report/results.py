@@ -48,7 +48,10 @@ class Run:
     @property
     def benchmarks(self) -> list[Mapping[str, Any]]:
         """The first entry of each task."""
-        return [*{entry["task"]: entry for entry in reversed(self.entries.values())}.values()][::-1]
+        first: dict[str, Mapping[str, Any]] = {}
+        for entry in self.entries.values():
+            first.setdefault(entry["task"], entry)
+        return [*first.values()]
 
     @property
     def label(self) -> str:

@@ -58,7 +58,7 @@ HUMANEVAL = Task(
 MINI = replace(
     HUMANEVAL,
     name="mini",
-    title="Embedded checkpoint's problems",
+    title="Mini",
     file="heldout.jsonl",
     sha256="a30006dac42743e0f646ec51482e04e345712b7a39ef5eabd5df8cab009092a2",
     prefix="",
