@@ -14,7 +14,13 @@ setup(
     packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],
     package_dir={"ms_pangu_quant.configs": "configs"},  # the recipes travel with the package
     package_data={
-        "ms_pangu_quant": ["assets/*", "assets/*/*", "backends/cpu_kernels/*.cc", "backends/cpu_kernels/*.h"],
+        "ms_pangu_quant": [
+            "assets/*",
+            "assets/*/*",
+            "backends/cpu_kernels/*.cc",
+            "backends/cpu_kernels/*.h",
+            "report/templates/*",
+        ],
         "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml"],
     },
     install_requires=[
@@ -31,6 +37,8 @@ setup(
         "typer>=0.15,<1",
         "rich>=13.7,<16",
         "psutil>=5.9,<8",
+        "scipy>=1.11,<2",  # exact tests and intervals
+        "matplotlib>=3.8,<4",  # the report's plots
     ],
     extras_require={
         "dev": [

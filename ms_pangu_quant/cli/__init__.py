@@ -14,10 +14,12 @@ from ms_pangu_quant.cli.bench import bench_command
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err
 from ms_pangu_quant.cli.doctor import doctor_command
+from ms_pangu_quant.cli.evaluate import evaluate_command
 from ms_pangu_quant.cli.export import export_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
+from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError
 
@@ -37,6 +39,8 @@ app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 app.command("bench")(bench_command)
 app.command("doctor")(doctor_command)
+app.command("evaluate")(evaluate_command)
+app.command("report")(report_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

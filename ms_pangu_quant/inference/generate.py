@@ -6,7 +6,7 @@ evicted. Requests are admitted in order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -62,7 +62,12 @@ class _Sequence:
 
 
 class Scheduler:
-    """split_prompts False keeps each prompt in one pass, for a backend whose prefill cannot continue from the cache."""
+    """split_prompts False keeps each prompt in one pass, for a backend whose prefill cannot continue from the cache.
+
+    max_batch  requests under way at a time; None is MAX_BATCH.
+    on_tokens  called after each pass with how many tokens it gave.
+    on_done    called with a request and its completion as soon as it ends, in the order in which they end.
+    """
 
     def __init__(
         self,
@@ -75,8 +80,13 @@ class Scheduler:
         stop: tuple[str, ...],
         *,
         split_prompts: bool = True,
+        max_batch: int | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        on_done: Callable[[Request, Completion], None] = lambda request, completion: None,
     ) -> None:
         self._split_prompts = split_prompts
+        self._max_batch = max_batch or MAX_BATCH
+        self._on_tokens, self._on_done = on_tokens, on_done
         self._model, self._sampling = model, sampling
         self._block_size, self._prefill_tokens = block_size, prefill_tokens
         self._free = list(range(num_blocks))
@@ -95,7 +105,9 @@ class Scheduler:
         waiting, running = list(reversed(requests)), []
         while waiting or running:
             admitted = []
-            while waiting and len(running) + len(admitted) < MAX_BATCH and self._needs(waiting[-1]) <= len(self._free):
+            while (
+                waiting and len(running) + len(admitted) < self._max_batch and self._needs(waiting[-1]) <= len(self._free)
+            ):
                 request = waiting.pop()
                 admitted.append(_Sequence(request, [self._free.pop() for _ in range(self._needs(request))]))
             self._prefill(admitted)
@@ -126,10 +138,12 @@ class Scheduler:
             logits = self._model.forward(
                 pieces, [sequence.cached for sequence in chosen], [sequence.table for sequence in chosen], phase="prefill"
             )
+            before = sum(len(sequence.answer) for sequence in chosen)
             for sequence, piece, row in zip(chosen, pieces, logits, strict=True):
                 sequence.cached += len(piece)
                 if sequence.cached == len(sequence.request.prompt):
                     self._take(sequence, row)
+            self._on_tokens(sum(len(sequence.answer) for sequence in chosen) - before)
             left = [sequence for sequence in left if sequence.cached < len(sequence.request.prompt)]
 
     def _decode(self, sequences: Sequence[_Sequence]) -> None:
@@ -144,6 +158,7 @@ class Scheduler:
         for sequence, row in zip(sequences, logits, strict=True):
             sequence.cached += 1
             self._take(sequence, row)
+        self._on_tokens(len(sequences))
 
     def _take(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
         sequence.answer.append(self._sampling.next_token(logits, sequence.request.generator))
@@ -155,6 +170,7 @@ class Scheduler:
             return False
         self._done[sequence.request.index] = completion
         self._free.extend(sequence.table)
+        self._on_done(sequence.request, completion)
         return True
 
     def _completion(self, sequence: _Sequence) -> Completion | None:

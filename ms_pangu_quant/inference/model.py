@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,11 @@ PREFILL_TOKENS = 512  # longer prompts are prefilled in pieces
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. thought is None where the model did not think; finish_reason is "eos", "stop" or "length"."""
+    """One answer. thought is None where the model did not think; finish_reason is "eos", "stop" or "length".
+
+    thought_closed is False where generation stopped inside the thought; the answer is empty then.
+    thought_tokens counts the tokens of the thought without its markers.
+    """
 
     text: str
     thought: str | None
@@ -32,6 +36,8 @@ class Generation:
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: str
+    thought_closed: bool = True
+    thought_tokens: int = 0
 
 
 def load(
@@ -123,12 +129,20 @@ class Model:
         top_k: int = 0,
         seed: int = 0,
         stop: Sequence[str] = (),
+        streams: Sequence[int] | None = None,
+        max_batch: int | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+        on_done: Callable[[int, Generation], None] = lambda index, generation: None,
     ) -> list[Generation]:
         """Answers to prompts, in their order; batched, and refilled as answers end.
 
-        prompts  each a user message (text), a chat (list of {"role", "content"}), or token ids used as they are.
-        mode     thinking mode put into the chat: slow_think, auto_think or no_think.
-        stop     texts that end an answer; they are not part of it.
+        prompts    each a user message (text), a chat (list of {"role", "content"}), or token ids used as they are.
+        mode       thinking mode put into the chat: slow_think, auto_think or no_think.
+        stop       texts that end an answer; they are not part of it.
+        streams    number of each prompt's own stream of random draws under `seed`; its place among prompts by default.
+        max_batch  answers under way at a time, no more than the cache holds; the answers do not depend on it.
+        on_tokens  called after each pass with how many tokens it gave.
+        on_done    called with a prompt's place and its answer as soon as it ends.
         """
         if isinstance(prompts, str):
             raise RequestError("prompts: got one text, wanted a list of prompts")
@@ -140,7 +154,8 @@ class Model:
             ids = self._prompt_ids(prompt, mode)
             self._check_prompt(ids)
             room = self.config.max_position_embeddings - len(ids)
-            requests.append(Request(index, tuple(ids), min(max_new_tokens, room), sampling.generator(index)))
+            generator = sampling.generator(index if streams is None else streams[index])
+            requests.append(Request(index, tuple(ids), min(max_new_tokens, room), generator))
         scheduler = Scheduler(
             self,
             self._num_blocks,
@@ -150,6 +165,9 @@ class Model:
             self._stop_ids(),
             tuple(stop),
             split_prompts=self.network.backend.chunked_prefill,
+            max_batch=max_batch,
+            on_tokens=on_tokens,
+            on_done=lambda request, completion: on_done(request.index, self._generation(request, completion)),
         )
         return [
             self._generation(request, completion)
@@ -202,4 +220,13 @@ class Model:
         if completion.stopped_by is not None:
             text, answer = (part.split(completion.stopped_by)[0] for part in (text, answer))
         thought = None if parts.thought is None else self.tokenizer.decode(parts.thought, skip_special_tokens=True)
-        return Generation(text, thought, answer, ids, len(request.prompt), completion.finish_reason)
+        return Generation(
+            text,
+            thought,
+            answer,
+            ids,
+            len(request.prompt),
+            completion.finish_reason,
+            parts.closed,
+            len(parts.thought or ()),
+        )

@@ -1,0 +1,37 @@
+"""pangu-quant report"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ms_pangu_quant.cli.console import out
+from ms_pangu_quant.report.results import load_runs
+
+
+def report_command(
+    results: Annotated[
+        list[Path], typer.Argument(help="Output directories of evaluate; the first is the reference.", show_default=False)
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for report.html and report.md.")] = Path(
+        "report"
+    ),
+    name: Annotated[
+        list[str] | None, typer.Option(help="What to call each result, in their order; the directories' names by default.")
+    ] = None,
+    retention: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the reference's pass@1 to test for.")] = 0.9,
+    examples: Annotated[int, typer.Option(min=0, help="Problems whose answers are shown side by side.")] = 6,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "What quantization costs",
+) -> None:
+    """One page on what quantization costs: accuracy, retention, flips, lengths, answers; HTML and Markdown.
+
+    [bold]Example[/bold]
+
+    pangu-quant report results/float results/w8a8 results/w4a8 --output report
+    """
+    from ms_pangu_quant.report.page import write
+
+    for path in write(load_runs(results, name), output, wanted=retention, title=title, examples=examples):
+        out.print(f"{path}", soft_wrap=True)

@@ -1,0 +1,65 @@
+"""What produced a run: the checkpoint by its bytes, how it was quantized, versions and machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+
+REPORT_FILE = "quantization_report.json"
+_PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
+
+
+def of_checkpoint(directory: Path, device: str, on_bytes: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Reads the whole checkpoint once. on_bytes is called with the bytes just read."""
+    reader = open_checkpoint(directory)
+    config = json.dumps(dict(reader.config.raw), sort_keys=True)
+    digest = hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()
+    return {
+        "model": directory.resolve().name,
+        "checkpoint_sha256": digest,
+        "checkpoint_bytes": reader.files.nbytes,
+        "precision": precision(reader),
+        "recipe": _recipe(directory),
+        "device": device,
+        **environment(),
+    }
+
+
+def environment() -> dict[str, Any]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}"
+    return {"versions": versions, "python": platform.python_version(), "machine": machine}
+
+
+def precision(reader: CheckpointReader | QuantizedReader) -> str:
+    """The kind of most of its layers, such as W8A8_DYNAMIC, or the dtype of a float checkpoint."""
+    if isinstance(reader, QuantizedReader):
+        kind, count = Counter(reader.kinds.values()).most_common(1)[0]
+        group = f" g{reader.group_size}" if reader.group_size and kind.startswith("W4") else ""
+        return kind + group + ("" if count == len(reader.kinds) else " (mixed)")
+    return Counter(entry.dtype.name for entry in reader.files.entries.values()).most_common(1)[0][0]
+
+
+def _recipe(directory: Path) -> dict[str, Any] | None:
+    """The recipe and the errors of each block, from the report that quantize wrote; None for a float checkpoint."""
+    path = directory / REPORT_FILE
+    if not (directory / QUANTIZATION_FILE).exists() or not path.exists():
+        return None
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return {name: report.get(name) for name in ("recipe", "fingerprint", "blocks", "bytes_before", "calibration")}

@@ -1,0 +1,210 @@
+"""Answers of a model to the problems of tasks, in each thinking mode, into a samples file.
+
+One stream of requests over all tasks and modes: a batch's slot is filled again as soon as its answer ends, so one long
+thought holds nobody up. Each answer is written when it ends; a run that was stopped goes on with what is missing. A drawn
+answer has its own stream of random numbers, named by task, mode, problem and sample, so that neither the batch size nor
+what was finished before can change it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ms_pangu_quant.errors import OutputError, RequestError
+from ms_pangu_quant.evaluation.lengths import periodic_tail
+from ms_pangu_quant.evaluation.prompts import Prompt
+from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
+from ms_pangu_quant.evaluation.tasks import Problem
+from ms_pangu_quant.evaluation.tasks.task import Problems
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.inference.model import Generation, Model
+
+SAMPLES_FILE = "samples.jsonl"
+Key = tuple[str, str, str, int]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of generation. Greedy where temperature is 0; `samples` answers to each problem otherwise."""
+
+    max_new_tokens: int = 4096
+    samples: int = 1
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples > 1 and self.temperature == 0:
+            raise RequestError(f"--n {self.samples}: greedy answers would all be the same; give a --temperature above 0")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A problem to answer once more: which, in what mode, and the prompt's token ids."""
+
+    task: str
+    mode: str
+    problem: Problem
+    sample_id: int
+    token_ids: tuple[int, ...]
+    prompt_id: str
+
+    @property
+    def key(self) -> Key:
+        return self.task, self.mode, self.problem.task_id, self.sample_id
+
+    @property
+    def stream(self) -> int:
+        return int.from_bytes(hashlib.sha256(json.dumps(self.key).encode()).digest()[:8], "big")
+
+    def identity(self, model: str, settings: Settings) -> Record:
+        """What a sample must share with a question to be its answer."""
+        task, mode, task_id, sample_id = self.key
+        return {
+            "task": task,
+            "mode": mode,
+            "task_id": task_id,
+            "sample_id": sample_id,
+            "model": model,
+            "prompt": self.prompt_id,
+            "prompt_sha256": hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest(),
+            "settings": {name: value for name, value in asdict(settings).items() if name != "samples"},
+        }
+
+
+def questions(
+    tasks: Mapping[str, Problems],
+    modes: Sequence[str],
+    prompts: Mapping[str, Prompt],
+    encode: Callable[[list[dict[str, str]], str], list[int]],
+    settings: Settings,
+    limit: int | None = None,
+) -> Iterator[Question]:
+    """All there is to ask, task by task and mode by mode. prompts by task; encode(messages, mode) gives token ids."""
+    for name, problems in tasks.items():
+        for mode in modes:
+            for problem in [*problems.by_id.values()][:limit]:
+                ids = tuple(encode(prompts[name].render(problem), mode))
+                for sample_id in range(settings.samples):
+                    yield Question(name, mode, problem, sample_id, ids, prompts[name].id)
+
+
+def answer(
+    model: Model,
+    asked: Sequence[Question],
+    output: Path,
+    model_id: str,
+    settings: Settings,
+    *,
+    max_batch: int | None = None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+    on_answer: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the answers into `output`/samples.jsonl, in the questions' order once all are there.
+
+    on_answer  called for each answer, also for those that an earlier run has written.
+    Raises     OutputError where the file has samples of another model, prompt or settings.
+    """
+    path = output / SAMPLES_FILE
+    records = {question.key: question.identity(model_id, settings) for question in asked}
+    with Journal(path) as journal:
+        found, others = _written(path, records, model_id)
+        for _ in found:
+            on_answer()
+        missing = [question for question in asked if question.key not in found]
+        room = model.config.max_position_embeddings
+        for question in (each for each in missing if len(each.token_ids) >= room):
+            found[question.key] = {**records[question.key], **_too_long(question)}
+            journal.append(found[question.key])
+            on_answer()
+        fitting = [question for question in missing if question.key not in found]
+
+        def done(index: int, generation: Generation) -> None:
+            key = fitting[index].key
+            found[key] = {**records[key], **_sample(generation)}
+            journal.append(found[key])
+            on_answer()
+
+        model.generate(
+            [question.token_ids for question in fitting],
+            settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            seed=settings.seed,
+            streams=[question.stream for question in fitting],
+            max_batch=max_batch,
+            on_tokens=on_tokens,
+            on_done=done,
+        )
+    write_records(path, [*others, *(found[question.key] for question in asked)])
+
+
+def _written(path: Path, wanted: Mapping[Key, Record], model_id: str) -> tuple[dict[Key, Record], list[Record]]:
+    """The samples of an earlier run, by key, and those of the same model that answer what is not asked now."""
+    found: dict[Key, Record] = {}
+    others: list[Record] = []
+    for number, record in read_records(path):
+        key: Any = tuple(record.get(name) for name in ("task", "mode", "task_id", "sample_id"))
+        identity = wanted.get(key, {"model": model_id})
+        different = [name for name, value in identity.items() if record.get(name) != value]
+        if different:
+            raise OutputError(
+                f"{path}: line {number} is from another run, with another {' and '.join(different)}; "
+                "write to another directory, or repeat the run with its settings"
+            )
+        if key in wanted:
+            found[key] = record
+        else:
+            others.append(record)
+    return found, others
+
+
+def _sample(generation: Generation) -> Record:
+    """completion is the raw text; answer is what follows the think-end token, by its id."""
+    tail = periodic_tail(generation.token_ids)
+    tokens = len(generation.token_ids)
+    return {
+        "completion": generation.text,
+        "answer": generation.answer,
+        "closed": generation.thought_closed,
+        "finish_reason": generation.finish_reason,
+        "prompt_tokens": generation.prompt_tokens,
+        "tokens": tokens,
+        "thought_tokens": None if generation.thought is None else generation.thought_tokens,
+        "answer_tokens": _answer_tokens(generation),
+        "tail_period": tail.period,
+        "tail_copies": round(tail.copies, 3),
+        "repetitive": tail.repetitive,
+    }
+
+
+def _answer_tokens(generation: Generation) -> int:
+    """Tokens that are neither thought nor its markers."""
+    tokens = len(generation.token_ids)
+    if generation.thought is None:
+        return tokens
+    return max(0, tokens - generation.thought_tokens - 2) if generation.thought_closed else 0
+
+
+def _too_long(question: Question) -> dict[str, Any]:
+    return {
+        "completion": "",
+        "answer": "",
+        "closed": True,
+        "finish_reason": "prompt_too_long",
+        "prompt_tokens": len(question.token_ids),
+        "tokens": 0,
+        "thought_tokens": None,
+        "answer_tokens": 0,
+        "tail_period": 0,
+        "tail_copies": 0.0,
+        "repetitive": False,
+    }

@@ -1,0 +1,303 @@
+"""Judges programs where they can do no harm: the candidate never shares a process with the verdict.
+
+    controller (this file) -- bubblewrap: candidate server -- a process in namespaces of its own for each candidate
+                          \\- bubblewrap: tester server    -- a process for each test, which holds the expected values
+
+The two processes of a program talk over a private channel (guest/wire.py). A test calls the candidate's functions through
+it and compares values of its own; so an `__eq__` that is always true, a walk through the frames or a forged result has
+nothing to reach. The sandboxes have no network, a read-only view of /usr and the interpreter, and a small private /tmp.
+
+CPU time decides about timeouts, so that a loaded machine gives the same verdicts. A program that neither computes nor
+waits for a processor is stopped by the wall clock; one that is starved is given time, and is an infra_error in the end.
+
+`rlimits` is for machines without bubblewrap: the same two processes and resource limits, but files, network and other
+processes of the user can be reached. It has to be asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.evaluation.guest import wire
+from ms_pangu_quant.evaluation.verdict import Isolation, Limits, Outcome, Program
+
+BUBBLEWRAP, RLIMITS = "bubblewrap", "rlimits"
+VERSION = 1  # of the judging rules: results of another version are judged anew
+_ATTEMPTS = 3
+_PATIENCE = 10  # a starved program is given up after this many times its wall time
+_FIRST_UID = 64600  # of candidates, where we are root; one for each worker
+_GUEST = Path(__file__).parent / "guest"
+_ENVIRONMENT = {
+    "PATH": "/usr/bin:/bin",
+    "HOME": "/tmp",
+    "LANG": "C.UTF-8",
+    "TZ": "UTC",
+    "PYTHONHASHSEED": "0",
+    "PYTHONDONTWRITEBYTECODE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",  # 50 threads would reserve 3 GiB of address space
+}
+
+Key = TypeVar("Key")
+
+
+class Sandbox:
+    """Judges programs, `workers` at a time; a context manager. isolation as found by find_isolation().
+
+    Raises BackendError on entry where the machine cannot give that isolation.
+    """
+
+    def __init__(self, isolation: Isolation, limits: Limits | None = None, workers: int | None = None) -> None:
+        self.isolation = isolation
+        self.limits = limits or Limits()
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self._free: list[_Pair] = []
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Sandbox:
+        self._pool = ThreadPoolExecutor(self.workers)
+        with ExitStack() as undo:
+            for number in range(self.workers):
+                self._free.append(_Pair(self.isolation, self.limits, number))
+                undo.callback(self._free[-1].close)
+            probe = self.judge(Program("def f(x):\n    return x + 1\n", "", "assert f(1) == 2", ("f",)))
+            if probe.verdict != "pass":
+                raise BackendError(_refusal(self.isolation.kind, probe.detail))
+            undo.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        for pair in self._free:
+            pair.close()
+
+    def judge_all(self, programs: Iterable[tuple[Key, Program]]) -> Iterator[tuple[Key, Outcome]]:
+        """(key, outcome) of each program, as they are done."""
+        futures = {self._pool.submit(self.judge, program): key for key, program in programs}
+        for future in as_completed(futures):
+            yield futures.pop(future), future.result()
+
+    def judge(self, program: Program) -> Outcome:
+        with self._lock:
+            pair = self._free.pop()
+        try:
+            outcome = Outcome("infra_error", "not judged")
+            for _ in range(_ATTEMPTS):
+                outcome = pair.judge(program)
+                if outcome.verdict != "infra_error":
+                    break
+            return outcome
+        finally:
+            with self._lock:
+                self._free.append(pair)
+
+
+class _Pair:
+    """A candidate server and a tester server, started when needed and again when one has died."""
+
+    def __init__(self, isolation: Isolation, limits: Limits, number: int) -> None:
+        self._isolation, self._limits = isolation, limits
+        self._uid = None if isolation.uid is None else isolation.uid + number
+        self._servers: dict[str, _Server] = {}
+
+    def close(self) -> None:
+        for server in self._servers.values():
+            server.close()
+        self._servers.clear()
+
+    def judge(self, program: Program) -> Outcome:
+        try:
+            for role in ("candidate", "tester"):
+                if role not in self._servers:
+                    self._servers[role] = _Server(role, self._isolation, self._uid)
+            result, ended = self._run(program)
+        except (OSError, ValueError, _Lost) as error:
+            detail = "; ".join(filter(None, [str(error), *(server.complaint() for server in self._servers.values())]))
+            self.close()
+            return Outcome("infra_error", detail)
+        if result["verdict"] == "not_plain":
+            return self.judge(Program(**{**vars(program), "in_process": True}))
+        verdict, detail = _verdict(result, ended, self._limits)
+        oracle = "in_process" if program.in_process else "two_process"
+        return Outcome(verdict, detail, oracle)
+
+    def _run(self, program: Program) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the tester says, and how the candidate's process ended."""
+        candidate, tester = self._servers["candidate"], self._servers["tester"]
+        cpu, wall = (program.cpu_factor * limit for limit in (self._limits.cpu_seconds, self._limits.wall_seconds))
+        job = {
+            **self._limits.job(),
+            "cpu_seconds": cpu,
+            "wall_seconds": wall,
+            "namespaces": self._isolation.kind == BUBBLEWRAP,
+            "uid": self._uid,
+            "may_read_all": self._uid is not None and self._isolation.kind == RLIMITS,
+        }
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            candidate.start({**job, "program": program.source}, ours)
+            test = {key: getattr(program, key) for key in ("preamble", "test", "names", "in_process")}
+            tester.start({**job, **test}, theirs)
+        while True:
+            result = tester.receive()
+            if "waited" not in result:
+                break
+            usage = candidate.ask("usage")["usage"]
+            waited = result["waited"]
+            busy = usage["computed"] + usage["waited"]
+            if busy < waited / 2 or waited > _PATIENCE * wall:
+                ended = candidate.ask("stop")
+                while "verdict" not in tester.receive():
+                    pass  # it sees now that the candidate has gone
+                verdict = "timeout" if busy < waited / 2 else "infra_error"
+                return {"verdict": verdict, "detail": f"no answer in {waited:.0f} s"}, ended
+        # A candidate that hung up by itself is about to end; its server says how.
+        ended = candidate.ask("wait") if result["verdict"] == "gone" else candidate.ask("stop")
+        return result, ended
+
+
+class _Lost(Exception):
+    """A server has gone."""
+
+
+class _Server:
+    """The controller's end of guest/server.py."""
+
+    def __init__(self, role: str, isolation: Isolation, uid: int | None) -> None:
+        self._control, theirs = socket.socketpair()
+        command = [os.path.realpath(sys.executable), "-S", "-s", str(_GUEST / "server.py"), role, str(theirs.fileno())]
+        if isolation.kind == BUBBLEWRAP:
+            command = [*_bubblewrap(role, uid), *command]
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            env=_ENVIRONMENT,
+            cwd="/",
+            start_new_session=True,
+        )
+        theirs.close()
+
+    def start(self, job: dict[str, Any], channel: socket.socket) -> None:
+        socket.send_fds(self._control, [b"j"], [channel.fileno()])
+        wire.send(self._control.fileno(), json.dumps(job).encode())
+
+    def receive(self) -> dict[str, Any]:
+        message = wire.receive(self._control.fileno())
+        if message is None:
+            raise _Lost("a sandbox server has ended")
+        answer: dict[str, Any] = json.loads(message)
+        return answer
+
+    def ask(self, order: str) -> dict[str, Any]:
+        wire.send(self._control.fileno(), order.encode())
+        return self.receive()
+
+    def complaint(self) -> str:
+        """What it printed before it died; empty while it lives."""
+        if self._process.poll() is None or self._process.stderr is None:
+            return ""
+        return self._process.stderr.read(2000).decode("ascii", "backslashreplace").strip().rpartition("\n")[2]
+
+    def close(self) -> None:
+        self._control.close()  # the server ends its job, and itself
+        try:
+            self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        if self._process.stderr:
+            self._process.stderr.close()
+
+
+def _verdict(result: dict[str, Any], ended: dict[str, Any], limits: Limits) -> tuple[str, str]:
+    """From what the tester saw and how the candidate's process ended. Only the tester can say "pass"."""
+    verdict, detail = result["verdict"], result["detail"]
+    if verdict == "gone":
+        verdict, detail = _end_verdict(ended, limits)
+    if verdict not in ("pass", "infra_error") and ended.get("output_full"):
+        return "output_limit", f"more than {limits.file_bytes} bytes printed"
+    return verdict, detail.encode("ascii", "backslashreplace").decode()
+
+
+def _end_verdict(ended: dict[str, Any], limits: Limits) -> tuple[str, str]:
+    how, code = ended["how"], ended.get("code", 0)
+    if how == "signal" and (code == signal.SIGXCPU or (code == signal.SIGKILL and ended["cpu"] >= limits.cpu_seconds)):
+        return "timeout", f"{ended['cpu']:.1f} s of CPU time"
+    if how == "signal":
+        return "crash", f"ended by signal {code}"
+    if how == "exit":
+        return "early_exit", f"the process exited with status {code}"
+    if how == "lost" and ended.get("detail"):
+        return "infra_error", ended["detail"]
+    return "crash", "the process cut its connection"
+
+
+def find_isolation(kind: str) -> Isolation:
+    """Raises BackendError where bubblewrap is asked for and missing, and for an unknown kind."""
+    root = os.geteuid() == 0
+    if kind == RLIMITS:
+        limits = "separate processes, resource limits" + (", an unprivileged user" if root else "")
+        return Isolation(kind, f"{limits}; files, network and other processes are reachable", _FIRST_UID if root else None)
+    if kind != BUBBLEWRAP:
+        raise BackendError(f"sandbox: got {kind!r}, wanted {BUBBLEWRAP} or {RLIMITS}")
+    if shutil.which("bwrap") is None:
+        raise BackendError(_refusal(kind, "bwrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)"))
+    what = "namespaces (user, PID, mount, IPC, network), read-only system, private /tmp, resource limits"
+    return Isolation(kind, what, _FIRST_UID if root else None)
+
+
+def _refusal(kind: str, why: str) -> str:
+    if kind == RLIMITS:
+        return f"sandbox: programs cannot be run here: {why}"
+    return (
+        f"sandbox: programs are run in bubblewrap, and it does not work here: {why}; or give --sandbox {RLIMITS}, "
+        "which keeps a program from nothing but using too much time and memory"
+    )
+
+
+def _bubblewrap(role: str, uid: int | None) -> list[str]:
+    """The command that shuts a server in; the candidate server keeps what it needs to make namespaces."""
+    command = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-ipc",
+        "--unshare-pid",
+        "--unshare-net",
+        "--unshare-uts",
+        "--unshare-cgroup-try",
+    ]
+    if uid is None:
+        command.append("--unshare-user")
+    command += ["--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    if uid is not None and role == "candidate":
+        for capability in ("SYS_ADMIN", "SETUID", "SETGID", "KILL", "CHOWN"):
+            command += ["--cap-add", f"CAP_{capability}"]
+    for folder in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"):
+        path = Path(folder)
+        if path.is_symlink() and folder.count("/") == 1:
+            command += ["--symlink", os.readlink(path), folder]
+        elif path.exists():
+            command += ["--ro-bind", folder, folder]
+    for prefix in dict.fromkeys((sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent))):
+        if not Path(prefix).is_relative_to("/usr"):
+            for parent in [*reversed(Path(prefix).parents)][1:]:  # a candidate of another user must get through
+                command += ["--perms", "0755", "--dir", str(parent)]
+            command += ["--ro-bind", prefix, prefix]
+    command += ["--ro-bind", str(_GUEST), str(_GUEST), "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    return [*command, "--remount-ro", "/", "--"]

@@ -1,0 +1,171 @@
+"""What a score means and whether two differ: exact, paired where the problems are the same.
+
+Where an answer is one greedy sample, a problem either passes or fails, and two runs are compared with the exact McNemar
+test on the problems that flipped. Differences, retention ratios and lengths are resampled over problems, the unit that was
+drawn: samples of one problem depend on each other. Below a few hundred problems normal approximations are too narrow
+(Bowyer et al. 2025, arXiv:2503.01747), so none is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import comb
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.errors import RequestError
+
+RESAMPLES = 10_000
+SEED = 0
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Flips:
+    """The problems, by id, that one of two runs alone passed; p is the exact McNemar test's, two-sided."""
+
+    lost: tuple[str, ...]
+    gained: tuple[str, ...]
+    p: float
+
+
+@dataclass(frozen=True)
+class Retention:
+    """ratio is new / reference. p is one-sided: small where the ratio is shown to be at least `wanted`."""
+
+    ratio: Interval
+    wanted: float
+    p: float
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """Chance that one of k samples drawn without replacement passes: 1 - C(n-c, k) / C(n, k), the unbiased estimate.
+
+    Source  Chen et al. 2021, arXiv:2107.03374, eq. 1.
+    Raises  RequestError for k > samples, which cannot be estimated.
+    """
+    if not 1 <= k <= samples:
+        raise RequestError(f"pass@{k}: got {samples} samples of a problem, wanted at least {k}")
+    return 1 - comb(samples - passed, k) / comb(samples, k)
+
+
+def wilson(passed: int, total: int) -> Interval:
+    """Share with its Wilson score interval."""
+    from scipy import stats  # takes half a second to import
+
+    interval = stats.binomtest(passed, total).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(passed / total, float(interval.low), float(interval.high))
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean over problems with its percentile bootstrap interval."""
+    array = np.asarray(values, np.float64)
+    return _interval(float(array.mean()), _resampled_means(array[:, None])[:, 0])
+
+
+def flips(reference: Mapping[str, bool], new: Mapping[str, bool]) -> Flips:
+    """Over the problems of both runs: those lost, those gained, and whether that is more than chance."""
+    shared = [task for task in reference if task in new]
+    lost = tuple(task for task in shared if reference[task] and not new[task])
+    gained = tuple(task for task in shared if new[task] and not reference[task])
+    return Flips(lost, gained, mcnemar(len(lost), len(gained)))
+
+
+def mcnemar(lost: int, gained: int) -> float:
+    """Exact two-sided p: under the null each flip is a fair coin. 1 without flips."""
+    from scipy import stats
+
+    return float(stats.binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
+
+
+def sign_flip(reference: Sequence[float], new: Sequence[float]) -> float:
+    """Two-sided p of "no difference" for scores paired by problem: which run a score is from is exchanged at random.
+
+    For one sample a problem it is the McNemar test.
+    """
+    from scipy import stats
+
+    pairs = _pairs(reference, new)
+    if (pairs[:, 0] == pairs[:, 1]).all():
+        return 1.0
+    return float(
+        stats.permutation_test(
+            (pairs[:, 0], pairs[:, 1]),
+            lambda a, b, axis: b.mean(axis) - a.mean(axis),
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            batch=1000,
+            random_state=np.random.default_rng(SEED),
+        ).pvalue
+    )
+
+
+def difference(reference: Sequence[float], new: Sequence[float]) -> Interval:
+    """mean(new) - mean(reference) of values paired by problem, with its bootstrap interval."""
+    pairs = _pairs(reference, new)
+    means = _resampled_means(pairs)
+    return _interval(float(pairs[:, 1].mean() - pairs[:, 0].mean()), means[:, 1] - means[:, 0])
+
+
+def retention(reference: Sequence[float], new: Sequence[float], wanted: float = 0.9) -> Retention | None:
+    """mean(new) / mean(reference) of scores paired by problem. None where the reference passes nothing.
+
+    The test asks whether mean(new - wanted * reference) is above 0, which is the same question without a quotient; its p
+    is the share of resamples in which it is not, counting the data themselves as one.
+    """
+    pairs = _pairs(reference, new)
+    if pairs[:, 0].sum() == 0:
+        return None
+    means = _resampled_means(pairs)
+    usable = means[means[:, 0] > 0]
+    ratio = _interval(float(pairs[:, 1].mean() / pairs[:, 0].mean()), usable[:, 1] / usable[:, 0])
+    failed = int(np.count_nonzero(means[:, 1] - wanted * means[:, 0] < -1e-12))
+    return Retention(ratio, wanted, (failed + 1) / (RESAMPLES + 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p adjusted for so many tests, in the order given (Holm 1979): the family-wise error stays below the level."""
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(order):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
+def _pairs(reference: Sequence[float], new: Sequence[float]) -> NDArray[np.float64]:
+    if len(reference) != len(new) or not reference:
+        raise RequestError(f"paired values: got {len(reference)} and {len(new)}, wanted the same number, at least 1")
+    return np.stack([np.asarray(reference, np.float64), np.asarray(new, np.float64)], axis=1)
+
+
+def _resampled_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Means [RESAMPLES, columns] of rows drawn with replacement from values [problems, columns]."""
+    means: NDArray[np.float64] = _draws(len(values)) @ values / len(values)
+    return means
+
+
+@lru_cache(maxsize=2)
+def _draws(size: int) -> NDArray[np.float64]:
+    """How often each of `size` rows is in each resample, [RESAMPLES, size]; the same in every run."""
+    draws = np.random.default_rng(SEED).multinomial(size, np.full(size, 1 / size), size=RESAMPLES)
+    return draws.astype(np.float64)
+
+
+def _interval(value: float, resampled: NDArray[np.float64]) -> Interval:
+    tail = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(resampled, [tail, 100 - tail])
+    return Interval(value, float(low), float(high))

@@ -1,0 +1,65 @@
+"""HumanEval (Chen et al. 2021, arXiv:2107.03374), and the embedded checkpoint's own problems in the same form.
+
+A row has task_id, prompt (imports, helpers, the signature and docstring), entry_point, test (defines `check(candidate)`)
+and canonical_solution (a body).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ms_pangu_quant.evaluation.tasks.task import Row, Statement, Task
+from ms_pangu_quant.evaluation.verdict import Program
+
+
+def statement(row: Row) -> Statement:
+    return Statement(text=row["prompt"], stub=row["prompt"])
+
+
+def entry_point(row: Row) -> str:
+    name: str = row["entry_point"]
+    return name
+
+
+def program(row: Row, code: str) -> Program:
+    """The prompt stands before the answer, and before the test: answers leave out its imports, tests use its helpers."""
+    return Program(
+        source=after_prompt(row["prompt"], code),
+        preamble=row["prompt"],
+        test=f"{row['test']}\ncheck({row['entry_point']})\n",
+        names=(row["entry_point"],),
+    )
+
+
+def reference(row: Row) -> str | None:
+    return row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else None
+
+
+def after_prompt(prompt: str, code: str) -> str:
+    """The prompt, then the code; `from __future__` lines must stay the first."""
+    future = [line for line in code.splitlines() if line.startswith("from __future__ ")]
+    return "\n".join(
+        [*future, prompt, code.replace("from __future__ ", "pass  # from __future__ ") if future else code, ""]
+    )
+
+
+HUMANEVAL = Task(
+    name="humaneval",
+    title="HumanEval",
+    file="benchmarks/HumanEval.jsonl.gz",
+    sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
+    fields=("prompt", "entry_point", "test"),
+    statement=statement,
+    entry_point=entry_point,
+    program=program,
+    reference=reference,
+    prefix="HumanEval/",
+)
+MINI = replace(
+    HUMANEVAL,
+    name="mini",
+    title="Mini",
+    file="heldout.jsonl",
+    sha256="a30006dac42743e0f646ec51482e04e345712b7a39ef5eabd5df8cab009092a2",
+    prefix="",
+)

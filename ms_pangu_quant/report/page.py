@@ -1,0 +1,191 @@
+"""Runs -> report.html, one file that needs no network, and report.md, the same without plots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ms_pangu_quant.errors import DataError
+from ms_pangu_quant.evaluation.extract import Split, split_text
+from ms_pangu_quant.evaluation.samples import write_bytes
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
+from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
+from ms_pangu_quant.evaluation.verdict import VERDICTS
+from ms_pangu_quant.report import plots
+from ms_pangu_quant.report.comparison import Comparison, compare
+from ms_pangu_quant.report.results import Cell, Run, cells
+
+LEVEL = 0.05
+MOST_RUNS = 7
+MINUS = "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem's first answer of each run that has one: (run, verdict, text in two).
+
+    problem is None where the problems were not the shipped ones.
+    """
+
+    cell: Cell
+    task_id: str
+    problem: str | None
+    answers: tuple[tuple[Run, str, Split], ...]
+
+
+def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str = "", examples: int = 6) -> list[Path]:
+    """The two pages. The first run is the reference. Raises DataError for more runs than a page can tell apart."""
+    if len(runs) > MOST_RUNS:
+        raise DataError(f"report: got {len(runs)} results, wanted at most {MOST_RUNS} on a page")
+    comparisons = compare(runs, wanted)
+    values = {
+        "title": title or "What quantization costs",
+        "runs": runs,
+        "cells": [*cells(runs)],
+        "comparisons": comparisons,
+        "by_place": {(each.cell, each.run.name): each for each in comparisons},
+        "wanted": wanted,
+        "level": LEVEL,
+        "headlines": [*_headlines(runs, comparisons, wanted)],
+        "examples": _examples(runs, comparisons, examples),
+        "task_title": lambda name: TASKS[name].title if name in TASKS else name,
+        "verdicts": VERDICTS,
+        "incomplete": [*_incomplete(runs)],
+    }
+    page = _environment(html=True).get_template("page.html.j2").render(**values, plots=_plots(runs, comparisons, wanted))
+    text = _environment(html=False).get_template("page.md.j2").render(**values)
+    paths = [output / "report.html", output / "report.md"]
+    for path, content in zip(paths, (page, text), strict=True):
+        write_bytes(path, content.encode("utf-8", "backslashreplace"))
+    return paths
+
+
+def _plots(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> dict[str, Markup | None]:
+    drawn = {
+        "scores": plots.scores(runs),
+        "retention": plots.retention(runs, comparisons, wanted),
+        "lengths": plots.lengths(runs),
+        "block_errors": plots.block_errors(runs),
+    }
+    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}  # drawn here, from numbers and names
+
+
+def _headlines(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> Iterator[tuple[Run, str]]:
+    """One sentence for each run but the reference."""
+    for run in runs[1:]:
+        mine = [each for each in comparisons if each.run.name == run.name]
+        tested = [each for each in mine if each.retention is not None]
+        kept = sum(each.retention_holm is not None and each.retention_holm < LEVEL for each in tested)
+        worse = sum(each.p_holm < LEVEL and each.difference.value < 0 for each in mine)
+        better = sum(each.p_holm < LEVEL and each.difference.value > 0 for each in mine)
+        text = f"retention of at least {wanted:.0%} is shown in {kept} of {len(tested)} comparisons"
+        if len(mine) > len(tested):
+            text += f" ({len(mine) - len(tested)} more have a reference that passes nothing)"
+        text += f"; significantly worse in {worse}" + (f", better in {better}" if better else "")
+        yield run, text + "."
+
+
+def _examples(runs: Sequence[Run], comparisons: Sequence[Comparison], most: int) -> list[Example]:
+    """Problems that flipped first, taken in turns from the comparisons; then problems that all answered."""
+    texts = [run.completions() for run in runs]
+    queues = [
+        [*(each.flips.lost if each.flips else ()), *(each.flips.gained if each.flips else ())] for each in comparisons
+    ]
+    wanted: list[tuple[Cell, str]] = []
+    for turn in range(most):
+        wanted += [(each.cell, queue[turn]) for each, queue in zip(comparisons, queues, strict=True) if turn < len(queue)]
+    for cell, results in runs[0].results.items():
+        wanted += [(cell, str(result["task_id"])) for result in results[:1]]
+    found: list[Example] = []
+    for cell, task_id in dict.fromkeys(wanted):
+        answers = tuple(_answers(runs, texts, cell, task_id))
+        if answers and len(found) < most:
+            found.append(Example(cell, task_id, _statement(runs[0], cell, task_id), answers))
+    return found
+
+
+def _statement(run: Run, cell: Cell, task_id: str) -> str | None:
+    task = TASKS.get(cell[0])
+    if task is None or run.entries[cell]["data_sha256"] != task.sha256:
+        return None
+    problem = find_problem(load_problems(task), task_id)
+    return "\n".join([problem.statement.text.strip(), *problem.statement.tests]) if problem else None
+
+
+def _answers(
+    runs: Sequence[Run], texts: Sequence[Mapping[Any, Any]], cell: Cell, task_id: str
+) -> Iterator[tuple[Run, str, Split]]:
+    for run, samples in zip(runs, texts, strict=True):
+        for result in run.results.get(cell, ()):
+            sample = samples.get((*cell, task_id, str(result["sample_id"])))
+            if str(result["task_id"]) == task_id and sample is not None:
+                yield run, result["verdict"], split_text(sample["completion"])
+                break
+
+
+def _incomplete(runs: Sequence[Run]) -> Iterator[str]:
+    """What a reader must know before believing the numbers; said once where it holds for every run and mode."""
+    entries = [(run, entry) for run in runs for entry in run.entries.values()]
+    for title, problems, of in dict.fromkeys((entry["title"], entry["problems"], entry["of"]) for _, entry in entries):
+        if problems < of:
+            yield f"{title}: {problems} of its {of} problems, not the whole benchmark"
+    for run, entry in entries:
+        name = f"{run.name}, {entry['title']} {entry['mode'] or ''}".strip()
+        if not entry["complete"]:
+            yield f"{name}: {entry['verdicts']['infra_error']} samples could not be judged (infra_error) and are left out"
+        if entry["prompt_too_long"]:
+            yield f"{name}: {entry['prompt_too_long']} prompts were longer than the context and count as failed"
+    for description in dict.fromkeys(str(run.summary["sandbox"]["description"]) for run in runs):
+        if any(
+            run.summary["sandbox"]["kind"] != BUBBLEWRAP
+            for run in runs
+            if run.summary["sandbox"]["description"] == description
+        ):
+            yield f"Answers were run with {description}"
+
+
+def _environment(*, html: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ms_pangu_quant.report", "templates"),
+        autoescape=html,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": _percent, "points": _points, "p": _p, "signed": _signed, "size": _size, "cut": _cut}
+    return environment
+
+
+def _percent(value: float, digits: int = 1) -> str:
+    return f"{100 * value:.{digits}f}"
+
+
+def _points(value: float) -> str:
+    return _signed(100 * value)
+
+
+def _signed(value: float, digits: int = 1) -> str:
+    text = f"{abs(value):.{digits}f}"
+    return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
+
+
+def _p(value: float) -> str:
+    return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0") if value < 1 else "1"
+
+
+def _size(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
+
+
+def _cut(text: str, most: int = 3000) -> str:
+    text = "".join(
+        character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+    return (
+        text if len(text) <= most else f"{text[: most // 2]}\n[... {len(text) - most} characters ...]\n{text[-most // 2 :]}"
+    )

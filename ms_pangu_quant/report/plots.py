@@ -1,0 +1,159 @@
+"""The report's plots as SVG whose colours are the page's, so that they follow its light and dark theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ms_pangu_quant.report.comparison import Comparison
+from ms_pangu_quant.report.results import Cell, Run, cells
+
+_TEXT, _GRID = "#010101", "#020202"
+_SERIES = tuple(f"#0{number}0303" for number in range(1, 8))  # stand-ins, replaced by the page's variables
+_HATCH_ALPHA = 0.45
+
+
+def scores(runs: Sequence[Run]) -> str:
+    """pass@1 with its interval, a group of points for each task and mode."""
+    groups = [*cells(runs)]
+    figure, axes = _figure(groups)
+    for number, run in enumerate(runs):
+        for place, cell in enumerate(groups):
+            score = run.entries.get(cell, {}).get("pass@1")
+            if score:
+                _point(axes, place, number, len(runs), score["value"], score["low"], score["high"], 100)
+    axes.set_ylim(0, 105)
+    return _svg(figure, axes, groups, "pass@1, %", [run.name for run in runs])
+
+
+def retention(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> str | None:
+    """Retention with its interval; a line at the share that is tested for. None where there is none to show."""
+    shown = [each for each in comparisons if each.retention is not None]
+    groups = [*dict.fromkeys(each.cell for each in shown)]
+    if not groups:
+        return None
+    figure, axes = _figure(groups)
+    names = [run.name for run in runs]
+    for each in shown:
+        ratio = each.retention.ratio if each.retention else None
+        if ratio:
+            number = names.index(each.run.name)
+            _point(axes, groups.index(each.cell), number, len(runs), ratio.value, ratio.low, ratio.high, 100)
+    axes.axhline(100, color=_GRID, linewidth=1)
+    axes.axhline(100 * wanted, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
+    return _svg(figure, axes, groups, "retention, %", names, first=1)
+
+
+def lengths(runs: Sequence[Run]) -> str | None:
+    """Mean thought and answer length in tokens, stacked. None where no run has token counts."""
+    groups = [cell for cell in cells(runs) if any(_means(run, cell) for run in runs)]
+    if not groups:
+        return None
+    figure, axes = _figure(groups)
+    width = 0.8 / len(runs)
+    for number, run in enumerate(runs):
+        for place, cell in enumerate(groups):
+            found = _means(run, cell)
+            if found:
+                left = place - 0.4 + width * (number + 0.5)
+                axes.bar(left, found[0], width * 0.85, color=_SERIES[number], alpha=_HATCH_ALPHA)
+                axes.bar(left, found[1], width * 0.85, bottom=found[0], color=_SERIES[number])
+    return _svg(figure, axes, groups, "tokens (pale: thought)", [run.name for run in runs])
+
+
+def block_errors(runs: Sequence[Run]) -> str | None:
+    """Relative error of each block's output, from the quantization reports. None where no run has one."""
+    series = []
+    for number, run in enumerate(runs):
+        blocks = (run.provenance.get("recipe") or {}).get("blocks") or []
+        errors = [block.get("output_error") for block in blocks]
+        if errors and all(error is not None for error in errors):
+            series.append((number, run.name, errors))
+    if not series:
+        return None
+    figure, axes = _figure([])
+    for number, _, errors in series:
+        axes.plot(range(len(errors)), errors, "o-", color=_SERIES[number], markersize=4, linewidth=1.5)
+    axes.set_yscale("log")
+    axes.set_xlabel("block")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _svg(
+        figure, axes, None, "relative output error", [name for _, name, _ in series], [number for number, _, _ in series]
+    )
+
+
+def _means(run: Run, cell: Cell) -> tuple[float, float] | None:
+    entry = run.entries.get(cell)
+    answer = entry and entry["lengths"]["answer_tokens"]
+    if not entry or not answer:
+        return None
+    thought = entry["lengths"]["thought_tokens"]
+    return (thought["mean"] * thought["count"] / answer["count"] if thought else 0.0), answer["mean"]
+
+
+def _figure(groups: Sequence[Cell]) -> tuple[Any, Any]:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    settings: Any = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "svg.hashsalt": "pangu-quant"}
+    settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
+    settings |= {"axes.edgecolor": _GRID, "grid.color": _GRID}
+    pyplot.rcParams.update(settings)
+    figure, axes = pyplot.subplots(figsize=(max(5.2, min(9.6, 1.25 * len(groups) + 1)), 3.1))
+    axes.grid(axis="y", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    return figure, axes
+
+
+def _point(axes: Any, place: int, number: int, count: int, value: float, low: float, high: float, unit: float) -> None:
+    x = place + (number - (count - 1) / 2) * min(0.22, 0.7 / count)
+    bars = [[unit * max(0.0, value - low)], [unit * max(0.0, high - value)]]
+    axes.errorbar([x], [unit * value], bars, fmt="o", color=_SERIES[number], markersize=5, linewidth=1.6, capsize=2.5)
+
+
+def _svg(
+    figure: Any,
+    axes: Any,
+    groups: Sequence[Cell] | None,
+    label: str,
+    names: Sequence[str],
+    colors: Sequence[int] | None = None,
+    first: int = 0,
+) -> str:
+    from matplotlib import pyplot
+    from matplotlib.lines import Line2D
+
+    if groups is not None:
+        axes.set_xticks(range(len(groups)), [_plain(f"{task}\n{mode}".strip()) for task, mode in groups])
+        axes.set_xlim(-0.6, len(groups) - 0.4)
+    axes.set_ylabel(label)
+    numbers = colors if colors is not None else range(first, len(names))
+    shown = [_plain(name) for name in (names if colors is not None else names[first:])]
+    handles = [Line2D([], [], marker="o", linestyle="", color=_SERIES[number]) for number in numbers]
+    figure.legend(handles, shown, loc="upper left", ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)
+    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    pyplot.close(figure)
+    return _themed(text.getvalue()[text.getvalue().index("<svg") :])
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib does not read as a formula."""
+    return text.replace("$", r"\$")
+
+
+def _themed(svg: str) -> str:
+    svg = svg.replace(_TEXT, "currentColor").replace(_GRID, "var(--line)")
+    for number, color in enumerate(_SERIES, 1):
+        svg = svg.replace(color, f"var(--series-{number})")
+    width, height = (float(size) for size in re.findall(r'viewBox="0 0 (\S+) (\S+)"', svg)[0])
+    head, _, rest = svg.partition(">")
+    head = re.sub(r'\s(?:width|height)="[^"]*"', "", head)
+    sizes = f"min-width: {0.8 * width:.0f}px; max-width: {1.6 * width:.0f}px; aspect-ratio: {width / height:.4f}"
+    return f'{head} role="img" style="{sizes}">{rest}'

@@ -1,0 +1,216 @@
+"""report/: the pages say what the results say, need no network, and refuse what cannot be compared."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from ms_pangu_quant.cli import main
+from ms_pangu_quant.errors import DataError
+from ms_pangu_quant.evaluation import statistics
+from ms_pangu_quant.evaluation.lengths import measure
+from ms_pangu_quant.evaluation.samples import write_json, write_records
+from ms_pangu_quant.evaluation.sandbox import RLIMITS, find_isolation
+from ms_pangu_quant.evaluation.summary import summarize
+from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.evaluation.verdict import Limits
+from ms_pangu_quant.report.comparison import compare
+from ms_pangu_quant.report.page import write
+from ms_pangu_quant.report.results import load_runs
+
+MODES = ("slow_think", "no_think")
+PASSES = {  # result -> task -> mode -> which of 12 problems pass
+    "float": {"mini": {"slow_think": "111111111100", "no_think": "111110000000"}},
+    "w8a8": {"mini": {"slow_think": "111111111010", "no_think": "111110000000"}},
+    "w4a8": {"mini": {"slow_think": "111110000000", "no_think": "000000000000"}},
+}
+HOSTILE = "</pre><script>alert(1)</script>\x1b[31m\udc80 {{ 7 * 7 }}"
+
+
+def make(folder, name: str, passes=None, precision="bfloat16", text="```python\npass\n```", problems=None):
+    """What evaluate would have left, with chosen verdicts."""
+    problems = problems or {"mini": load_problems(TASKS["mini"])}
+    samples, results = [], []
+    for task, modes in (passes or PASSES[name]).items():
+        for mode, verdicts in modes.items():
+            for task_id, bit in zip(problems[task].by_id, verdicts, strict=False):
+                sample = {"task": task, "mode": mode, "task_id": task_id, "sample_id": 0, "prompt": "zero_shot_instruct/v1"}
+                sample |= {"completion": f"[unused16]hm[unused17]{text}", "answer": text, "tokens": 9, "thought_tokens": 3}
+                sample |= {"answer_tokens": 4, "finish_reason": "eos", "repetitive": False, "closed": True}
+                samples.append(sample)
+                verdict = "pass" if bit == "1" else "wrong_answer"
+                names = {key: sample[key] for key in ("task", "mode", "task_id", "sample_id")}
+                results.append({**names, "verdict": verdict, "rule": "fenced", "oracle": "two_process", **measure(sample)})
+    output = folder / name
+    write_records(output / "samples.jsonl", samples)
+    write_records(output / "results.jsonl", results)
+    limits, isolation = vars(Limits()), vars(find_isolation(RLIMITS))
+    summary = {"entries": summarize(results, samples, problems), "sandbox": {**isolation, "limits": limits}, "versions": {}}
+    write_json(output / "summary.json", summary)
+    blocks = [{"output_error": 0.01 * (index + 1)} for index in range(4)]
+    recipe = None if precision == "bfloat16" else {"recipe": {"text": "scheme: w8a8\n"}, "blocks": blocks}
+    provenance = {"model": name, "precision": precision, "checkpoint_bytes": 1000, "checkpoint_sha256": "f" * 64}
+    write_json(
+        output / "run.json", {**provenance, "recipe": recipe, "device": "cpu", "machine": "m", "versions": {"numpy": "1"}}
+    )
+    return output
+
+
+@pytest.fixture
+def three(tmp_path):
+    return [make(tmp_path, name, precision="bfloat16" if name == "float" else "W8A8") for name in PASSES]
+
+
+class Page(HTMLParser):
+    """The page's text, its tags, and every address that a browser might fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.words, self.tags, self.addresses, self.open = [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name.split(":")[-1] in ("src", "href", "data", "action")]
+        if tag not in ("meta", "br", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+
+def test_the_comparison_is_the_statistics_of_the_paired_problems(three):
+    found = {(each.cell, each.run.name): each for each in compare(load_runs(three), 0.9)}
+    assert len(found) == 4
+    w8 = found[("mini", "slow_think"), "w8a8"]
+    assert (w8.flips.lost, w8.flips.gained, w8.problems) == (("PipelineEval/9",), ("PipelineEval/10",), 12)
+    assert (w8.p, w8.difference.value, w8.retention.ratio.value) == (1, 0, 1)
+    w4 = found[("mini", "slow_think"), "w4a8"]
+    assert w4.p == statistics.mcnemar(5, 0)
+    assert w4.retention.ratio.value == pytest.approx(0.5)
+    assert [each.p_holm for each in found.values()] == statistics.holm([each.p for each in found.values()])
+    assert [each.retention_holm for each in found.values()] == statistics.holm(
+        [each.retention.p for each in found.values()]
+    )
+    assert w4.tokens.value == 0
+
+
+def test_the_page_is_one_file_that_loads_nothing_and_is_well_formed(three, tmp_path):
+    html, _ = write(load_runs(three), tmp_path / "report")
+    text = html.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    assert not {"script", "link", "img", "iframe"} & set(page.tags)
+    assert all(address.startswith("#") for address in page.addresses)
+    assert not re.search(r"url\((?!#)|@import", text)
+    assert page.tags.count("svg") == 4
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"#0[1-7]0303|#010101|#020202", text), "a stand-in colour was left in a plot"
+
+
+def test_both_pages_tell_the_scores_the_flips_and_where_they_come_from(three, tmp_path):
+    html, markdown = write(load_runs(three), tmp_path / "report", title="A title & more")
+    words = " ".join("".join(Page(html.read_text(encoding="utf-8")).words).split())
+    for text in (words, markdown.read_text(encoding="utf-8")):
+        for wanted in ("10/12", "83.3", "5/12", "PipelineEval/9", "PipelineEval/10", "zero_shot_instruct/v1", "f" * 64):
+            assert wanted in text, wanted
+        for wanted in ("A title & more", "12 of its 200 problems, not the whole benchmark", TASKS["mini"].sha256[:16]):
+            assert wanted in text, wanted
+        assert "resource limits; files, network and other processes are reachable" in text or "are reachable" in text
+        assert "w4a8: retention of at least 90% is shown in 0 of 2 comparisons" in text
+
+
+def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
+    runs = load_runs([make(tmp_path, "float", text=HOSTILE), make(tmp_path, "w8a8", text=HOSTILE)])
+    html, markdown = write(runs, tmp_path / "report")
+    text = html.read_text(encoding="utf-8")
+    assert "script" not in Page(text).tags
+    assert "{{ 7 * 7 }}" in text
+    assert "\x1b" not in text + markdown.read_text(encoding="utf-8")
+    fenced = [line for line in markdown.read_text(encoding="utf-8").splitlines() if "<script>" in line]
+    assert fenced
+    assert all(line.startswith("    ") for line in fenced)
+
+
+def test_the_same_results_give_the_same_bytes(three, tmp_path):
+    first = [path.read_bytes() for path in write(load_runs(three), tmp_path / "a")]
+    assert [path.read_bytes() for path in write(load_runs(three), tmp_path / "b")] == first
+
+
+def test_a_reference_that_passes_nothing_has_no_retention(tmp_path):
+    nothing = {"mini": {"no_think": "000"}}
+    runs = load_runs([make(tmp_path, name, nothing) for name in ("float", "w8a8")])
+    html, markdown = write(runs, tmp_path / "report")
+    for path in (html, markdown):
+        assert "the reference passes nothing" in path.read_text(encoding="utf-8")
+
+
+def test_one_result_alone_makes_a_page_without_comparisons(three, tmp_path):
+    html, markdown = write(load_runs(three[:1]), tmp_path / "report")
+    assert "Against" not in html.read_text(encoding="utf-8") + markdown.read_text(encoding="utf-8")
+
+
+def test_scored_files_from_elsewhere_need_no_model_or_samples(three, tmp_path):
+    for output in three:
+        (output / "run.json").unlink()
+        (output / "samples.jsonl").unlink()
+    html, markdown = write(load_runs(three), tmp_path / "report")
+    assert "samples from elsewhere" in html.read_text(encoding="utf-8")
+    assert "samples from elsewhere" in markdown.read_text(encoding="utf-8")
+
+
+def test_several_samples_of_a_problem_are_compared_by_exchanging_them(three, tmp_path):
+    """Three samples a problem: no flips, and a p between 0 and 1 that identical runs put at 1."""
+    for output in three[:2]:
+        records = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+        more = [
+            {**record, "sample_id": number, "verdict": record["verdict"] if number else "pass"}
+            for record in records
+            for number in range(3)
+        ]
+        write_records(output / "results.jsonl", more)
+    compared = compare(load_runs(three[:2]), 0.9)
+    assert [each.flips for each in compared] == [None, None]
+    assert compared[1].p == 1
+    assert 0 < compared[0].p <= 1
+    write(load_runs(three[:2]), tmp_path / "report")
+
+
+@pytest.mark.parametrize("field", ["data_sha256", "prompts"])
+def test_results_on_other_problems_or_prompts_are_not_compared(three, field):
+    summary = json.loads((three[1] / "summary.json").read_text())
+    summary["entries"][0][field] = ["another/v1"] if field == "prompts" else "0" * 64
+    write_json(three[1] / "summary.json", summary)
+    with pytest.raises(DataError, match=f"another {field} than"):
+        load_runs(three)
+
+
+def test_what_is_no_result_is_one_clear_line(three, tmp_path, capsys):
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "r")]) == 2
+    assert "has no summary.json; wanted an output directory of pangu-quant evaluate" in capsys.readouterr().err.replace(
+        "\n", ""
+    )
+    (three[0] / "summary.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a result of this version"):
+        load_runs(three)
+    (three[0] / "summary.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        load_runs(three)
+    with pytest.raises(DataError, match="give each its own name"):
+        load_runs(three[1:], ["same", "same"])
+    with pytest.raises(DataError, match="at most 7"):
+        write(load_runs([three[1]] * 8), tmp_path / "r")
+
+
+def test_the_command_writes_both_pages(three, tmp_path, capsys):
+    arguments = ["report", *map(str, three), "--output", str(tmp_path / "out"), "--name", "a", "--name", "b", "--name", "c"]
+    assert main(arguments) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
+    assert "report.html" in capsys.readouterr().out

@@ -1,0 +1,136 @@
+"""evaluation/run.py: every question is answered once, with a draw of its own, however often the run is stopped.
+
+The model is a fake that draws its answers with the real scheduler's interface: from the prompt and the stream alone.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ms_pangu_quant.errors import OutputError, RequestError
+from ms_pangu_quant.evaluation import run
+from ms_pangu_quant.evaluation.prompts import PROMPTS
+from ms_pangu_quant.evaluation.samples import read_records
+from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.inference.model import Generation
+
+SETTINGS = run.Settings(max_new_tokens=50, samples=2, temperature=1.0, seed=3)
+
+
+class Killed(BaseException):
+    pass
+
+
+class FakeModel:
+    """Ends its answers in an order that depends on the batch; `left` answers, then it is killed."""
+
+    config = SimpleNamespace(max_position_embeddings=4000)
+
+    def __init__(self, left=10**9):
+        self.left, self.asked = left, 0
+
+    def generate(self, prompts, max_new_tokens, *, streams, max_batch, on_tokens, on_done, seed, **_):
+        order = np.random.default_rng(max_batch or 0).permutation(len(prompts))
+        for index in order:
+            if self.left == 0:
+                raise Killed
+            self.left -= 1
+            self.asked += 1
+            draw = np.random.default_rng([seed, streams[index], *prompts[index][:3]]).integers(1 << 40)
+            on_tokens(4)
+            text = f"[unused16]{draw}[unused17]answer"
+            on_done(int(index), Generation(text, str(draw), "answer", (1, 2, 3, 4), len(prompts[index]), "eos", True, 1))
+
+
+def asked(settings=SETTINGS, tasks=("humaneval", "mini"), limit=3, modes=("slow_think", "no_think"), suffix=""):
+    return [
+        *run.questions(
+            {task: load_problems(TASKS[task]) for task in tasks},
+            modes,
+            dict.fromkeys(tasks, PROMPTS["zero_shot_instruct"]),
+            lambda messages, mode: [*f"{mode}{messages[-1]['content']}{suffix}".encode()],
+            settings,
+            limit,
+        )
+    ]
+
+
+def content(folder) -> bytes:
+    return (folder / run.SAMPLES_FILE).read_bytes()
+
+
+def test_there_is_one_question_for_each_task_mode_problem_and_sample():
+    keys = [question.key for question in asked()]
+    assert len(keys) == len(set(keys)) == 2 * 2 * 3 * 2
+    assert len({question.stream for question in asked()}) == len(keys)
+    assert keys[:2] == [("humaneval", "slow_think", "HumanEval/0", 0), ("humaneval", "slow_think", "HumanEval/0", 1)]
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [23], [5, 1, 7], [24]])
+def test_a_run_stopped_anywhere_loses_and_repeats_nothing(stops, tmp_path):
+    run.answer(FakeModel(), asked(), tmp_path / "whole", "model", SETTINGS)
+    models = [FakeModel(left) for left in stops]
+    for number, model in enumerate(models):
+        try:
+            run.answer(model, asked(), tmp_path / "stopped", "model", SETTINGS, max_batch=number + 1)
+        except Killed:
+            with open(tmp_path / "stopped" / run.SAMPLES_FILE, "ab") as file:
+                file.write(b'{"task": "humaneval", "mo')  # a line that was being written
+    last = FakeModel()
+    run.answer(last, asked(), tmp_path / "stopped", "model", SETTINGS)
+    assert sum(model.asked for model in [*models, last]) == len(asked())
+    assert content(tmp_path / "stopped") == content(tmp_path / "whole")
+
+
+def test_more_problems_or_samples_are_added_to_an_earlier_run_and_other_tasks_stay(tmp_path):
+    model = FakeModel()
+    run.answer(model, asked(tasks=("humaneval",), limit=2), tmp_path, "model", SETTINGS)
+    run.answer(model, asked(tasks=("mini",)), tmp_path, "model", SETTINGS)
+    more = run.Settings(50, 3, 1.0, seed=3)
+    run.answer(model, asked(more, tasks=("humaneval",)), tmp_path, "model", more)
+    keys = [
+        (record["task"], record["task_id"], record["sample_id"]) for _, record in read_records(tmp_path / "samples.jsonl")
+    ]
+    assert len(keys) == 2 * 3 * 2 + 2 * 3 * 3 == model.asked
+
+
+@pytest.mark.parametrize("change", ["model", "settings", "prompt_sha256"])
+def test_a_run_of_another_model_prompt_or_setting_is_not_continued(change, tmp_path):
+    run.answer(FakeModel(), asked(), tmp_path, "model", SETTINGS)
+    before = content(tmp_path)
+    settings = run.Settings(50, 2, 0.5, seed=3) if change == "settings" else SETTINGS
+    model = "another" if change == "model" else "model"
+    with pytest.raises(OutputError, match=f"another {change}"):
+        run.answer(FakeModel(), asked(suffix="!" if change == "prompt_sha256" else ""), tmp_path, model, settings)
+    assert content(tmp_path) == before
+
+
+def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
+    model = FakeModel()
+    questions = asked()
+    room = int(np.median([len(question.token_ids) for question in questions]))
+    model.config = SimpleNamespace(max_position_embeddings=room)
+    long = [question for question in questions if len(question.token_ids) >= room]
+    assert 0 < len(long) < len(questions)
+    answered = []
+    run.answer(model, questions, tmp_path, "model", SETTINGS, on_answer=lambda: answered.append(1))
+    records = [record for _, record in read_records(tmp_path / "samples.jsonl")]
+    assert sum(record["finish_reason"] == "prompt_too_long" for record in records) == len(long)
+    assert len(answered) == len(records) == len(questions)
+    assert model.asked == len(questions) - len(long)
+
+
+def test_a_sample_tells_thought_from_answer(tmp_path):
+    run.answer(FakeModel(), asked(limit=1), tmp_path, "model", SETTINGS)
+    record = json.loads(content(tmp_path).split(b"\n")[0])
+    assert (record["tokens"], record["thought_tokens"], record["answer_tokens"]) == (4, 1, 1)
+    assert (record["answer"], record["closed"], record["prompt"]) == ("answer", True, "zero_shot_instruct/v1")
+
+
+def test_several_greedy_answers_are_refused():
+    with pytest.raises(RequestError, match="would all be the same"):
+        run.Settings(samples=2)

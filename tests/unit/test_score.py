@@ -1,0 +1,220 @@
+"""evaluation/score.py, samples.py, summary.py: a samples file becomes verdicts, once, whatever interrupts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ms_pangu_quant.cli import main
+from ms_pangu_quant.errors import DataError, OutputError
+from ms_pangu_quant.evaluation.samples import Journal, read_records
+from ms_pangu_quant.evaluation.score import load_samples
+from ms_pangu_quant.evaluation.summary import summarize
+from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+
+SCORE = ("evaluate", "--score-only", "--tasks", "humaneval", "--sandbox", "rlimits", "--cpu-seconds", "2")
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def rows_of(path):
+    return [record for _, record in read_records(path)]
+
+
+def solutions(count: int) -> list[dict]:
+    problems = [*load_problems(TASKS["humaneval"]).by_id.values()][:count]
+    return [{"task_id": each.task_id, "sample_id": 0, "completion": each.row["canonical_solution"]} for each in problems]
+
+
+def score_file(samples, output, *more) -> int:
+    return main([*SCORE, "--samples", str(samples), "--output", str(output), *more])
+
+
+def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys):
+    good = solutions(2)
+    rows = [
+        good[0],
+        {**good[0], "sample_id": 1, "completion": "[unused16]hm[unused17]```python\nreturn False\n```[unused10]"},
+        {**good[0], "sample_id": "c", "completion": "[unused16]I think"},
+        {**good[1], "completion": "I do not know"},
+    ]
+    assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out", "--json") == 0
+    results = rows_of(tmp_path / "out" / "results.jsonl")
+    assert [(row["task_id"], row["sample_id"], row["verdict"], row["rule"]) for row in results] == [
+        ("HumanEval/0", 0, "pass", "body"),
+        ("HumanEval/0", 1, "wrong_answer", "fenced_body"),
+        ("HumanEval/0", "c", "unclosed_thought", "unclosed_thought"),
+        ("HumanEval/1", 0, "no_code", "no_code"),
+    ]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert json.loads(capsys.readouterr().out) == summary
+    (entry,) = summary["entries"]
+    assert entry["pass@1"]["value"] == pytest.approx((1 / 3 + 0) / 2)
+    assert (entry["problems"], entry["of"], entry["samples"], entry["passed"]) == (2, 164, 4, 1)
+    assert entry["verdicts"] == {"pass": 1, "wrong_answer": 1, "no_code": 1, "unclosed_thought": 1}
+    assert entry["data_sha256"] == TASKS["humaneval"].sha256
+    assert summary["sandbox"]["kind"] == "rlimits"
+    assert "reachable" in summary["sandbox"]["description"]
+
+
+def test_ids_come_back_as_they_were_given(tmp_path):
+    problem = load_problems(TASKS["mbpp"]).by_id["MBPP/11"]
+    samples = write(tmp_path / "s.jsonl", [{"task_id": 11, "sample_id": 7, "completion": problem.reference}])
+    arguments = ["evaluate", "--score-only", "--tasks", "mbpp", "--sandbox", "rlimits", "--samples", str(samples)]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    (result,) = rows_of(tmp_path / "out" / "results.jsonl")
+    assert (result["task_id"], result["sample_id"], result["verdict"]) == (11, 7, "pass")
+
+
+def test_a_second_run_judges_nothing_and_a_changed_sample_alone_is_judged_again(tmp_path, monkeypatch):
+    from ms_pangu_quant.cli import evaluate
+
+    judged = []
+
+    class Watched(evaluate.Sandbox):
+        def judge_all(self, programs):
+            programs = list(programs)
+            judged.append(len(programs))
+            return super().judge_all(programs)
+
+    monkeypatch.setattr(evaluate, "Sandbox", Watched)
+    rows = solutions(5)
+    samples = write(tmp_path / "samples.jsonl", rows)
+    for _ in range(2):
+        assert score_file(samples, tmp_path / "out") == 0
+    first = (tmp_path / "out" / "results.jsonl").read_bytes()
+    rows[3]["completion"] = "    return 'something else'\n"
+    assert score_file(write(samples, rows), tmp_path / "out") == 0
+    assert judged == [5, 1]
+    assert [row["verdict"] for row in rows_of(tmp_path / "out" / "results.jsonl")] == ["pass"] * 3 + [
+        "wrong_answer",
+        "pass",
+    ]
+    assert score_file(write(samples, solutions(5)), tmp_path / "fresh") == 0
+    assert (tmp_path / "fresh" / "results.jsonl").read_bytes() == first
+
+
+def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path):
+    samples, output = write(tmp_path / "samples.jsonl", solutions(40)), tmp_path / "killed"
+    command = [sys.executable, "-m", "ms_pangu_quant", *SCORE, "--samples", str(samples), "--output", str(output)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            results = output / "results.jsonl"
+            if results.exists() and results.read_bytes().count(b"\n") >= 5:
+                break
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+    kept = rows_of(output / "results.jsonl") if results.read_bytes().endswith(b"\n") else []
+    with open(results, "ab") as file:
+        file.write(b'{"task_id": "HumanEval/39", "ver')  # a line that the crash cut short
+    assert score_file(samples, output) == 0
+    assert score_file(samples, tmp_path / "undisturbed") == 0
+    assert results.read_bytes() == (tmp_path / "undisturbed" / "results.jsonl").read_bytes()
+    assert all(row in rows_of(results) for row in kept)
+
+
+def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
+    samples, output = write(tmp_path / "samples.jsonl", solutions(2)), tmp_path / "out"
+    assert score_file(samples, output) == 0
+    rows = rows_of(output / "results.jsonl")
+    rows[0]["verdict"] = "infra_error"
+    tasks = {"humaneval": load_problems(TASKS["humaneval"])}
+    records = [sample.record for sample in load_samples(samples, tasks)]
+    (entry,) = summarize(rows, records, tasks)
+    assert (entry["problems"], entry["pass@1"]["value"], entry["complete"]) == (1, 1.0, False)
+    write(output / "results.jsonl", rows)
+    assert score_file(samples, output) == 0
+    assert [row["verdict"] for row in rows_of(output / "results.jsonl")] == ["pass", "pass"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["{"], "line 1 is not JSON"),
+        (["[]"], "got a JSON list"),
+        (['{"completion": ""}'], 'has no "task_id"'),
+        (['{"task_id": "HumanEval/0"}'], 'has no "completion"'),
+        (['{"task_id": "HumanEval/0", "completion": 5}'], "completion is int"),
+        (['{"task_id": "HumanEval/999", "completion": ""}'], "has no problem 'HumanEval/999', only such as HumanEval/0"),
+        (
+            ['{"task_id": "HumanEval/0", "sample_id": 1, "completion": ""}'] * 2,
+            "line 2: the same task_id and sample_id as line 1",
+        ),
+        ([], "holds no samples of humaneval"),
+    ],
+)
+def test_a_malformed_samples_file_is_one_clear_line(lines, said, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=said):
+        load_samples(path, {"humaneval": load_problems(TASKS["humaneval"])})
+
+
+def test_samples_without_an_id_are_numbered_and_several_tasks_need_a_name(tmp_path):
+    path = write(tmp_path / "samples.jsonl", [{"task_id": "HumanEval/0", "completion": ""}] * 2)
+    tasks = {"humaneval": load_problems(TASKS["humaneval"])}
+    assert [sample.record["sample_id"] for sample in load_samples(path, tasks)] == [0, 1]
+    with pytest.raises(DataError, match='names no "task"'):
+        load_samples(path, {**tasks, "mbpp": load_problems(TASKS["mbpp"])})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--tasks", "humanevil"],
+        ["--tasks", ""],
+        ["--tasks", "humaneval", "--data", "mini=x"],
+        ["--tasks", "humaneval", "--data", "mini"],
+        ["--score-only", "--samples-only"],
+        ["checkpoint", "--score-only"],
+        ["--samples", "x"],
+        [],
+        ["checkpoint", "--modes", "fast_think"],
+        ["checkpoint", "--prompt", "nonsense"],
+        ["checkpoint", "--n", "3"],
+        ["--score-only", "--samples", "absent.jsonl"],
+        ["--score-only", "--sandbox", "docker", "--tasks", "mini"],
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    write(tmp_path / "evaluation" / "samples.jsonl", [{"task_id": "PipelineEval/0", "completion": ""}])
+    assert main(["evaluate", *arguments]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("pangu-quant: error: ")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+# --- the file that grows --------------------------------------------------------------------------------------------
+
+
+def test_a_torn_last_line_is_dropped_and_what_is_whole_is_kept(tmp_path):
+    path = tmp_path / "a" / "journal.jsonl"
+    with Journal(path) as journal:
+        journal.append({"a": 1})
+        journal.append({"b": "\udc80 é"})
+    whole = path.read_bytes()
+    for cut in range(1, len(whole)):
+        path.write_bytes(whole[:cut])
+        with Journal(path) as journal:
+            journal.append({"c": 3})
+        kept = whole[:cut].count(b"\n")
+        assert rows_of(path) == [*[{"a": 1}, {"b": "\udc80 é"}][:kept], {"c": 3}]
+
+
+def test_a_file_that_cannot_be_written_is_an_output_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"), Journal(tmp_path / "file" / "journal.jsonl"):
+        pass
