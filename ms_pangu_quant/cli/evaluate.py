@@ -36,7 +36,7 @@ from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits
-from ms_pangu_quant.formats.mindformers import open_checkpoint
+from ms_pangu_quant.formats.reader import open_checkpoint
 
 RESULTS_FILE, SUMMARY_FILE, RUN_FILE = "results.jsonl", "summary.json", "run.json"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.formats.mindformers import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
 REPORT_FILE = "quantization_report.json"
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
