@@ -31,6 +31,7 @@ class Estimate:
 
 def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None) -> Estimate:
     """Raises RecipeError if the recipe does not fit the checkpoint."""
+    reader = recipe.rewritten(reader)
     plan = recipe.plan(reader.config)
     weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES))
     tokens = data.tokens if data else 0
@@ -39,12 +40,12 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None) -
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
     blocks = reader.config.num_hidden_layers
     products = 2 * 2 * tokens * weights * blocks  # float and quantized pass
-    seconds = 5 + reader.files.nbytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
-    return Estimate(_groups(plan, reader.config), reader.files.nbytes, stored_bytes(reader, recipe, plan), peak, seconds)
+    seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
+    return Estimate(_groups(plan, reader.config), reader.bytes, stored_bytes(reader, recipe, plan), peak, seconds)
 
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan) -> int:
-    """Size of the tensors that quantize() will write."""
+    """Size of the tensors that quantize() will write; `reader` rewritten as the recipe says."""
     config, folded = reader.config, bool(recipe.transforms)
     total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
     for index in range(config.num_hidden_layers):
@@ -54,6 +55,7 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan) -> int:
             scheme = quantized.get(name.removesuffix(".weight"))
             if scheme is None:
                 changed = folded and (name.removesuffix(".weight") in (*layout.NORMS, *quantized) or "v_proj.bias" in name)
+                changed = changed or any(rewrite.changes(name) for rewrite in recipe.rewrites)
                 entry = reader.files.entries[prefix + name]
                 total += entry.nbytes // entry.dtype.itemsize * (4 if changed else entry.dtype.itemsize)
         for site in layout.SITES:

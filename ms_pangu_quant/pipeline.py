@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
-from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
@@ -44,11 +44,13 @@ class BlockReport:
 
     output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data.
     weight_error  the same of each layer's weight, by site name.
+    notes         what a quantizer had to do that was not asked for (damping raised), by site name.
     """
 
     index: int
     output_error: float | None
     weight_error: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ def quantize(
     Raises    PanguQuantError for anything wrong with checkpoint, recipe, data or output directory.
     """
     check_data(reader.config, recipe, data)
+    reader = recipe.rewritten(reader)
     config, plan = reader.config, recipe.plan(reader.config)
     fingerprint = {
         "checkpoint": _checkpoint_hash(reader, on_bytes),
@@ -98,7 +101,8 @@ def quantize(
                 block, stats = transform(block, stats)
             block, linears, weight_error = _round_block(block, plan, recipe, stats, index)
             hidden, output_error = _advance(runner, block, linears, hidden, target)
-            report = BlockReport(index, output_error, weight_error)
+            notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
+            report = BlockReport(index, output_error, weight_error, notes)
             writer.write_block(_stored_tensors(reader, index, block, linears), asdict(report))
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
@@ -109,7 +113,7 @@ def quantize(
         }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
         after = writer.finish(outer, reader.directory, files)
-    return QuantizeResult(output, reports, reader.files.nbytes, after, start)
+    return QuantizeResult(output, reports, reader.bytes, after, start)
 
 
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
@@ -146,11 +150,18 @@ def _observe(
 
 
 def _round_block(
-    block: Block, plan: Plan, recipe: Recipe, stats: Mapping[str, InputStats], index: int
+    block: Block, plan: Plan, recipe: Recipe, stats: dict[str, InputStats], index: int
 ) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
-    """Round the planned layers; the returned block no longer holds their float weights."""
+    """Round the planned layers; the returned block no longer holds their float weights, and `stats` is used up.
+
+    Sites follow each other by input, so a gram is given back as soon as the next input's turn comes.
+    """
     linears, error = {}, {}
     for site in layout.SITES:
+        for passed in [
+            name for name in stats if layout.INPUT_NAMES.index(name) < layout.INPUT_NAMES.index(site.input_name)
+        ]:
+            del stats[passed]
         scheme = plan.scheme(index, site)
         if scheme is None:
             continue
@@ -196,10 +207,10 @@ def _replay(
 
 def _stored_tensors(
     reader: CheckpointReader, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
-) -> dict[str, NDArray[Any] | TensorEntry]:
+) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry] = {}
+    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {}
     for name, value in block.tensors.items():
         entry = reader.files.entries[prefix + name]
         unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
@@ -251,7 +262,7 @@ def _report(
             "seed": recipe.calibration.seed,
             "max_length": recipe.calibration.max_length,
         },
-        "bytes_before": reader.files.nbytes,
+        "bytes_before": reader.bytes,
         "blocks": [asdict(block) for block in blocks],
         "schemes": {
             f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else mindformers.FLOAT

@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.errors import PanguQuantError, RecipeError
+from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 
 
@@ -40,6 +42,16 @@ class Transform(Protocol):
     def __call__(self, block: Block, stats: Mapping[str, InputStats]) -> tuple[Block, dict[str, InputStats]]: ...
 
 
+class Rewrite(Protocol):
+    """reader -> reader of the same function; done to the whole checkpoint before any block is looked at."""
+
+    def changes(self, name: str) -> bool:
+        """Whether it rewrites this tensor of a block ("mlp.up_proj.weight")."""
+        ...
+
+    def __call__(self, reader: CheckpointReader) -> CheckpointReader: ...
+
+
 class WeightQuantizer(Protocol):
     """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure."""
 
@@ -49,8 +61,9 @@ class WeightQuantizer(Protocol):
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
 
 
+REWRITES: dict[str, Callable[..., Rewrite]] = {"rotate": Rotate}
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant}
-QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest}
+QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
 KEEP_FLOAT = "float"
 _RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
@@ -83,6 +96,7 @@ class Recipe:
     scheme: str
     layers: tuple[tuple[str, str], ...]
     full_range: bool
+    rewrites: tuple[Rewrite, ...]
     transforms: tuple[Transform, ...]
     quantizer: WeightQuantizer
     calibration: CalibrationSettings
@@ -107,6 +121,12 @@ class Recipe:
             for name in (self.scheme, *(name for _, name in self.layers))
         )
         return static or bool(self.transforms) or self.quantizer.needs_gram
+
+    def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
+        """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
+        for rewrite in self.rewrites:
+            reader = rewrite(reader)
+        return reader
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
@@ -201,15 +221,14 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(
             f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, max/7.5)"
         )
+    rewrites, transforms = _transforms(raw.get("transforms") or [], f"{where}: transforms")
     return Recipe(
         why=str(raw.get("why", "")),
         scheme=_scheme_name(raw["scheme"], f"{where}: scheme"),
         layers=tuple((str(pattern), _scheme_name(name, f"{where}: layers: {pattern}")) for pattern, name in layers.items()),
         full_range=weight_range == "full",
-        transforms=tuple(
-            _build(item, TRANSFORMS, f"{where}: transforms")
-            for item in _sequence(raw.get("transforms") or [], f"{where}: transforms")
-        ),
+        rewrites=rewrites,
+        transforms=transforms,
         quantizer=_build(raw.get("rounding", "rtn"), QUANTIZERS, f"{where}: rounding"),
         calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
         text=text,
@@ -224,6 +243,16 @@ def _scheme_name(name: Any, where: str) -> str:
             f"{', '.join([*PRESETS, KEEP_FLOAT])}"
         )
     return str(name)
+
+
+def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transform, ...]]:
+    """What is done to the checkpoint and, after it, to each block."""
+    built: list[Any] = [_build(item, {**REWRITES, **TRANSFORMS}, where) for item in _sequence(raw, where)]
+    names = [item if isinstance(item, str) else next(iter(item)) for item in raw]
+    count = sum(name in REWRITES for name in names)
+    if count > 1 or (count and names[0] not in REWRITES):
+        raise RecipeError(f"{where}: rotate stands first and once; it folds the norms, and smoothing with them, away")
+    return tuple(built[:count]), tuple(built[count:])
 
 
 def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> Any:

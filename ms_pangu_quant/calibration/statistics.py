@@ -48,7 +48,10 @@ class InputStats:
 
     def scaled(self, s: NDArray[np.float32]) -> InputStats:
         """The statistics of x / s, s [in] > 0."""
-        gram = None if self.gram is None else self.gram / np.outer(s, s).astype(np.float64)
+        gram = None
+        if self.gram is not None:  # one copy, divided in place: a gram of 12800 inputs is 1.3 GB
+            gram = self.gram / s.astype(np.float64)[:, None]
+            gram /= s.astype(np.float64)
         return InputStats(self.tokens, (self.absmax / s).astype(np.float32), gram)
 
 

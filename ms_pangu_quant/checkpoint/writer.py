@@ -19,7 +19,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorEntry, write_json, write_safetensors
+from ms_pangu_quant.checkpoint.files import INDEX_FILE, ComputedEntry, TensorEntry, write_json, write_safetensors
 from ms_pangu_quant.errors import OutputError
 
 JOURNAL = ".quantize_journal.json"
@@ -132,7 +132,7 @@ class QuantizedWriter:
         )
         self._save()
 
-    def finish(self, outer: Mapping[str, TensorEntry], source: Path, json_files: Mapping[str, Any]) -> int:
+    def finish(self, outer: Mapping[str, TensorEntry | ComputedEntry], source: Path, json_files: Mapping[str, Any]) -> int:
         """Copy the tensors outside the blocks and the tokenizer, then write json_files in order, config.json last.
 
         Returns the total size of the weight files in bytes.
