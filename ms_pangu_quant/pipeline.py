@@ -28,7 +28,7 @@ from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.mindformers import QuantizedLinear
-from ms_pangu_quant.quantizers.grid import relative_weight_error, round_down_to_bfloat16
+from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
@@ -96,9 +96,9 @@ def quantize(
             hidden = _replay(writer, plan, config, index, runner, hidden)
         for index in range(start, config.num_hidden_layers):
             block = reader.block(index)
-            stats, target = _observe(runner, block, hidden, recipe.needs_gram, index)
+            stats, target = _observe(runner, block, hidden, recipe, index)
             for transform in recipe.transforms:
-                block, stats = transform(block, stats)
+                block, stats = transform(block, stats, plan.of_block(index))
             block, linears, weight_error = _round_block(block, plan, recipe, stats, index)
             hidden, output_error = _advance(runner, block, linears, hidden, target)
             notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
@@ -142,11 +142,11 @@ def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[Blo
 
 
 def _observe(
-    runner: BlockRunner | None, block: Block, hidden: Hidden | None, gram: bool, index: int
+    runner: BlockRunner | None, block: Block, hidden: Hidden | None, recipe: Recipe, index: int
 ) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
     if runner is None or hidden is None:
         return {}, None
-    return runner.observe(block, hidden, gram=gram, where=f"block {index}")
+    return runner.observe(block, hidden, gram=recipe.needs_gram, rows=recipe.needs_rows, where=f"block {index}")
 
 
 def _round_block(
@@ -167,18 +167,16 @@ def _round_block(
             continue
         weight, seen = block.weight(site), stats.get(site.input_name)
         quantized = recipe.quantizer(weight, scheme.weight, seen)
-        linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen))
+        linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen, recipe))
         error[site.name] = relative_weight_error(quantized, weight)
         block = Block(block.config, {name: value for name, value in block.tensors.items() if name != f"{site.name}.weight"})
     return block, linears, error
 
 
-def _input_scale(scheme: QuantScheme, stats: InputStats | None) -> float | None:
-    """Static activations: the factor that maps the largest |x| of calibration to at most 127, a bfloat16 value."""
+def _input_scale(scheme: QuantScheme, stats: InputStats | None, recipe: Recipe) -> float | None:
     if scheme.activation.dynamic or stats is None:
         return None
-    largest = max(float(stats.absmax.max()), float(np.finfo(np.float32).tiny))
-    return float(round_down_to_bfloat16(np.array([scheme.activation.divisor / largest], np.float32))[0])
+    return recipe.activation_range.factor(stats, scheme.activation)
 
 
 def _advance(

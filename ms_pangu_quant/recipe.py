@@ -25,21 +25,31 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.errors import PanguQuantError, RecipeError
+from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
+from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
 
 class Transform(Protocol):
-    """(block, stats) -> (block, stats); the function of the block is unchanged."""
+    """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
+
+    needs_rows is how many rows of each input it wants to see.
+    """
 
     @property
     def needs_gram(self) -> bool: ...
 
-    def __call__(self, block: Block, stats: Mapping[str, InputStats]) -> tuple[Block, dict[str, InputStats]]: ...
+    @property
+    def needs_rows(self) -> int: ...
+
+    def __call__(
+        self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None]
+    ) -> tuple[Block, dict[str, InputStats]]: ...
 
 
 class Rewrite(Protocol):
@@ -62,7 +72,7 @@ class WeightQuantizer(Protocol):
 
 
 REWRITES: dict[str, Callable[..., Rewrite]] = {"rotate": Rotate}
-TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant}
+TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
 QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
 KEEP_FLOAT = "float"
 _RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
@@ -87,6 +97,10 @@ class Plan:
     def scheme(self, index: int, site: layout.LinearSite) -> QuantScheme | None:
         return self.schemes[index, site.name]
 
+    def of_block(self, index: int) -> dict[str, QuantScheme | None]:
+        """The schemes of one block by site name."""
+        return {site.name: self.schemes[index, site.name] for site in layout.SITES}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -99,6 +113,7 @@ class Recipe:
     rewrites: tuple[Rewrite, ...]
     transforms: tuple[Transform, ...]
     quantizer: WeightQuantizer
+    activation_range: ActivationRange
     calibration: CalibrationSettings
     text: str
     where: str
@@ -115,12 +130,18 @@ class Recipe:
         return self.quantizer.needs_gram or any(transform.needs_gram for transform in self.transforms)
 
     @property
+    def needs_rows(self) -> int:
+        static = self.activation_range.needs_rows if self._is_static else 0
+        return max([static, *(transform.needs_rows for transform in self.transforms)])
+
+    @property
+    def _is_static(self) -> bool:
+        names = (self.scheme, *(name for _, name in self.layers))
+        return any(name != KEEP_FLOAT and not PRESETS[name].activation.dynamic for name in names)
+
+    @property
     def needs_calibration(self) -> bool:
-        static = any(
-            name != KEEP_FLOAT and not PRESETS[name].activation.dynamic
-            for name in (self.scheme, *(name for _, name in self.layers))
-        )
-        return static or bool(self.transforms) or self.quantizer.needs_gram
+        return self._is_static or bool(self.transforms) or self.quantizer.needs_gram
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
         """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
@@ -212,7 +233,9 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     where = str(path)
     raw = _mapping(raw, where)
-    _check_keys(raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "calibration"), where)
+    _check_keys(
+        raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "calibration"), where
+    )
     if "scheme" not in raw:
         raise RecipeError(f"{where}: scheme is missing; wanted one of {', '.join(PRESETS)}")
     layers = _mapping(raw.get("layers") or {}, f"{where}: layers")
@@ -230,6 +253,9 @@ def load_recipe(path: Path) -> Recipe:
         rewrites=rewrites,
         transforms=transforms,
         quantizer=_build(raw.get("rounding", "rtn"), QUANTIZERS, f"{where}: rounding"),
+        activation_range=_build(
+            {"activation_range": raw.get("activation_range") or {}}, {"activation_range": ActivationRange}, where
+        ),
         calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
         text=text,
         where=where,
@@ -266,7 +292,7 @@ def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> An
     _check_keys({name: None}, tuple(known), where)
     settings = _mapping(settings or {}, f"{where}: {name}")
     factory = known[name]
-    fields = [field.name for field in dataclasses.fields(factory) if field.name != "needs_gram"]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(factory) if not field.name.startswith("needs_")]  # type: ignore[arg-type]
     _check_keys(settings, fields, f"{where}: {name}")
     try:
         return factory(**settings)

@@ -18,7 +18,7 @@ from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import per_token_codes
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block
@@ -123,17 +123,16 @@ class BlockRunner:
         self._cells: dict[tuple[str, ...], BlockCell] = {}
 
     def observe(
-        self, block: Block, hidden: Hidden, *, gram: bool, where: str
+        self, block: Block, hidden: Hidden, *, gram: bool, rows: int, where: str
     ) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
         """Float outputs [tokens, hidden] of the block and the statistics of its linear layers' inputs."""
-        stats: dict[str, InputStats] = {}
+        builders = {name: StatsBuilder(gram=gram, rows=rows, where=f"{where}: {name}") for name in layout.INPUT_NAMES}
         output = np.empty_like(hidden.states)
-        for rows, (states, *inputs) in self._run(block, {}, hidden):
-            output[rows] = states.asnumpy()
-            for name, x in zip(layout.INPUT_NAMES, inputs, strict=True):
-                seen = InputStats.observe(x.asnumpy(), gram=gram, where=f"{where}: {name}")
-                stats[name] = stats[name].merge(seen) if name in stats else seen
-        return stats, output
+        for place, (states, *inputs) in self._run(block, {}, hidden):
+            output[place] = states.asnumpy()
+            for builder, x in zip(builders.values(), inputs, strict=True):
+                builder.add(x.asnumpy())
+        return {name: builder.finish() for name, builder in builders.items()}, output
 
     def advance(self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden) -> Hidden:
         """Hidden states after the block as it will be served; linears maps site names to quantized layers."""
