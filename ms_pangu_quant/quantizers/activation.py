@@ -39,8 +39,13 @@ class ActivationRange:
         return 0 if self.method == "absmax" else 512
 
     def factor(self, stats: InputStats, scheme: TensorScheme) -> float:
-        """What x is multiplied by before it is rounded: a bfloat16 value, rounded down so that the range fits the codes."""
-        largest = max(self._largest(stats, scheme), float(np.finfo(np.float32).tiny))
+        """What x is multiplied by before it is rounded: a bfloat16 value, rounded down so that the range fits the codes.
+
+        1 for an input that was never active.
+        """
+        largest = self._largest(stats, scheme)
+        if largest < 1e-30:  # its factor would overflow
+            return 1.0
         return float(round_down_to_bfloat16(np.array([scheme.divisor / largest], np.float32))[0])
 
     def _largest(self, stats: InputStats, scheme: TensorScheme) -> float:

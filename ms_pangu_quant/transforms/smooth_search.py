@@ -12,7 +12,8 @@ so hundreds of scales are tried without running the block. The scales tried are 
 root mean square activation, w its largest weight: b = 1 - a is SmoothQuant (Xiao et al. 2022, arXiv:2211.10438), b = 0 is
 AWQ's family (Lin et al. 2023, arXiv:2306.00978), a and b apart the two-exponent form; a runs up to 1.
 
-What it does not do: see clipping, correlation between inputs, or what GPTQ makes of it.
+What it does not do: see clipping, weights smaller than half a step (they err by less), correlation between inputs, or what
+GPTQ makes of it.
 """
 
 from __future__ import annotations
