@@ -42,7 +42,9 @@ REPORT_FILE = "quantization_report.json"
 class BlockReport:
     """What rounding one block cost.
 
-    output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data.
+    output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data. float is
+                  what the float block makes of the quantized block's input, or, where the quantizer aims at the float
+                  model (needs_drift), the float model's own hidden states, so that the error is that of all blocks so far.
     weight_error  the same of each layer's weight, by site name.
     notes         what a quantizer had to do that was not asked for (damping raised), by site name.
     """
@@ -90,16 +92,22 @@ def quantize(
     }
     with QuantizedWriter(output, fingerprint, blocks=config.num_hidden_layers, resume=resume) as writer:
         runner, hidden = _begin_stream(reader, data)
+        floats = _FloatModel(reader, data) if data and recipe.quantizer.needs_drift else None
         start = writer.finished
         for index in range(start):
             on_block(BlockReport(**writer.reports[index]))
             hidden = _replay(writer, plan, config, index, runner, hidden)
+            if floats:
+                floats.advance(reader.block(index))
         for index in range(start, config.num_hidden_layers):
             block = reader.block(index)
             stats, target = _observe(runner, block, hidden, recipe, index)
             for transform in recipe.transforms:
                 block, stats = transform(block, stats, plan.of_block(index))
-            block, linears, weight_error = _round_block(block, plan, recipe, stats, index)
+            see = _served_input(runner, hidden, floats, recipe, index) if floats else _taken_from(stats)
+            block, linears, weight_error = _round_block(block, plan, recipe, see, index)
+            if floats:
+                target = floats.advance(reader.block(index))
             hidden, output_error = _advance(runner, block, linears, hidden, target)
             notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
             report = BlockReport(index, output_error, weight_error, notes)
@@ -146,31 +154,65 @@ def _observe(
 ) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
     if runner is None or hidden is None:
         return {}, None
-    return runner.observe(block, hidden, gram=recipe.needs_gram, rows=recipe.needs_rows, where=f"block {index}")
+    return runner.observe(block, hidden, gram=recipe.observes_gram, rows=recipe.needs_rows, where=f"block {index}")
+
+
+class _FloatModel:
+    """The float model on the calibration data, one block behind another, beside the quantized stream."""
+
+    def __init__(self, reader: CheckpointReader, data: TokenData) -> None:
+        self.runner, self.hidden = _begin_stream(reader, data)
+
+    def advance(self, block: Block) -> NDArray[np.float32]:
+        """Hidden states after the block [tokens, hidden]."""
+        self.hidden = self.runner.advance(block, {}, self.hidden)
+        return self.hidden.states
+
+
+# What is known of an input when its layers' turn comes: (name, block, layers of the block rounded so far) -> statistics.
+_SeeInput = Callable[[str, Block, Mapping[str, QuantizedLinear]], InputStats | None]
+
+
+def _taken_from(stats: dict[str, InputStats]) -> _SeeInput:
+    """Statistics observed beforehand; each is handed out once and not kept, for a gram may be 1.3 GB."""
+    return lambda name, block, linears: stats.pop(name, None)
+
+
+def _served_input(runner: BlockRunner, hidden: Hidden, floats: _FloatModel, recipe: Recipe, index: int) -> _SeeInput:
+    """Statistics of the input as the layers rounded so far make it, beside the float model's."""
+    return lambda name, block, linears: runner.observe_input(
+        name,
+        block,
+        linears,
+        hidden,
+        floats.runner,
+        floats.hidden,
+        rows=recipe.activation_range.needs_rows,
+        where=f"block {index}",
+    )
 
 
 def _round_block(
-    block: Block, plan: Plan, recipe: Recipe, stats: dict[str, InputStats], index: int
+    block: Block, plan: Plan, recipe: Recipe, see: _SeeInput, index: int
 ) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
-    """Round the planned layers; the returned block no longer holds their float weights, and `stats` is used up.
-
-    Sites follow each other by input, so a gram is given back as soon as the next input's turn comes.
-    """
-    linears, error = {}, {}
-    for site in layout.SITES:
-        for passed in [
-            name for name in stats if layout.INPUT_NAMES.index(name) < layout.INPUT_NAMES.index(site.input_name)
-        ]:
-            del stats[passed]
-        scheme = plan.scheme(index, site)
-        if scheme is None:
-            continue
-        weight, seen = block.weight(site), stats.get(site.input_name)
-        quantized = recipe.quantizer(weight, scheme.weight, seen)
-        linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen, recipe))
-        error[site.name] = relative_weight_error(quantized, weight)
-        block = Block(block.config, {name: value for name, value in block.tensors.items() if name != f"{site.name}.weight"})
-    return block, linears, error
+    """Round the planned layers, input after input; the returned block no longer holds their float weights."""
+    linears: dict[str, QuantizedLinear] = {}
+    error = {}
+    for input_name in layout.INPUT_NAMES:
+        schemes = {site: plan.scheme(index, site) for site in layout.sites_reading(input_name)}
+        seen = see(input_name, block, linears) if any(schemes.values()) else None
+        for site, scheme in schemes.items():
+            if scheme is None:
+                continue
+            quantized = recipe.quantizer(block.weight(site), scheme.weight, seen)
+            linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen, recipe))
+            error[site.name] = relative_weight_error(quantized, block.weight(site))
+    rounded = {f"{name}.weight" for name in linears}
+    return (
+        Block(block.config, {name: value for name, value in block.tensors.items() if name not in rounded}),
+        linears,
+        error,
+    )
 
 
 def _input_scale(scheme: QuantScheme, stats: InputStats | None, recipe: Recipe) -> float | None:

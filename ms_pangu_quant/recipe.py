@@ -63,10 +63,19 @@ class Rewrite(Protocol):
 
 
 class WeightQuantizer(Protocol):
-    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure."""
+    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure.
+
+    needs_drift: its statistics must have the drift from the float model, so layers are rounded one input after another.
+    """
 
     @property
     def needs_gram(self) -> bool: ...
+
+    @property
+    def needs_drift(self) -> bool: ...
+
+    @property
+    def needs_calibration(self) -> bool: ...
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
 
@@ -130,6 +139,12 @@ class Recipe:
         return self.quantizer.needs_gram or any(transform.needs_gram for transform in self.transforms)
 
     @property
+    def observes_gram(self) -> bool:
+        """Whether grams are wanted of the float block; a quantizer that needs the drift gets its own, input by input."""
+        quantizer = self.quantizer.needs_gram and not self.quantizer.needs_drift
+        return quantizer or any(transform.needs_gram for transform in self.transforms)
+
+    @property
     def needs_rows(self) -> int:
         static = self.activation_range.needs_rows if self._is_static else 0
         return max([static, *(transform.needs_rows for transform in self.transforms)])
@@ -141,7 +156,7 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return self._is_static or bool(self.transforms) or self.quantizer.needs_gram
+        return self._is_static or bool(self.transforms) or self.quantizer.needs_calibration
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
         """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""

@@ -6,6 +6,7 @@ and machines combine. Scaling is exact: the statistics of x / s follow from thos
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -64,12 +65,16 @@ class InputStats:
     absmax   [in] float32, max |x| over tokens, 0 where never active.
     gram     [in, in] float64, sum over tokens of x x^T; None unless asked for.
     sample   some rows of x; None unless asked for.
+    drift    [in, in] float64, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
+    squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it.
     """
 
     tokens: int
     absmax: NDArray[np.float32]
     gram: NDArray[np.float64] | None = None
     sample: RowSample | None = None
+    drift: NDArray[np.float64] | None = None
+    squares: NDArray[np.float64] | None = None
 
     @classmethod
     def observe(
@@ -87,24 +92,38 @@ class InputStats:
                 f"{channels[0]}); the checkpoint overflows on this calibration data"
             )
         sample = RowSample.draw(x, rows, start) if rows else None
-        return cls(len(x), absmax.astype(np.float32), (x.T @ x).astype(np.float64) if gram else None, sample)
+        product = (x.T @ x).astype(np.float64) if gram else None
+        squares = np.einsum("ti,ti->i", x, x, dtype=np.float64)
+        return cls(len(x), absmax.astype(np.float32), product, sample, squares=squares)
 
     def merge(self, other: InputStats) -> InputStats:
-        alike = (self.gram is None) == (other.gram is None) and (self.sample is None) == (other.sample is None)
-        if self.absmax.shape != other.absmax.shape or not alike:
+        optional = [(getattr(self, name), getattr(other, name)) for name in ("gram", "sample", "drift", "squares")]
+        if self.absmax.shape != other.absmax.shape or any((one is None) != (two is None) for one, two in optional):
             raise ValueError("statistics of different inputs do not merge")
-        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
+        gram, drift = _sum(self.gram, other.gram), _sum(self.drift, other.drift)
         sample = None if self.sample is None or other.sample is None else self.sample.merge(other.sample)
-        return InputStats(self.tokens + other.tokens, np.maximum(self.absmax, other.absmax), gram, sample)
+        squares = _sum(self.squares, other.squares)
+        return InputStats(self.tokens + other.tokens, np.maximum(self.absmax, other.absmax), gram, sample, drift, squares)
 
     def scaled(self, s: NDArray[np.float32]) -> InputStats:
         """The statistics of x / s, s [in] > 0."""
-        gram = None
-        if self.gram is not None:  # one copy, divided in place: a gram of 12800 inputs is 1.3 GB
-            gram = self.gram / s.astype(np.float64)[:, None]
-            gram /= s.astype(np.float64)
         sample = None if self.sample is None else self.sample.scaled(s)
-        return InputStats(self.tokens, (self.absmax / s).astype(np.float32), gram, sample)
+        absmax = (self.absmax / s).astype(np.float32)
+        squares = None if self.squares is None else self.squares / s.astype(np.float64) ** 2
+        return InputStats(self.tokens, absmax, _divided(self.gram, s), sample, _divided(self.drift, s), squares)
+
+
+def _sum(one: NDArray[np.float64] | None, two: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    return None if one is None or two is None else one + two
+
+
+def _divided(product: NDArray[np.float64] | None, s: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    """product / s s^T; one copy, divided in place: a gram of 12800 inputs is 1.3 GB."""
+    if product is None:
+        return None
+    result = product / s.astype(np.float64)[:, None]
+    result /= s.astype(np.float64)
+    return result
 
 
 class StatsBuilder:
@@ -115,16 +134,18 @@ class StatsBuilder:
     """
 
     def __init__(self, *, gram: bool, rows: int, where: str) -> None:
-        self._gram, self._rows, self._where = gram, rows, where
-        self._waiting: list[NDArray[np.float32]] = []
+        self._wants_gram, self._rows, self._where = gram, rows, where
+        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
         self._seen = 0
         self._total: InputStats | None = None
-        self._product: NDArray[np.float64] | None = None
+        self._gram: NDArray[np.float64] | None = None
+        self._drift: NDArray[np.float64] | None = None
 
-    def add(self, x: NDArray[np.float32]) -> None:
-        """x [tokens, in], the rows that follow those of the last call."""
-        self._waiting.append(x.copy())  # the framework may use the memory again
-        if sum(map(len, self._waiting)) >= PIECE_TOKENS:
+    def add(self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None) -> None:
+        """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift."""
+        difference = None if y is None else y - x
+        self._waiting.append((x.copy(), difference))  # the framework may use x's memory again
+        if sum(len(piece) for piece, _ in self._waiting) >= PIECE_TOKENS:
             self._flush()
 
     def finish(self) -> InputStats:
@@ -132,20 +153,23 @@ class StatsBuilder:
         self._flush()
         if self._total is None:
             raise ValueError("no statistics to merge")
-        return InputStats(self._total.tokens, self._total.absmax, self._product, self._total.sample)
+        return dataclasses.replace(self._total, gram=self._gram, drift=self._drift)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        x = self._waiting[0] if len(self._waiting) == 1 else np.concatenate(self._waiting)
+        x = np.concatenate([piece for piece, _ in self._waiting])
+        differences = [difference for _, difference in self._waiting if difference is not None]
         self._waiting = []
         seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)
         self._seen += len(x)
         self._total = seen if self._total is None else self._total.merge(seen)
-        if self._gram:
-            if self._product is None:
-                self._product = np.zeros((x.shape[1], x.shape[1]))
-            add_gram(self._product, x)
+        if self._wants_gram:
+            self._gram = np.zeros((x.shape[1], x.shape[1])) if self._gram is None else self._gram
+            add_gram(self._gram, x)
+        if differences:
+            self._drift = np.zeros((x.shape[1], x.shape[1])) if self._drift is None else self._drift
+            add_product(self._drift, np.concatenate(differences), x)
 
 
 def add_gram(total: NDArray[np.float64], x: NDArray[np.float32]) -> None:
@@ -155,6 +179,12 @@ def add_gram(total: NDArray[np.float64], x: NDArray[np.float32]) -> None:
         strip = x[:, start:].T @ x[:, start:stop]
         total[start:, start:stop] += strip
         total[start:stop, stop:] += strip[stop - start :].T
+
+
+def add_product(total: NDArray[np.float64], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
+    """total [in, in] += d^T x, a strip at a time."""
+    for start in range(0, len(total), _STRIP):
+        total[start : start + _STRIP] += d[:, start : start + _STRIP].T @ x
 
 
 def merge_all(parts: Iterable[InputStats]) -> InputStats:

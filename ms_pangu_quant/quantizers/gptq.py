@@ -11,8 +11,11 @@ al. 2025, arXiv:2507.18553): the same codes without the inverse of G, so one Cho
 algebra there is. Channels are taken in blocks, a block's sums over all earlier blocks in one matrix product; the block size
 changes the order of float64 additions and nothing else.
 
-What it sees. G is that of the float block's inputs when everything before the block is rounded. The layer is brought near
-its float output on the inputs it will really get; what earlier blocks lost is not made up for.
+What it sees. G is that of the float block's inputs when everything before the block is rounded: the layer is brought near
+its float output on the inputs it will really get. With `correct`, layers are rounded in the order they are computed, G is
+that of the inputs as the quantized layers before them make them, and the layer is brought near the output it has in the
+float model, on the float model's own inputs: what earlier layers lost is made up for as far as a linear layer can (Li et
+al. 2025, GPTAQ, arXiv:2504.02692; Zhang et al. 2025, Qronos, arXiv:2505.11695).
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
 from scipy.linalg.lapack import dpotrf
 
 from ms_pangu_quant.calibration.statistics import InputStats
@@ -33,6 +37,7 @@ from ms_pangu_quant.scheme import TensorScheme
 
 BLOCK = 128
 _LARGEST_DAMPING = 1.0
+_RIDGE = 0.03
 _PIECE_ELEMENTS = 1 << 24  # of a float64 working copy: 128 MiB
 
 
@@ -46,19 +51,28 @@ class Gptq:
                chosen beforehand ("static groups"), so the stored layout is the ordinary one.
     scale      "absmax" or "mse" (clip.py, weighted by the gram's diagonal).
     sweeps     afterwards, so often: the scales that fit the codes best, then every code once more (refine.py).
+    correct    aim at the float model's outputs; more than twice the passes over the data, and another gram in memory.
     """
 
     damping: float = 0.01
     act_order: bool = True
     scale: ScaleChoice = "mse"
     sweeps: int = 0
+    correct: bool = False
     needs_gram: bool = True
+    needs_calibration: bool = True
+
+    @property
+    def needs_drift(self) -> bool:
+        return self.correct
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= _LARGEST_DAMPING:
             raise RecipeError(f"gptq.damping: got {self.damping}, wanted a number from 0 to {_LARGEST_DAMPING:g}")
         if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
             raise RecipeError(f"gptq.sweeps: got {self.sweeps!r}, wanted a whole number of at least 0")
+        if not isinstance(self.correct, bool):
+            raise RecipeError(f"gptq.correct: got {self.correct!r}, wanted true or false")
         check_scale_choice("gptq", self.scale)
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
@@ -66,6 +80,8 @@ class Gptq:
         if stats is None or stats.gram is None:
             raise ValueError("gptq needs the gram of the layer's input")
         diagonal = checked_diagonal(stats.gram)
+        if stats.drift is not None:
+            weight = corrected_weight(weight, stats.gram, stats.drift)
         scale = choose_scale(weight, scheme, self.scale, diagonal)
         order = np.argsort(-diagonal, kind="stable") if self.act_order else np.arange(len(diagonal))
         factor, damping = factorise(stats.gram, order[::-1], self.damping)
@@ -116,6 +132,25 @@ def factorise(gram: NDArray[np.float64], order: NDArray[np.intp], damping: float
                 "it is no sum of x x^T: the statistics are damaged"
             )
         damping = min(max(10 * damping, 1e-6), _LARGEST_DAMPING)
+
+
+def corrected_weight(
+    weight: NDArray[np.float32], gram: NDArray[np.float64], drift: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The float weight that on the inputs x the layer gets comes closest to what `weight` makes of the float model's y.
+
+    Least squares with a ridge that holds it to `weight`: weight (I + drift (gram + r I)^-1), r = _RIDGE times the mean
+    diagonal of the gram.
+    """
+    damped = gram.copy()
+    diagonal = np.einsum("ii->i", damped)
+    diagonal += _RIDGE * float(diagonal.mean()) or 1.0
+    factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+    result = np.empty_like(weight)
+    for rows in _row_pieces(weight):
+        wanted = weight[rows] @ drift
+        result[rows] = weight[rows] + cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
+    return result
 
 
 def gptq_codes(

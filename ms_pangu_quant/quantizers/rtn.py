@@ -20,11 +20,13 @@ class RoundToNearest:
 
     scale     "absmax": the grid spans the largest |w|, so |w - dequantized| <= scale / 2 for every weight.
               "mse": the grid with the least squared error (clip.py), the largest weights may be clipped.
-    weighted  with "mse": errors count by the mean square of the input they are multiplied with (the gram's diagonal).
+    weighted  with "mse": errors count by the mean square of the input they are multiplied with; needs calibration.
     """
 
     scale: ScaleChoice = "absmax"
     weighted: bool = False
+    needs_gram: bool = False
+    needs_drift: bool = False
 
     def __post_init__(self) -> None:
         check_scale_choice("rtn", self.scale)
@@ -32,10 +34,10 @@ class RoundToNearest:
             raise RecipeError("rtn.weighted: is for scale: mse; with absmax no error is weighed")
 
     @property
-    def needs_gram(self) -> bool:
+    def needs_calibration(self) -> bool:
         return self.weighted
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
-        importance = np.diagonal(stats.gram) if self.weighted and stats is not None and stats.gram is not None else None
+        importance = stats.squares if self.weighted and stats is not None else None
         scale = choose_scale(weight, scheme, self.scale, importance)
         return QuantizedWeight(round_to_grid(weight, scale, scheme), scale)

@@ -7,10 +7,10 @@ that read x, summed over tokens, is then
     1/12 sum over rows r and groups g  dW[r,g]^2 * (sum over j in g  G_jj / s_j^2)        the weights' rounding
   + 1/12 sum over tokens t  dx[t]^2 * (sum over r, j  W_rj^2 s_j^2)                       the activations' rounding
 
-with G the gram, dW = max over the group |W s| / divisor and dx = max |x / s| / divisor. All of it follows from statistics,
-so hundreds of scales are tried without running the block. The scales tried are s = x^a / w^b, x the channel's largest or
-root mean square activation, w its largest weight: b = 1 - a is SmoothQuant (Xiao et al. 2022, arXiv:2211.10438), b = 0 is
-AWQ's family (Lin et al. 2023, arXiv:2306.00978), a and b apart the two-exponent form; a runs up to 1.
+with G_jj the sum of x_j^2, dW = max over the group |W s| / divisor and dx = max |x / s| / divisor. All of it follows from
+statistics, so hundreds of scales are tried without running the block. The scales tried are s = x^a / w^b, x the channel's
+largest or root mean square activation, w its largest weight: b = 1 - a is SmoothQuant (Xiao et al. 2022, arXiv:2211.10438),
+b = 0 is AWQ's family (Lin et al. 2023, arXiv:2306.00978), a and b apart the two-exponent form; a runs up to 1.
 
 What it does not do: see clipping, weights smaller than half a step (they err by less), correlation between inputs, or what
 GPTQ makes of it.
@@ -46,7 +46,7 @@ class SmoothSearch:
     step: float = 0.1
     two_exponents: bool = True
     inputs: Sequence[str] = INPUT_NAMES
-    needs_gram: bool = True
+    needs_gram: bool = False
     needs_rows: int = 512
 
     def __post_init__(self) -> None:
@@ -81,8 +81,8 @@ class SmoothSearch:
         self, block: Block, input_name: str, seen: InputStats, absmax_w: NDArray[np.float32]
     ) -> Iterator[NDArray[np.float32]]:
         """Scales [scale_channels] to try, the first one all ones."""
-        assert seen.gram is not None
-        rms = np.sqrt(np.diagonal(seen.gram) / max(seen.tokens, 1)).astype(np.float32)
+        assert seen.squares is not None
+        rms = np.sqrt(seen.squares / max(seen.tokens, 1)).astype(np.float32)
         w = reduce_to_producer(block, input_name, absmax_w)
         yield np.ones_like(w)
         exponents = np.linspace(0, 1, round(1 / self.step) + 1)
@@ -105,10 +105,10 @@ def output_error(
     The largest activation of every channel counts as one more row of the sample: an outlier that the sample missed must not
     look cheap.
     """
-    assert seen.gram is not None
+    assert seen.squares is not None
     assert seen.sample is not None
     inverse = (1 / s).astype(np.float32)
-    power = np.diagonal(seen.gram) * inverse.astype(np.float64) ** 2
+    power = seen.squares * inverse.astype(np.float64) ** 2
     rows = np.vstack([seen.sample.rows, seen.absmax]) * inverse
     largest = np.abs(rows).max(axis=1).astype(np.float64)
     if not scheme.activation.dynamic:

@@ -85,7 +85,7 @@ def test_with_uncorrelated_inputs_it_is_round_to_nearest(scheme, act_order):
     weight[0, :12] = np.arange(12) - 5.5  # ties: halves of the scale
     weight[0, 12] = scheme.divisor
     diagonal = np.random.default_rng(3).lognormal(sigma=3, size=IN)
-    stats = InputStats(9, np.ones(IN, np.float32), np.diag(diagonal))
+    stats = InputStats(9, np.ones(IN, np.float32), np.diag(diagonal), squares=diagonal)
     for choice in ("absmax", "mse"):
         made = Gptq(scale=choice, act_order=act_order)(weight, scheme, stats)
         nearest = RoundToNearest(choice, weighted=choice == "mse")(weight, scheme, stats)
