@@ -28,7 +28,7 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.scheme import QuantScheme, TensorScheme
+from ms_pangu_quant.scheme import QuantScheme
 from ms_pangu_quant.transforms.fold import expand_to_input, fold_scale, reduce_to_producer
 from ms_pangu_quant.transforms.smooth import check_inputs
 
@@ -66,22 +66,20 @@ class SmoothSearch:
             if scheme is None:
                 continue
             seen = stats[input_name]
-            weights = [_representative(block.weight(site)) for site in sites]
-            absmax_w = np.maximum.reduce([np.abs(block.weight(site)).max(axis=0) for site in sites])
+            cost = OutputError([block.weight(site) for site in sites], seen, scheme)
             best, least = None, np.inf
-            for s in self._candidates(block, input_name, seen, absmax_w):
-                error = output_error(expand_to_input(block, input_name, s), weights, seen, scheme)
+            for s in self._candidates(block, input_name, seen):
+                error = cost(expand_to_input(block, input_name, s))
                 if error < least:
                     best, least = s, error
             if best is not None:
                 block, stats = fold_scale(block, stats, input_name, best)
         return block, dict(stats)
 
-    def _candidates(
-        self, block: Block, input_name: str, seen: InputStats, absmax_w: NDArray[np.float32]
-    ) -> Iterator[NDArray[np.float32]]:
+    def _candidates(self, block: Block, input_name: str, seen: InputStats) -> Iterator[NDArray[np.float32]]:
         """Scales [scale_channels] to try, the first one all ones."""
         assert seen.squares is not None
+        absmax_w = np.maximum.reduce([np.abs(block.weight(site)).max(axis=0) for site in sites_reading(input_name)])
         rms = np.sqrt(seen.squares / max(seen.tokens, 1)).astype(np.float32)
         w = reduce_to_producer(block, input_name, absmax_w)
         yield np.ones_like(w)
@@ -97,41 +95,27 @@ class SmoothSearch:
                     yield np.where(usable, np.exp(log_s), 1.0).astype(np.float32)
 
 
-def output_error(
-    s: NDArray[np.float32], weights: Sequence[NDArray[np.float32]], seen: InputStats, scheme: QuantScheme
-) -> float:
-    """The sum above for the scale s [in], over the calibration tokens and the given rows of the layers' weights.
+class OutputError:
+    """The sum above as a function of the scale s [in], over the calibration tokens and _ROWS channels of each layer.
 
+    weights  [out_i, in] float32, the layers that read the input.
     The largest activation of every channel counts as one more row of the sample: an outlier that the sample missed must not
     look cheap.
     """
-    assert seen.squares is not None
-    assert seen.sample is not None
-    inverse = (1 / s).astype(np.float32)
-    power = seen.squares * inverse.astype(np.float64) ** 2
-    rows = np.vstack([seen.sample.rows, seen.absmax]) * inverse
-    largest = np.abs(rows).max(axis=1).astype(np.float64)
-    if not scheme.activation.dynamic:
-        largest = np.full(len(largest), largest.max())
-    steps_x = float(np.square(largest / scheme.activation.divisor).mean()) * seen.tokens
-    total = 0.0
-    for weight in weights:
-        scaled = weight * s
-        total += float((_squared_steps(scaled, scheme.weight) @ _by_group(power, scheme.weight)).sum())
-        total += steps_x * float(np.vdot(scaled, scaled))
-    return total / 12
 
+    def __init__(self, weights: Sequence[NDArray[np.float32]], seen: InputStats, scheme: QuantScheme) -> None:
+        assert seen.squares is not None
+        assert seen.sample is not None
+        self._scheme, self._tokens, self._squares = scheme, seen.tokens, seen.squares
+        self._weight = np.abs(np.concatenate([weight[:: -(-len(weight) // _ROWS)] for weight in weights]))
+        self._columns = np.einsum("ri,ri->i", self._weight, self._weight, dtype=np.float64)
+        self._rows = np.abs(np.vstack([seen.sample.rows, seen.absmax]))
 
-def _squared_steps(weight: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float64]:
-    """[out, groups]: squared scales of an unclipped weight [out, in]."""
-    grouped = np.abs(weight).reshape(len(weight), scheme.groups(weight.shape[1]), -1).max(axis=2)
-    return np.asarray(np.square(grouped.astype(np.float64) / scheme.divisor))
-
-
-def _by_group(power: NDArray[np.float64], scheme: TensorScheme) -> NDArray[np.float64]:
-    return np.asarray(power.reshape(scheme.groups(len(power)), -1).sum(axis=1))
-
-
-def _representative(weight: NDArray[np.float32]) -> NDArray[np.float32]:
-    """At most _ROWS output channels, evenly spaced."""
-    return weight[:: -(-len(weight) // _ROWS)]
+    def __call__(self, s: NDArray[np.float32]) -> float:
+        square, groups = s.astype(np.float64) ** 2, self._scheme.weight.groups(len(s))
+        steps_w = np.square((self._weight * s).reshape(-1, groups, len(s) // groups).max(axis=2), dtype=np.float64)
+        rounded_w = steps_w.sum(axis=0) @ (self._squares / square).reshape(groups, -1).sum(axis=1)
+        largest = (self._rows * (1 / s).astype(np.float32)).max(axis=1).astype(np.float64)
+        steps_x = np.square(largest).mean() if self._scheme.activation.dynamic else np.square(largest.max())
+        rounded_x = self._tokens * steps_x * (self._columns @ square)
+        return float(rounded_w / self._scheme.weight.divisor**2 + rounded_x / self._scheme.activation.divisor**2) / 12
