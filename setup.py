@@ -28,6 +28,7 @@ setup(
         "mindspore==2.9.0",
         "mindformers==1.9.0",
         "numpy>=1.26,<2",  # MindSpore 2.9 is built against the NumPy 1 ABI
+        "scipy>=1.10,<2",  # LAPACK's Cholesky in place; MindSpore needs SciPy too
         "safetensors>=0.5,<1",
         "ml_dtypes>=0.4,<1",  # bfloat16 for NumPy
         "datasets>=4.0,<5",  # 5.x needs a pyarrow that refuses NumPy 1

@@ -34,6 +34,7 @@ class Estimate:
 
 def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, stored_as: Format = mindformers) -> Estimate:
     """Raises RecipeError if the recipe does not fit the checkpoint."""
+    reader = recipe.rewritten(reader)
     plan = recipe.plan(reader.config)
     weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES))
     tokens = data.tokens if data else 0
@@ -42,13 +43,13 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
     blocks = reader.config.num_hidden_layers
     products = 2 * 2 * tokens * weights * blocks  # float and quantized pass
-    seconds = 5 + reader.files.nbytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
+    seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
-    return Estimate(_groups(plan, reader.config), reader.files.nbytes, after, peak, seconds)
+    return Estimate(_groups(plan, reader.config), reader.bytes, after, peak, seconds)
 
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:
-    """Size of the tensors that quantize() will write."""
+    """Size of the tensors that quantize() will write; `reader` rewritten as the recipe says."""
     config, folded = reader.config, bool(recipe.transforms)
     total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
     for index in range(config.num_hidden_layers):
@@ -58,6 +59,7 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as
             scheme = quantized.get(name.removesuffix(".weight"))
             if scheme is None:
                 changed = folded and (name.removesuffix(".weight") in (*layout.NORMS, *quantized) or "v_proj.bias" in name)
+                changed = changed or any(rewrite.changes(name) for rewrite in recipe.rewrites)
                 entry = reader.files.entries[prefix + name]
                 total += entry.nbytes // entry.dtype.itemsize * (4 if changed else entry.dtype.itemsize)
         for site in layout.SITES:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,14 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, read_block
-from ms_pangu_quant.quantizers.grid import relative_weight_error, round_down_to_bfloat16
+from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
@@ -41,13 +41,17 @@ if TYPE_CHECKING:
 class BlockReport:
     """What rounding one block cost.
 
-    output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data.
+    output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data. float is
+                  what the float block makes of the quantized block's input, or, where the quantizer aims at the float
+                  model (needs_drift), the float model's own hidden states, so that the error is that of all blocks so far.
     weight_error  the same of each layer's weight, by site name.
+    notes         what a quantizer had to do that was not asked for (damping raised), by site name.
     """
 
     index: int
     output_error: float | None
     weight_error: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ def quantize(
     Raises    PanguQuantError for anything wrong with checkpoint, recipe, data or output directory.
     """
     check_data(reader.config, recipe, data)
+    reader = recipe.rewritten(reader)
     config, plan = reader.config, recipe.plan(reader.config)
     fingerprint = {
         "checkpoint": _checkpoint_hash(reader, on_bytes),
@@ -89,18 +94,25 @@ def quantize(
     begun_with = {**fingerprint, "format": stored_as.NAME}  # not in the report: an export makes the same one
     with QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) as writer:
         runner, hidden = _begin_stream(reader, data)
+        floats = _FloatModel(reader, data) if data and recipe.quantizer.needs_drift else None
         start = writer.finished
         for index in range(start):
             on_block(BlockReport(**writer.reports[index]))
             hidden = _replay(writer, stored_as, plan, config, index, runner, hidden)
+            if floats:
+                floats.advance(reader.block(index))
         for index in range(start, config.num_hidden_layers):
             block = reader.block(index)
-            stats, target = _observe(runner, block, hidden, recipe.needs_gram, index)
+            stats, target = _observe(runner, block, hidden, recipe, index)
             for transform in recipe.transforms:
-                block, stats = transform(block, stats)
-            block, linears, weight_error = _round_block(block, plan, recipe, stats, index)
+                block, stats = transform(block, stats, plan.of_block(index))
+            see = _served_input(runner, hidden, floats, recipe, index) if floats else _taken_from(stats)
+            block, linears, weight_error = _round_block(block, plan, recipe, see, index)
+            if floats:
+                target = floats.advance(reader.block(index))
             hidden, output_error = _advance(runner, block, linears, hidden, target)
-            report = BlockReport(index, output_error, weight_error)
+            notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
+            report = BlockReport(index, output_error, weight_error, notes)
             writer.write_block(_stored_tensors(reader, stored_as, index, block, linears), asdict(report))
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
@@ -110,7 +122,7 @@ def quantize(
         }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
         after = writer.finish(outer, reader.directory, files)
-    return QuantizeResult(output, reports, reader.files.nbytes, after, start)
+    return QuantizeResult(output, reports, reader.bytes, after, start)
 
 
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
@@ -139,36 +151,75 @@ def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[Blo
 
 
 def _observe(
-    runner: BlockRunner | None, block: Block, hidden: Hidden | None, gram: bool, index: int
+    runner: BlockRunner | None, block: Block, hidden: Hidden | None, recipe: Recipe, index: int
 ) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
     if runner is None or hidden is None:
         return {}, None
-    return runner.observe(block, hidden, gram=gram, where=f"block {index}")
+    return runner.observe(block, hidden, gram=recipe.observes_gram, rows=recipe.needs_rows, where=f"block {index}")
+
+
+class _FloatModel:
+    """The float model on the calibration data, one block behind another, beside the quantized stream."""
+
+    def __init__(self, reader: CheckpointReader, data: TokenData) -> None:
+        self.runner, self.hidden = _begin_stream(reader, data)
+
+    def advance(self, block: Block) -> NDArray[np.float32]:
+        """Hidden states after the block [tokens, hidden]."""
+        self.hidden = self.runner.advance(block, {}, self.hidden)
+        return self.hidden.states
+
+
+# What is known of an input when its layers' turn comes: (name, block, layers of the block rounded so far) -> statistics.
+_SeeInput = Callable[[str, Block, Mapping[str, QuantizedLinear]], InputStats | None]
+
+
+def _taken_from(stats: dict[str, InputStats]) -> _SeeInput:
+    """Statistics observed beforehand; each is handed out once and not kept, for a gram may be 1.3 GB."""
+    return lambda name, block, linears: stats.pop(name, None)
+
+
+def _served_input(runner: BlockRunner, hidden: Hidden, floats: _FloatModel, recipe: Recipe, index: int) -> _SeeInput:
+    """Statistics of the input as the layers rounded so far make it, beside the float model's."""
+    return lambda name, block, linears: runner.observe_input(
+        name,
+        block,
+        linears,
+        hidden,
+        floats.runner,
+        floats.hidden,
+        rows=recipe.activation_range.needs_rows,
+        where=f"block {index}",
+    )
 
 
 def _round_block(
-    block: Block, plan: Plan, recipe: Recipe, stats: Mapping[str, InputStats], index: int
+    block: Block, plan: Plan, recipe: Recipe, see: _SeeInput, index: int
 ) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
-    """Round the planned layers; the returned block no longer holds their float weights."""
-    linears, error = {}, {}
-    for site in layout.SITES:
-        scheme = plan.scheme(index, site)
-        if scheme is None:
-            continue
-        weight, seen = block.weight(site), stats.get(site.input_name)
-        quantized = recipe.quantizer(weight, scheme.weight, seen)
-        linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen))
-        error[site.name] = relative_weight_error(quantized, weight)
-        block = Block(block.config, {name: value for name, value in block.tensors.items() if name != f"{site.name}.weight"})
-    return block, linears, error
+    """Round the planned layers, input after input; the returned block no longer holds their float weights."""
+    linears: dict[str, QuantizedLinear] = {}
+    error = {}
+    for input_name in layout.INPUT_NAMES:
+        schemes = {site: plan.scheme(index, site) for site in layout.sites_reading(input_name)}
+        seen = see(input_name, block, linears) if any(schemes.values()) else None
+        for site, scheme in schemes.items():
+            if scheme is None:
+                continue
+            quantized = recipe.quantizer(block.weight(site), scheme.weight, seen)
+            linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen, recipe))
+            error[site.name] = relative_weight_error(quantized, block.weight(site))
+    rounded = {f"{name}.weight" for name in linears}
+    return (
+        Block(block.config, {name: value for name, value in block.tensors.items() if name not in rounded}),
+        linears,
+        error,
+    )
 
 
-def _input_scale(scheme: QuantScheme, stats: InputStats | None) -> float | None:
-    """Static activations: the factor that maps the largest |x| of calibration to at most 127, a bfloat16 value."""
+def _input_scale(scheme: QuantScheme, stats: InputStats | None, recipe: Recipe) -> float | None:
     if scheme.activation.dynamic or stats is None:
         return None
-    largest = max(float(stats.absmax.max()), float(np.finfo(np.float32).tiny))
-    return float(round_down_to_bfloat16(np.array([scheme.activation.divisor / largest], np.float32))[0])
+    return recipe.activation_range.factor(stats, scheme.activation)
 
 
 def _advance(
@@ -203,10 +254,10 @@ def _replay(
 
 def _stored_tensors(
     reader: CheckpointReader, stored_as: Format, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
-) -> dict[str, NDArray[Any] | TensorEntry]:
+) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry] = {}
+    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {}
     for name, value in block.tensors.items():
         entry = reader.files.entries[prefix + name]
         unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
@@ -249,7 +300,7 @@ def _report(
             "seed": recipe.calibration.seed,
             "max_length": recipe.calibration.max_length,
         },
-        "bytes_before": reader.files.nbytes,
+        "bytes_before": reader.bytes,
         "blocks": [asdict(block) for block in blocks],
         "schemes": {
             f"{layout.block_prefix(index)}{name}": scheme.kind if scheme else FLOAT

@@ -23,34 +23,66 @@ from numpy.typing import NDArray
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.errors import PanguQuantError, RecipeError
+from ms_pangu_quant.quantizers.activation import ActivationRange
+from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
+from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
 
 class Transform(Protocol):
-    """(block, stats) -> (block, stats); the function of the block is unchanged."""
+    """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
+
+    needs_rows is how many rows of each input it wants to see.
+    """
 
     @property
     def needs_gram(self) -> bool: ...
 
-    def __call__(self, block: Block, stats: Mapping[str, InputStats]) -> tuple[Block, dict[str, InputStats]]: ...
+    @property
+    def needs_rows(self) -> int: ...
+
+    def __call__(
+        self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None]
+    ) -> tuple[Block, dict[str, InputStats]]: ...
+
+
+class Rewrite(Protocol):
+    """reader -> reader of the same function; done to the whole checkpoint before any block is looked at."""
+
+    def changes(self, name: str) -> bool:
+        """Whether it rewrites this tensor of a block ("mlp.up_proj.weight")."""
+        ...
+
+    def __call__(self, reader: CheckpointReader) -> CheckpointReader: ...
 
 
 class WeightQuantizer(Protocol):
-    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure."""
+    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure.
+
+    needs_drift: its statistics must have the drift from the float model, so layers are rounded one input after another.
+    """
 
     @property
     def needs_gram(self) -> bool: ...
+
+    @property
+    def needs_drift(self) -> bool: ...
+
+    @property
+    def needs_calibration(self) -> bool: ...
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
 
 
-TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant}
-QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest}
+REWRITES: dict[str, Callable[..., Rewrite]] = {"rotate": Rotate}
+TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
+QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
 KEEP_FLOAT = "float"
 _RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
@@ -74,6 +106,10 @@ class Plan:
     def scheme(self, index: int, site: layout.LinearSite) -> QuantScheme | None:
         return self.schemes[index, site.name]
 
+    def of_block(self, index: int) -> dict[str, QuantScheme | None]:
+        """The schemes of one block by site name."""
+        return {site.name: self.schemes[index, site.name] for site in layout.SITES}
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -83,8 +119,10 @@ class Recipe:
     scheme: str
     layers: tuple[tuple[str, str], ...]
     full_range: bool
+    rewrites: tuple[Rewrite, ...]
     transforms: tuple[Transform, ...]
     quantizer: WeightQuantizer
+    activation_range: ActivationRange
     calibration: CalibrationSettings
     text: str
     where: str
@@ -101,12 +139,30 @@ class Recipe:
         return self.quantizer.needs_gram or any(transform.needs_gram for transform in self.transforms)
 
     @property
+    def observes_gram(self) -> bool:
+        """Whether grams are wanted of the float block; a quantizer that needs the drift gets its own, input by input."""
+        quantizer = self.quantizer.needs_gram and not self.quantizer.needs_drift
+        return quantizer or any(transform.needs_gram for transform in self.transforms)
+
+    @property
+    def needs_rows(self) -> int:
+        static = self.activation_range.needs_rows if self._is_static else 0
+        return max([static, *(transform.needs_rows for transform in self.transforms)])
+
+    @property
+    def _is_static(self) -> bool:
+        names = (self.scheme, *(name for _, name in self.layers))
+        return any(name != KEEP_FLOAT and not PRESETS[name].activation.dynamic for name in names)
+
+    @property
     def needs_calibration(self) -> bool:
-        static = any(
-            name != KEEP_FLOAT and not PRESETS[name].activation.dynamic
-            for name in (self.scheme, *(name for _, name in self.layers))
-        )
-        return static or bool(self.transforms) or self.quantizer.needs_gram
+        return self._is_static or bool(self.transforms) or self.quantizer.needs_calibration
+
+    def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
+        """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
+        for rewrite in self.rewrites:
+            reader = rewrite(reader)
+        return reader
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
@@ -192,7 +248,9 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     where = str(path)
     raw = _mapping(raw, where)
-    _check_keys(raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "calibration"), where)
+    _check_keys(
+        raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "calibration"), where
+    )
     if "scheme" not in raw:
         raise RecipeError(f"{where}: scheme is missing; wanted one of {', '.join(PRESETS)}")
     layers = _mapping(raw.get("layers") or {}, f"{where}: layers")
@@ -201,16 +259,18 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(
             f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, max/7.5)"
         )
+    rewrites, transforms = _transforms(raw.get("transforms") or [], f"{where}: transforms")
     return Recipe(
         why=str(raw.get("why", "")),
         scheme=_scheme_name(raw["scheme"], f"{where}: scheme"),
         layers=tuple((str(pattern), _scheme_name(name, f"{where}: layers: {pattern}")) for pattern, name in layers.items()),
         full_range=weight_range == "full",
-        transforms=tuple(
-            _build(item, TRANSFORMS, f"{where}: transforms")
-            for item in _sequence(raw.get("transforms") or [], f"{where}: transforms")
-        ),
+        rewrites=rewrites,
+        transforms=transforms,
         quantizer=_build(raw.get("rounding", "rtn"), QUANTIZERS, f"{where}: rounding"),
+        activation_range=_build(
+            {"activation_range": raw.get("activation_range") or {}}, {"activation_range": ActivationRange}, where
+        ),
         calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
         text=text,
         where=where,
@@ -226,6 +286,16 @@ def _scheme_name(name: Any, where: str) -> str:
     return str(name)
 
 
+def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transform, ...]]:
+    """What is done to the checkpoint and, after it, to each block."""
+    built: list[Any] = [_build(item, {**REWRITES, **TRANSFORMS}, where) for item in _sequence(raw, where)]
+    names = [item if isinstance(item, str) else next(iter(item)) for item in raw]
+    count = sum(name in REWRITES for name in names)
+    if count > 1 or (count and names[0] not in REWRITES):
+        raise RecipeError(f"{where}: rotate stands first and once; it folds the norms, and smoothing with them, away")
+    return tuple(built[:count]), tuple(built[count:])
+
+
 def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> Any:
     """ "rtn" or {smooth: {alpha: 0.5}} -> the object."""
     if isinstance(item, str):
@@ -237,7 +307,7 @@ def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> An
     _check_keys({name: None}, tuple(known), where)
     settings = _mapping(settings or {}, f"{where}: {name}")
     factory = known[name]
-    fields = [field.name for field in dataclasses.fields(factory) if field.name != "needs_gram"]  # type: ignore[arg-type]
+    fields = [field.name for field in dataclasses.fields(factory) if not field.name.startswith("needs_")]  # type: ignore[arg-type]
     _check_keys(settings, fields, f"{where}: {name}")
     try:
         return factory(**settings)

@@ -6,6 +6,7 @@ and machines combine. Scaling is exact: the statistics of x / s follow from thos
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,6 +14,47 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import DataError
+
+PIECE_TOKENS = 2048  # rows gathered before their products are added: the gram is read and written once for so many
+_STRIP = 1024
+
+
+@dataclass(frozen=True)
+class RowSample:
+    """A uniform sample of rows: of all rows seen, the `size` whose keys are smallest.
+
+    A key is a hash of the row's place in the calibration data, so which rows are kept does not depend on how they came in.
+
+    rows  [kept, in] float32, kept <= size.   keys  [kept] uint64, ascending, all different.
+    """
+
+    size: int
+    rows: NDArray[np.float32]
+    keys: NDArray[np.uint64]
+
+    @classmethod
+    def draw(cls, x: NDArray[np.float32], size: int, start: int) -> RowSample:
+        """From x [tokens, in], whose first row is row `start` of the calibration data."""
+        return cls(size, x, row_keys(start, len(x)))._smallest()
+
+    def merge(self, other: RowSample) -> RowSample:
+        rows, keys = np.concatenate([self.rows, other.rows]), np.concatenate([self.keys, other.keys])
+        return RowSample(self.size, rows, keys)._smallest()
+
+    def scaled(self, s: NDArray[np.float32]) -> RowSample:
+        return RowSample(self.size, (self.rows / s).astype(np.float32), self.keys)
+
+    def _smallest(self) -> RowSample:
+        chosen = np.argsort(self.keys)[: self.size]
+        return RowSample(self.size, self.rows[chosen], self.keys[chosen])
+
+
+def row_keys(start: int, count: int) -> NDArray[np.uint64]:
+    """splitmix64 of start, start + 1, ...: a bijection, so different rows have different keys."""
+    z = np.arange(start, start + count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 @dataclass(frozen=True)
@@ -22,15 +64,26 @@ class InputStats:
     tokens   number of rows seen.
     absmax   [in] float32, max |x| over tokens, 0 where never active.
     gram     [in, in] float64, sum over tokens of x x^T; None unless asked for.
+    sample   some rows of x; None unless asked for.
+    drift    [in, in] float64, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
+    squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it.
     """
 
     tokens: int
     absmax: NDArray[np.float32]
     gram: NDArray[np.float64] | None = None
+    sample: RowSample | None = None
+    drift: NDArray[np.float64] | None = None
+    squares: NDArray[np.float64] | None = None
 
     @classmethod
-    def observe(cls, x: NDArray[np.float32], *, gram: bool = False, where: str = "activations") -> InputStats:
-        """Raises DataError if x [tokens, in] has a NaN or an infinity: no scale made from it would mean anything."""
+    def observe(
+        cls, x: NDArray[np.float32], *, gram: bool = False, rows: int = 0, start: int = 0, where: str = "activations"
+    ) -> InputStats:
+        """The statistics of x [tokens, in], rows start, start + 1, ... of the calibration data; keeps `rows` of them.
+
+        Raises DataError if x has a NaN or an infinity: no scale made from it would mean anything.
+        """
         absmax = np.abs(x).max(axis=0, initial=0.0)
         if not np.isfinite(absmax).all():
             channels = np.flatnonzero(~np.isfinite(absmax))
@@ -38,18 +91,100 @@ class InputStats:
                 f"{where}: {channels.size} of {absmax.size} channels are NaN or infinite (first: "
                 f"{channels[0]}); the checkpoint overflows on this calibration data"
             )
-        return cls(len(x), absmax.astype(np.float32), (x.T @ x).astype(np.float64) if gram else None)
+        sample = RowSample.draw(x, rows, start) if rows else None
+        product = (x.T @ x).astype(np.float64) if gram else None
+        squares = np.einsum("ti,ti->i", x, x, dtype=np.float64)
+        return cls(len(x), absmax.astype(np.float32), product, sample, squares=squares)
 
     def merge(self, other: InputStats) -> InputStats:
-        if self.absmax.shape != other.absmax.shape or (self.gram is None) != (other.gram is None):
+        optional = [(getattr(self, name), getattr(other, name)) for name in ("gram", "sample", "drift", "squares")]
+        if self.absmax.shape != other.absmax.shape or any((one is None) != (two is None) for one, two in optional):
             raise ValueError("statistics of different inputs do not merge")
-        gram = None if self.gram is None or other.gram is None else self.gram + other.gram
-        return InputStats(self.tokens + other.tokens, np.maximum(self.absmax, other.absmax), gram)
+        gram, drift = _sum(self.gram, other.gram), _sum(self.drift, other.drift)
+        sample = None if self.sample is None or other.sample is None else self.sample.merge(other.sample)
+        squares = _sum(self.squares, other.squares)
+        return InputStats(self.tokens + other.tokens, np.maximum(self.absmax, other.absmax), gram, sample, drift, squares)
 
     def scaled(self, s: NDArray[np.float32]) -> InputStats:
         """The statistics of x / s, s [in] > 0."""
-        gram = None if self.gram is None else self.gram / np.outer(s, s).astype(np.float64)
-        return InputStats(self.tokens, (self.absmax / s).astype(np.float32), gram)
+        sample = None if self.sample is None else self.sample.scaled(s)
+        absmax = (self.absmax / s).astype(np.float32)
+        squares = None if self.squares is None else self.squares / s.astype(np.float64) ** 2
+        return InputStats(self.tokens, absmax, _divided(self.gram, s), sample, _divided(self.drift, s), squares)
+
+
+def _sum(one: NDArray[np.float64] | None, two: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+    return None if one is None or two is None else one + two
+
+
+def _divided(product: NDArray[np.float64] | None, s: NDArray[np.float32]) -> NDArray[np.float64] | None:
+    """product / s s^T; one copy, divided in place: a gram of 12800 inputs is 1.3 GB."""
+    if product is None:
+        return None
+    result = product / s.astype(np.float64)[:, None]
+    result /= s.astype(np.float64)
+    return result
+
+
+class StatsBuilder:
+    """Statistics of many batches in the memory of one: gathers rows, and adds their products to one gram in place.
+
+    The same numbers as merging observe() of the gathered pieces; a gram of 12800 inputs is 1.3 GB, and merging would hold
+    four of them. Products of a piece are float32, their sum over pieces float64.
+    """
+
+    def __init__(self, *, gram: bool, rows: int, where: str) -> None:
+        self._wants_gram, self._rows, self._where = gram, rows, where
+        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
+        self._seen = 0
+        self._total: InputStats | None = None
+        self._gram: NDArray[np.float64] | None = None
+        self._drift: NDArray[np.float64] | None = None
+
+    def add(self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None) -> None:
+        """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift."""
+        difference = None if y is None else y - x
+        self._waiting.append((x.copy(), difference))  # the framework may use x's memory again
+        if sum(len(piece) for piece, _ in self._waiting) >= PIECE_TOKENS:
+            self._flush()
+
+    def finish(self) -> InputStats:
+        """Raises ValueError if nothing was added."""
+        self._flush()
+        if self._total is None:
+            raise ValueError("no statistics to merge")
+        return dataclasses.replace(self._total, gram=self._gram, drift=self._drift)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        x = np.concatenate([piece for piece, _ in self._waiting])
+        differences = [difference for _, difference in self._waiting if difference is not None]
+        self._waiting = []
+        seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)
+        self._seen += len(x)
+        self._total = seen if self._total is None else self._total.merge(seen)
+        if self._wants_gram:
+            self._gram = np.zeros((x.shape[1], x.shape[1])) if self._gram is None else self._gram
+            add_gram(self._gram, x)
+        if differences:
+            self._drift = np.zeros((x.shape[1], x.shape[1])) if self._drift is None else self._drift
+            add_product(self._drift, np.concatenate(differences), x)
+
+
+def add_gram(total: NDArray[np.float64], x: NDArray[np.float32]) -> None:
+    """total [in, in] += x^T x; one triangle is multiplied out, a strip at a time, and mirrored."""
+    for start in range(0, len(total), _STRIP):
+        stop = min(start + _STRIP, len(total))
+        strip = x[:, start:].T @ x[:, start:stop]
+        total[start:, start:stop] += strip
+        total[start:stop, stop:] += strip[stop - start :].T
+
+
+def add_product(total: NDArray[np.float64], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
+    """total [in, in] += d^T x, a strip at a time."""
+    for start in range(0, len(total), _STRIP):
+        total[start : start + _STRIP] += d[:, start : start + _STRIP].T @ x
 
 
 def merge_all(parts: Iterable[InputStats]) -> InputStats:

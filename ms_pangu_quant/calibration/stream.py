@@ -18,7 +18,7 @@ from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import per_token_codes
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block
@@ -55,14 +55,16 @@ class BlockCell(nn.Cell):
 
     rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
               with the factor that `factors` [inputs] has for it.
+    until     place in layout.INPUT_NAMES of the only output wanted: nothing behind it is computed. None: the whole block.
     """
 
-    def __init__(self, network, rounding: tuple[str, ...]) -> None:
+    def __init__(self, network, rounding: tuple[str, ...], until: int | None) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
         self.rounding = rounding
+        self.until = until
 
     def _round(self, x, place, factors):
         if self.rounding[place] == "":
@@ -87,6 +89,8 @@ class BlockCell(nn.Cell):
         attention, mlp = self.layer.self_attention, self.layer.mlp
         cos, sin = self.rope.get_cos_sin_for_decode(positions)
         attention_input = self.layer.input_layernorm(hidden)
+        if self.until == 0:
+            return (attention_input,)
         query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, factors))
         query, key = attention.rotary_emb(query, key, cos, sin, batch_valid_length)
         attention_output = attention.core_attention(
@@ -100,12 +104,18 @@ class BlockCell(nn.Cell):
             q_seq_lens=q_seq_lens,
             attn_mask=attention_mask,
         )
+        if self.until == 1:
+            return (attention_output,)
         residual = hidden + attention.linear_proj(self._round(attention_output, 1, factors))
         mlp_input = self.layer.pre_mlp_layernorm(residual)
+        if self.until == 2:
+            return (mlp_input,)
         gate, up = ops.function.array_func.split_ext(
             mlp.linear_fc1(self._round(mlp_input, 2, factors)), (self.inner, self.inner), -1
         )
         mlp_hidden = up * mlp.activation_func(gate)
+        if self.until == 3:
+            return (mlp_hidden,)
         output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, factors))
         return output, attention_input, attention_output, mlp_input, mlp_hidden
 
@@ -121,20 +131,44 @@ class BlockRunner:
             sum(blocks_for(length, BLOCK_SIZE) for length in batch) for _, batch in probe.batches(self._max_tokens)
         )
         self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
-        self._cells: dict[tuple[str, ...], BlockCell] = {}
+        self._cells: dict[tuple[tuple[str, ...], int | None], BlockCell] = {}
 
     def observe(
-        self, block: Block, hidden: Hidden, *, gram: bool, where: str
+        self, block: Block, hidden: Hidden, *, gram: bool, rows: int, where: str
     ) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
         """Float outputs [tokens, hidden] of the block and the statistics of its linear layers' inputs."""
-        stats: dict[str, InputStats] = {}
+        builders = {name: StatsBuilder(gram=gram, rows=rows, where=f"{where}: {name}") for name in layout.INPUT_NAMES}
         output = np.empty_like(hidden.states)
-        for rows, (states, *inputs) in self._run(block, {}, hidden):
-            output[rows] = states.asnumpy()
-            for name, x in zip(layout.INPUT_NAMES, inputs, strict=True):
-                seen = InputStats.observe(x.asnumpy(), gram=gram, where=f"{where}: {name}")
-                stats[name] = stats[name].merge(seen) if name in stats else seen
-        return stats, output
+        for place, (states, *inputs) in self._run(block, {}, hidden):
+            output[place] = states.asnumpy()
+            for builder, x in zip(builders.values(), inputs, strict=True):
+                builder.add(x.asnumpy())
+        return {name: builder.finish() for name, builder in builders.items()}, output
+
+    def observe_input(
+        self,
+        input_name: str,
+        block: Block,
+        linears: Mapping[str, QuantizedLinear],
+        hidden: Hidden,
+        floats: BlockRunner,
+        float_hidden: Hidden,
+        *,
+        rows: int,
+        where: str,
+    ) -> InputStats:
+        """Statistics of one input with gram and drift, the layers in `linears` in front of it quantized.
+
+        floats  another runner of the same sequences, which runs the float block on float_hidden [tokens, hidden], the
+                float model's hidden states, at the same time.
+        """
+        place = layout.INPUT_NAMES.index(input_name)
+        builder = StatsBuilder(gram=True, rows=rows, where=f"{where}: {input_name}")
+        served = self._run(block, linears, hidden, until=place)
+        reference = floats._run(block, {}, float_hidden, until=place)
+        for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
+            builder.add(x.asnumpy(), y.asnumpy())
+        return builder.finish()
 
     def advance(self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden) -> Hidden:
         """Hidden states after the block as it will be served; linears maps site names to quantized layers."""
@@ -144,11 +178,12 @@ class BlockRunner:
         return Hidden(output, hidden.lengths)
 
     def _run(
-        self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden
+        self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden, until: int | None = None
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         readers = [linears.get(layout.sites_reading(name)[0].name) for name in layout.INPUT_NAMES]
         cell = self._cell(
-            tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers)
+            tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
+            until,
         )
         factors = Tensor(np.array([linear.input_scale or 1.0 if linear else 1.0 for linear in readers], np.float32))
         self._network.load_tensors(_float_tensors(block, linears))
@@ -158,9 +193,9 @@ class BlockRunner:
             inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
             yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), factors, *inputs.values())
 
-    def _cell(self, rounding: tuple[str, ...]) -> BlockCell:
-        if rounding not in self._cells:
-            cell = BlockCell(self._network, rounding)
+    def _cell(self, rounding: tuple[str, ...], until: int | None) -> BlockCell:
+        if (rounding, until) not in self._cells:
+            cell = BlockCell(self._network, rounding, until)
             cell.set_train(False)
             if runtime.mode() == "graph":
                 vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
@@ -176,8 +211,8 @@ class BlockRunner:
                     vector,
                     Tensor(shape=mask_shape, dtype=mask_dtype),
                 )
-            self._cells[rounding] = cell
-        return self._cells[rounding]
+            self._cells[rounding, until] = cell
+        return self._cells[rounding, until]
 
     def _batch_tokens(self) -> int:
         """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""

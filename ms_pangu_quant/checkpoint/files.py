@@ -8,6 +8,7 @@ always a whole file.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -80,8 +81,45 @@ class TensorEntry:
                 yield piece
 
 
+@dataclass(frozen=True)
+class ComputedEntry:
+    """A tensor made from another while it is read, in that one's shape and dtype, a slice of rows at a time.
+
+    compute  float32 rows [count, ...] -> float32 rows, each from the same row alone.
+    """
+
+    source: TensorEntry | ComputedEntry
+    compute: Callable[[NDArray[np.float32]], NDArray[np.float32]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.source.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.source.nbytes
+
+    @property
+    def file(self) -> Path:
+        return self.source.file
+
+    def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start:stop of the first axis, in the stored dtype."""
+        return self.compute(widen(self.source.read(start, stop))).astype(self.dtype)
+
+    def chunks(self) -> Iterator[memoryview]:
+        """The tensor's bytes, a few MiB at a time."""
+        step = max(1, _CHUNK * self.shape[0] // max(self.nbytes, 1))
+        for start in range(0, self.shape[0], step):
+            yield np.ascontiguousarray(self.read(start, start + step)).reshape(-1).view(np.uint8).data
+
+
 class TensorFiles:
-    """All tensors of a directory: `entries` maps name -> TensorEntry."""
+    """All tensors of a directory: `entries` maps name -> where it lies, or how it is made."""
 
     def __init__(self, directory: Path, only: Path | None = None) -> None:
         """Raises CheckpointError if a file is missing, truncated or not safetensors, or if index and files disagree.
@@ -106,7 +144,7 @@ class TensorFiles:
             self.files = sorted(directory.glob("*.safetensors"))
         if not self.files:
             raise CheckpointError(f"{directory}: no *.safetensors file here; wanted a Hugging Face checkpoint directory")
-        self.entries: dict[str, TensorEntry] = {}
+        self.entries: dict[str, TensorEntry | ComputedEntry] = {}
         for file in self.files:
             for name, entry in _read_header(file).items():
                 if name in self.entries:
@@ -122,14 +160,13 @@ class TensorFiles:
 
     def read_float32(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
         """Rows of a floating-point tensor, widened exactly to float32."""
-        raw = self.entries[name].read(start, stop)
-        if raw.dtype == np.float32:
-            return raw
-        if raw.dtype == ml_dtypes.bfloat16:  # a bfloat16 is the upper half of a float32
-            wide = raw.view(np.uint16).astype(np.uint32)
-            wide <<= 16
-            return wide.view(np.float32)
-        return raw.astype(np.float32)
+        return widen(self.entries[name].read(start, stop))
+
+    def overlaid(self, entries: Mapping[str, TensorEntry | ComputedEntry]) -> TensorFiles:
+        """The same files with some tensors replaced or added."""
+        files = copy.copy(self)
+        files.entries = {**self.entries, **entries}
+        return files
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """Hash of every tensor file's bytes, in name order; progress is called with the bytes just read."""
@@ -177,6 +214,17 @@ class TensorFiles:
             )
 
 
+def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
+    """A floating-point array exactly as float32."""
+    if raw.dtype == np.float32:
+        return raw
+    if raw.dtype == ml_dtypes.bfloat16:  # a bfloat16 is the upper half of a float32
+        wide = raw.view(np.uint16).astype(np.uint32)
+        wide <<= 16
+        return wide.view(np.float32)
+    return raw.astype(np.float32)
+
+
 def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
@@ -191,7 +239,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
+def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry | ComputedEntry]) -> None:
     for name, file in weight_map.items():
         entry = entries.get(name)
         if entry is None or entry.file.name != file:
@@ -228,8 +276,8 @@ class WrittenFile:
     nbytes: int
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEntry]) -> WrittenFile:
-    """Write one file atomically; a TensorEntry is copied from its own file without being loaded.
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEntry | ComputedEntry]) -> WrittenFile:
+    """Write one file atomically; an entry is copied from its own file, or computed, without being loaded whole.
 
     Raises OutputError when the disk is full or not writable; nothing is left behind then.
     """
@@ -249,7 +297,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
         yield len(encoded).to_bytes(8, "little")
         yield encoded
         for tensor in tensors.values():
-            if isinstance(tensor, TensorEntry):
+            if isinstance(tensor, (TensorEntry, ComputedEntry)):
                 yield from tensor.chunks()
             else:
                 yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
-from ms_pangu_quant.checkpoint.files import TensorFiles
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
 
 
@@ -47,6 +48,8 @@ class CheckpointReader:
         if is_quantized(directory, self.config):
             raise CheckpointError(f"{directory}: is quantized already; wanted the float checkpoint")
         self.files = TensorFiles(directory)
+        self.bytes = self.files.nbytes
+        self._rewrite: Callable[[Block], Block] | None = None
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
         self.files.check(self.shapes(), optional=optional)
 
@@ -59,9 +62,22 @@ class CheckpointReader:
 
     def block(self, index: int) -> Block:
         prefix = layout.block_prefix(index)
-        return Block(
+        block = Block(
             self.config, {name: self.files.read_float32(prefix + name) for name in layout.block_shapes(self.config)}
         )
+        return self._rewrite(block) if self._rewrite else block
+
+    def rewritten(
+        self, config: ModelConfig, outer: Mapping[str, TensorEntry | ComputedEntry], rewrite: Callable[[Block], Block]
+    ) -> CheckpointReader:
+        """A reader of the same checkpoint with other tensors outside the blocks, and every block rewritten as it is read.
+
+        files.entries of a block's tensors remain those on disk.
+        """
+        reader, earlier = copy.copy(self), self._rewrite
+        reader.config, reader.files = config, self.files.overlaid(outer)
+        reader._rewrite = (lambda block: rewrite(earlier(block))) if earlier else rewrite
+        return reader
 
     def blocks(self) -> Iterator[Block]:
         for index in range(self.config.num_hidden_layers):

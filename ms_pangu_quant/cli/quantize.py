@@ -125,6 +125,8 @@ def _block_printer(progress: Progress, task: Any, total: int) -> Callable[[Block
         if report.weight_error:
             parts.append(f"weight error {max(report.weight_error.values()):.4f}")
         progress.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]))
+        for site, note in report.notes.items():
+            progress.console.print(f"  {site}: {note}")
         progress.advance(task)
 
     return on_block

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
-from ms_pangu_quant.checkpoint.files import TensorEntry
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import mindformers
@@ -51,10 +51,12 @@ def export(
         return writer.finish(outer, reader.directory, files)
 
 
-def _tensors(reader: QuantizedReader, stored_as: Format, index: int) -> dict[str, NDArray[Any] | TensorEntry]:
+def _tensors(
+    reader: QuantizedReader, stored_as: Format, index: int
+) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
     prefix = layout.block_prefix(index)
     block, linears = reader.block(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry] = {
+    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {
         prefix + name: reader.files.entries[prefix + name] for name in block.tensors
     }
     for site in layout.SITES:

@@ -16,10 +16,14 @@ _PIECE_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """codes int8 [out, in]; scale float32 [out, groups], > 0. The weight is codes * scale of each code's group."""
+    """codes int8 [out, in]; scale float32 [out, groups], > 0. The weight is codes * scale of each code's group.
+
+    note  what the user should know of how it was rounded, "" if nothing; it goes into the report, not into the checkpoint.
+    """
 
     codes: NDArray[np.int8]
     scale: NDArray[np.float32]
+    note: str = ""
 
     def dequantize(self) -> NDArray[np.float32]:
         """[out, in] float32."""

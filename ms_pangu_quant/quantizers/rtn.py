@@ -1,4 +1,4 @@
-"""Round to nearest: every weight goes to the closest code of a grid that spans the channel's or group's largest |w|."""
+"""Round to nearest: every weight goes to the closest code of its channel's or group's grid."""
 
 from __future__ import annotations
 
@@ -8,16 +8,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats
-from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid, weight_scale
+from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
+from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid
 from ms_pangu_quant.scheme import TensorScheme
 
 
 @dataclass(frozen=True)
 class RoundToNearest:
-    """|w - dequantized| <= scale / 2 for every weight. Statistics are not used."""
+    """Settings.
 
+    scale     "absmax": the grid spans the largest |w|, so |w - dequantized| <= scale / 2 for every weight.
+              "mse": the grid with the least squared error (clip.py), the largest weights may be clipped.
+    weighted  with "mse": errors count by the mean square of the input they are multiplied with; needs calibration.
+    """
+
+    scale: ScaleChoice = "absmax"
+    weighted: bool = False
     needs_gram: bool = False
+    needs_drift: bool = False
+
+    def __post_init__(self) -> None:
+        check_scale_choice("rtn", self.scale)
+        if self.weighted and self.scale != "mse":
+            raise RecipeError("rtn.weighted: is for scale: mse; with absmax no error is weighed")
+
+    @property
+    def needs_calibration(self) -> bool:
+        return self.weighted
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
-        scale = weight_scale(weight, scheme)
+        importance = stats.squares if self.weighted and stats is not None else None
+        scale = choose_scale(weight, scheme, self.scale, importance)
         return QuantizedWeight(round_to_grid(weight, scale, scheme), scale)

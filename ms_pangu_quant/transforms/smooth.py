@@ -16,6 +16,7 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.scheme import QuantScheme
 from ms_pangu_quant.transforms.fold import fold_scale, reduce_to_producer
 
 _SMALLEST = np.float32(1e-5)
@@ -43,15 +44,16 @@ class SmoothQuant:
     alpha: float = 0.5
     inputs: Sequence[str] = INPUT_NAMES
     needs_gram: bool = False
+    needs_rows: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"smooth.alpha: got {self.alpha}, wanted a number from 0 to 1")
-        unknown = sorted(set(self.inputs) - set(INPUT_NAMES))
-        if unknown or not self.inputs:
-            raise RecipeError(f"smooth.inputs: got {list(self.inputs)}, wanted some of {', '.join(INPUT_NAMES)}")
+        check_inputs("smooth", self.inputs)
 
-    def __call__(self, block: Block, stats: Mapping[str, InputStats]) -> tuple[Block, dict[str, InputStats]]:
+    def __call__(
+        self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None] | None = None
+    ) -> tuple[Block, dict[str, InputStats]]:
         for input_name in reversed([name for name in INPUT_NAMES if name in self.inputs]):
             weights = [block.weight(site) for site in sites_reading(input_name)]
             absmax_w = np.maximum.reduce([np.abs(weight).max(axis=0) for weight in weights])
@@ -62,3 +64,9 @@ class SmoothQuant:
             )
             block, stats = fold_scale(block, stats, input_name, s)
         return block, dict(stats)
+
+
+def check_inputs(where: str, inputs: Sequence[str]) -> None:
+    unknown = sorted(set(inputs) - set(INPUT_NAMES))
+    if unknown or not inputs:
+        raise RecipeError(f"{where}.inputs: got {list(inputs)}, wanted some of {', '.join(INPUT_NAMES)}")

@@ -13,7 +13,20 @@ from ms_pangu_quant.recipe import CalibrationSettings, find_recipe, load_recipe
 from ms_pangu_quant.scheme import PRESETS
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 
-SHIPPED = ["w4a8", "w4a8_g128", "w4a8_g128_rtn", "w4a8_g256", "w4a8_rtn", "w8a8", "w8a8_rtn", "w8a8_static"]
+PAPER = ["paper_w4a8", "paper_w4a8_hadamard", "paper_w4a8_smooth", "paper_w8a8"]
+OURS = [
+    "w4a8",
+    "w4a8_g128",
+    "w4a8_g128_rotated",
+    "w4a8_g128_rtn",
+    "w4a8_g256",
+    "w4a8_rtn",
+    "w8a8",
+    "w8a8_rtn",
+    "w8a8_static",
+]
+SHIPPED = [*PAPER, *OURS]
+WITHOUT_DATA = ["paper_w4a8", "paper_w4a8_hadamard", "paper_w8a8", "w4a8_g128_rtn", "w4a8_rtn", "w8a8_rtn"]
 EVERYTHING = """\
 why: every key there is
 scheme: w4a8_g64
@@ -61,12 +74,12 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
     plan = loaded.plan(config)
     blocks = range(config.num_hidden_layers)
     assert set(plan.schemes) == {(index, site.name) for index in blocks for site in layout.SITES}
-    wanted = "W4A8_DYNAMIC" if name.startswith("w4a8") else "W8A8" if name == "w8a8_static" else "W8A8_DYNAMIC"
+    wanted = "W4A8_DYNAMIC" if "w4a8" in name else "W8A8" if name == "w8a8_static" else "W8A8_DYNAMIC"
     assert set(kinds(plan).values()) == {wanted}
     assert plan.group_size == next((size for size in (128, 256) if f"g{size}" in name), 0)
     assert loaded.why
-    assert loaded.needs_calibration == (not name.endswith("_rtn"))
-    assert not loaded.needs_gram
+    assert loaded.needs_calibration == (name not in WITHOUT_DATA)
+    assert loaded.full_range == (name in PAPER or name in ("w4a8", "w4a8_g128", "w4a8_g128_rotated", "w4a8_g256"))
     assert len((root / f"configs/{name}.yaml").read_text().splitlines()) <= 25
 
 

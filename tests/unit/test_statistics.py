@@ -1,13 +1,14 @@
 """calibration/statistics.py: merging is a commutative monoid, scaling is exact, and a NaN is never averaged away."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.calibration.statistics import InputStats, merge_all
+from ms_pangu_quant.calibration.statistics import PIECE_TOKENS, InputStats, StatsBuilder, add_gram, merge_all, row_keys
 from ms_pangu_quant.errors import DataError
 
 
@@ -135,3 +136,79 @@ def test_observing_scaling_and_merging_leave_their_inputs_alone():
     stats.merge(stats)
     assert (x == before).all()
     assert same(stats, kept)
+
+
+# --- the sample of rows, and statistics built in place ----------------------------------------------------------------
+
+
+def in_pieces(x, cuts, rows):
+    """Statistics of x observed in pieces that end at `cuts`, each knowing its place."""
+    edges = [0, *sorted(cuts), len(x)]
+    return [InputStats.observe(x[start:stop], rows=rows, start=start) for start, stop in itertools.pairwise(edges)]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40, 100])
+def test_which_rows_are_kept_depends_neither_on_the_pieces_nor_on_their_order(rows):
+    x = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
+    whole = InputStats.observe(x, rows=rows).sample
+    assert len(whole.rows) == min(rows, 60)
+    for cuts in ([20], [1, 2, 59], [10, 10, 30]):
+        parts = in_pieces(x, cuts, rows)
+        for order in (parts, parts[::-1], [*parts[1:], parts[0]]):
+            merged = merge_all(order).sample
+            assert merged.rows.tobytes() == whole.rows.tobytes()
+            assert merged.keys.tobytes() == whole.keys.tobytes()
+
+
+def test_every_row_is_kept_equally_often():
+    """Over many disjoint ranges of places: a place's share is rows / tokens to within chance (5 sigma)."""
+    counts = np.zeros(20)
+    for start in range(0, 20 * 2000, 20):
+        counts[np.argsort(row_keys(start, 20))[:5]] += 1
+    assert np.abs(counts / 2000 - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 2000)
+
+
+def test_keys_of_different_rows_differ():
+    assert len(np.unique(row_keys(0, 100_000))) == 100_000
+
+
+def test_the_sample_scales_with_the_rest():
+    x = np.random.default_rng(1).normal(size=(30, 4)).astype(np.float32)
+    s = np.array([1, 2, 0.5, 3], np.float32)
+    scaled, observed = InputStats.observe(x, rows=9).scaled(s).sample, InputStats.observe(x / s, rows=9).sample
+    assert scaled.rows.tobytes() == observed.rows.tobytes()
+    assert scaled.keys.tobytes() == observed.keys.tobytes()
+
+
+@pytest.mark.parametrize("channels", [3, 1500])
+def test_a_gram_added_up_in_strips_is_the_products_sum(channels):
+    x = np.random.default_rng(2).integers(-9, 10, size=(12, channels)).astype(np.float32)  # exact in float32
+    total = np.zeros((channels, channels))
+    add_gram(total, x)
+    add_gram(total, x)
+    assert np.array_equal(total, 2 * x.astype(np.float64).T @ x.astype(np.float64))
+
+
+@pytest.mark.parametrize("sizes", [[5], [PIECE_TOKENS + 1], [700] * 7, [PIECE_TOKENS, 1, 1, 3000]])
+def test_building_is_merging(sizes):
+    generator = np.random.default_rng(3)
+    parts = [generator.integers(-9, 10, size=(size, 4)).astype(np.float32) for size in sizes]
+    builder = StatsBuilder(gram=True, rows=50, where="here")
+    for part in parts:
+        builder.add(part)
+        part[:] = np.nan  # what was added is the builder's own
+    built = builder.finish()
+    generator = np.random.default_rng(3)
+    whole = np.concatenate([generator.integers(-9, 10, size=(size, 4)).astype(np.float32) for size in sizes])
+    observed = InputStats.observe(whole, gram=True, rows=50)
+    assert same(built, observed)
+    assert built.sample.rows.tobytes() == observed.sample.rows.tobytes()
+
+
+def test_a_builder_that_saw_nothing_or_a_nan_says_so():
+    with pytest.raises(ValueError, match="no statistics"):
+        StatsBuilder(gram=True, rows=0, where="here").finish()
+    builder = StatsBuilder(gram=True, rows=0, where="block 3: mlp_input")
+    builder.add(np.full((2, 3), np.nan, np.float32))
+    with pytest.raises(DataError, match=r"^block 3: mlp_input: 3 of 3 channels"):
+        builder.finish()

@@ -1,0 +1,190 @@
+"""GPTQ: rounds one input channel after another and lets the channels still to come make up for the error.
+
+How it works. The output error of a layer is tr(E G E^T), E = weight - dequantized, G = sum over tokens of x x^T. With
+G = L L^T, L lower triangular and the channels in reverse order of rounding, it is ||E L||^2, and channel j, once those
+behind it are rounded, costs least at
+
+    w_j + sum over i > j of E_i L_ij / L_jj
+
+rounded to the nearest code. That is GPTQ (Frantar et al. 2022, arXiv:2210.17323) written as Babai's nearest plane (Chen et
+al. 2025, arXiv:2507.18553): the same codes without the inverse of G, so one Cholesky factorisation in place is all the
+algebra there is. Channels are taken in blocks, a block's sums over all earlier blocks in one matrix product; the block size
+changes the order of float64 additions and nothing else.
+
+What it sees. G is that of the float block's inputs when everything before the block is rounded: the layer is brought near
+its float output on the inputs it will really get. With `correct`, layers are rounded in the order they are computed, G is
+that of the inputs as the quantized layers before them make them, and the layer is brought near the output it has in the
+float model, on the float model's own inputs: what earlier layers lost is made up for as far as a linear layer can (Li et
+al. 2025, GPTAQ, arXiv:2504.02692; Zhang et al. 2025, Qronos, arXiv:2505.11695).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg.lapack import dpotrf
+
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
+from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.refine import refine
+from ms_pangu_quant.scheme import TensorScheme
+
+BLOCK = 128
+_LARGEST_DAMPING = 1.0
+_RIDGE = 0.03
+_PIECE_ELEMENTS = 1 << 24  # of a float64 working copy: 128 MiB
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """Settings.
+
+    damping    added to the gram's diagonal, relative to its mean; ten times as much while the gram is not positive
+               definite, and then said in QuantizedWeight.note.
+    act_order  round the channels with the largest inputs first. Groups keep their channels and their scales, which are
+               chosen beforehand ("static groups"), so the stored layout is the ordinary one.
+    scale      "absmax" or "mse" (clip.py, weighted by the gram's diagonal).
+    sweeps     afterwards, so often: the scales that fit the codes best, then every code once more (refine.py).
+    correct    aim at the float model's outputs; more than twice the passes over the data, and another gram in memory.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    scale: ScaleChoice = "mse"
+    sweeps: int = 0
+    correct: bool = False
+    needs_gram: bool = True
+    needs_calibration: bool = True
+
+    @property
+    def needs_drift(self) -> bool:
+        return self.correct
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.damping <= _LARGEST_DAMPING:
+            raise RecipeError(f"gptq.damping: got {self.damping}, wanted a number from 0 to {_LARGEST_DAMPING:g}")
+        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
+            raise RecipeError(f"gptq.sweeps: got {self.sweeps!r}, wanted a whole number of at least 0")
+        if not isinstance(self.correct, bool):
+            raise RecipeError(f"gptq.correct: got {self.correct!r}, wanted true or false")
+        check_scale_choice("gptq", self.scale)
+
+    def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
+        """Raises DataError if the gram is not that of any data (a negative or NaN diagonal, far from semidefinite)."""
+        if stats is None or stats.gram is None:
+            raise ValueError("gptq needs the gram of the layer's input")
+        diagonal = checked_diagonal(stats.gram)
+        if stats.drift is not None:
+            weight = corrected_weight(weight, stats.gram, stats.drift)
+        scale = choose_scale(weight, scheme, self.scale, diagonal)
+        order = np.argsort(-diagonal, kind="stable") if self.act_order else np.arange(len(diagonal))
+        factor, damping = factorise(stats.gram, order[::-1], self.damping)
+        codes = gptq_codes(weight, scale, scheme, factor, order)
+        del factor
+        note = "" if damping == self.damping else f"damping raised from {self.damping:g} to {damping:g}"
+        rounded = QuantizedWeight(codes, scale, note)
+        return (
+            refine(weight, rounded, scheme, stats.gram, damping * diagonal.mean(), self.sweeps) if self.sweeps else rounded
+        )
+
+
+def checked_diagonal(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The diagonal [in]. Raises DataError if it has a NaN, an infinity or a negative value."""
+    diagonal = np.diagonal(gram)
+    bad = np.flatnonzero(~(np.isfinite(diagonal) & (diagonal >= 0)))
+    if bad.size:
+        raise DataError(
+            f"gram of a layer's input: {bad.size} of {diagonal.size} diagonal values are negative or not finite (first: "
+            f"channel {bad[0]}, {diagonal[bad[0]]}); a sum of squares is neither: the statistics are damaged"
+        )
+    return np.array(diagonal)
+
+
+def factorise(gram: NDArray[np.float64], order: NDArray[np.intp], damping: float) -> tuple[NDArray[np.float64], float]:
+    """(M, damping used): gram with rows and columns in `order`, damped, is L L^T, and M_ij = L_ij / L_jj for i >= j.
+
+    gram  [in, in], symmetric positive semidefinite. A channel that was never active has a row of zeros; it is given a one
+          on the diagonal, which makes it be rounded to nearest and leaves the others alone.
+    M     [in, in] float64, unit lower triangular; what stands above the diagonal is not defined.
+    Raises DataError if not even a damping of 1 makes the gram positive definite.
+    """
+    mean = float(np.diagonal(gram).mean())
+    while True:
+        lower = gram[np.ix_(order, order)]
+        diagonal = np.einsum("ii->i", lower)
+        diagonal += damping * mean
+        diagonal[diagonal == 0] = 1.0
+        # LAPACK is column-major: the upper factor of the transpose is the lower factor of this array, in place.
+        _, failed = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)
+        if not failed:
+            lower /= np.einsum("ii->i", lower).copy()
+            return lower, damping
+        del lower, diagonal
+        if damping >= _LARGEST_DAMPING:
+            raise DataError(
+                "gram of a layer's input: not positive semidefinite, even when damped by its mean diagonal; "
+                "it is no sum of x x^T: the statistics are damaged"
+            )
+        damping = min(max(10 * damping, 1e-6), _LARGEST_DAMPING)
+
+
+def corrected_weight(
+    weight: NDArray[np.float32], gram: NDArray[np.float64], drift: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """The float weight that on the inputs x the layer gets comes closest to what `weight` makes of the float model's y.
+
+    Least squares with a ridge that holds it to `weight`: weight (I + drift (gram + r I)^-1), r = _RIDGE times the mean
+    diagonal of the gram.
+    """
+    damped = gram.copy()
+    diagonal = np.einsum("ii->i", damped)
+    diagonal += _RIDGE * float(diagonal.mean()) or 1.0
+    factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+    result = np.empty_like(weight)
+    for rows in _row_pieces(weight):
+        wanted = weight[rows] @ drift
+        result[rows] = weight[rows] + cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
+    return result
+
+
+def gptq_codes(
+    weight: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    scheme: TensorScheme,
+    factor: NDArray[np.float64],
+    order: NDArray[np.intp],
+    block: int = BLOCK,
+) -> NDArray[np.int8]:
+    """Codes int8 [out, in] of weight [out, in] on the grid of scale [out, groups].
+
+    factor  of factorise for order[::-1]; order [in], the channels as they are rounded, first one first.
+    """
+    codes = np.empty(weight.shape, np.int8)
+    columns = order[::-1]  # the factor's order: rounded from the last to the first
+    group = columns // (weight.shape[1] // scale.shape[1])
+    for rows in _row_pieces(weight):
+        target = weight[rows].T[columns]  # [in, rows] float32, contiguous
+        steps = np.ascontiguousarray(scale[rows].T)
+        error = np.empty(target.shape, np.float64)
+        for stop in range(len(columns), 0, -block):
+            start = max(stop - block, 0)
+            carried = factor[stop:, start:stop].T @ error[stop:]
+            for j in range(stop - 1, start - 1, -1):
+                carried[j - start] += factor[j + 1 : stop, j] @ error[j + 1 : stop]
+                wanted = (target[j] + carried[j - start]).astype(np.float32)  # as float32, so that ties fall as in RTN
+                code = np.clip(np.rint(wanted / steps[group[j]]), scheme.code_min, scheme.code_max)
+                error[j] = target[j] - code.astype(np.float64) * steps[group[j]]
+                codes[rows, columns[j]] = code
+    return codes
+
+
+def _row_pieces(weight: NDArray[np.float32]) -> Iterator[slice]:
+    step = max(1, _PIECE_ELEMENTS // weight.shape[1])
+    for start in range(0, len(weight), step):
+        yield slice(start, start + step)

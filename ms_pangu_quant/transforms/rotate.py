@@ -1,0 +1,124 @@
+"""Rotates the residual stream by a random Hadamard matrix, so that no channel of it is an outlier (QuaRot, SpinQuant).
+
+How it works. With Q orthogonal, x Q has the norm of x, so a norm without weights commutes with Q. The norms' weights are
+therefore folded into the layers that read them first, then everything that writes the stream is multiplied by Q from the
+left (embedding, o_proj and down_proj with their biases) and everything that reads it (q/k/v, gate/up, head) by Q^T from the
+right. Value heads are rotated too: an attention head is a weighted mean of value rows, which Q commutes with, so v_proj
+writes rotated heads and o_proj reads them. All of it is done to the checkpoint as it is read, nothing when it is served.
+
+A tied head becomes a tensor of its own: the embedding must not have the final norm folded in, the head must.
+
+What it does not do: rotate what down_proj reads. That product of gate and up is made element by element, so a rotation in
+front of down_proj would have to be computed when the model is served.
+
+Source: Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.files import ComputedEntry
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.grid import row_pieces
+from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The orthogonal matrix Q = diag(signs) H / sqrt(n), n = size; signs drawn from (seed, size)."""
+
+    size: int
+    seed: int
+
+    @cached_property
+    def signs(self) -> NDArray[np.float64]:
+        return np.random.default_rng([self.seed, self.size]).choice([-1.0, 1.0], self.size)
+
+    @cached_property
+    def factors(self) -> tuple[NDArray[np.int8], ...]:
+        return hadamard_factors(self.size)
+
+    def forward(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """rows [count, n] times Q."""
+        return multiply(rows * self.signs, self.factors)
+
+    def of_rows(self, matrix: NDArray[np.float32], scale: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+        """matrix [out, n], its columns times scale [n] first, times Q; computed in float64."""
+        result = np.empty(matrix.shape, np.float32)
+        for rows in row_pieces(matrix):
+            wide = matrix[rows].astype(np.float64)
+            result[rows] = self.forward(wide if scale is None else wide * scale)
+        return result
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """A rewrite of the checkpoint. seed: of the signs; heads: rotate value heads too."""
+
+    seed: int = 0
+    heads: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise RecipeError(f"rotate.seed: got {self.seed!r}, wanted a whole number of at least 0")
+        if not isinstance(self.heads, bool):
+            raise RecipeError(f"rotate.heads: got {self.heads!r}, wanted true or false")
+
+    def changes(self, name: str) -> bool:
+        """Whether it rewrites this tensor of a block."""
+        untouched = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", *(() if self.heads else ("self_attn.v_proj.bias",)))
+        return name not in untouched
+
+    def __call__(self, reader: CheckpointReader) -> CheckpointReader:
+        """The same model, rotated. Raises RecipeError if there is no Hadamard matrix of its sizes."""
+        config = reader.config
+        stream = Rotation(config.hidden_size, self.seed)
+        head = Rotation(config.head_dim, self.seed) if self.heads else None
+        _ = stream.factors, head and head.factors  # fail before anything is written
+        norm = reader.files.read_float32(layout.FINAL_NORM)
+        embedding = reader.files.entries[layout.EMBEDDING]
+        head_source = embedding if config.tie_word_embeddings else reader.files.entries[layout.HEAD]
+        return reader.rewritten(
+            dataclasses.replace(config, tie_word_embeddings=False),
+            {
+                layout.EMBEDDING: ComputedEntry(embedding, stream.of_rows),
+                layout.HEAD: ComputedEntry(head_source, lambda rows: stream.of_rows(rows, norm)),
+                layout.FINAL_NORM: ComputedEntry(reader.files.entries[layout.FINAL_NORM], np.ones_like),
+            },
+            lambda block: rotate_block(block, stream, head),
+        )
+
+
+def rotate_block(block: Block, stream: Rotation, head: Rotation | None) -> Block:
+    """The block between rotated residual streams: from x Q it computes y Q where `block` computes y from x."""
+    changed: dict[str, NDArray[np.float32]] = {}
+    for site in layout.SITES:
+        weight, bias = block.weight(site), block.bias(site)
+        if site.producer in layout.NORMS:
+            weight = stream.of_rows(weight, block[f"{site.producer}.weight"])
+        if head is not None and site.name == "self_attn.v_proj":
+            weight = _of_heads(weight.T, head).T
+            bias = None if bias is None else _of_heads(bias[None], head)[0]
+        if site.name in ("self_attn.o_proj", "mlp.down_proj"):
+            if head is not None and site.name == "self_attn.o_proj":
+                weight = _of_heads(weight, head)
+            weight = stream.of_rows(weight.T).T
+            bias = None if bias is None else stream.of_rows(bias[None])[0]
+        changed[f"{site.name}.weight"] = np.ascontiguousarray(weight)
+        if bias is not None:
+            changed[f"{site.name}.bias"] = bias
+    changed.update({f"{norm}.weight": np.ones_like(block[f"{norm}.weight"]) for norm in layout.NORMS})
+    return block.replace(changed)
+
+
+def _of_heads(matrix: NDArray[np.float32], head: Rotation) -> NDArray[np.float32]:
+    """matrix [rows, heads * head_dim], every head of a row times Q."""
+    return head.of_rows(np.ascontiguousarray(matrix).reshape(-1, head.size)).reshape(matrix.shape)

@@ -1,0 +1,143 @@
+"""Rewrites and rounding on served models: rotations leave logits alone, recipes hold whatever the outliers."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.estimate import stored_bytes
+from ms_pangu_quant.formats.mindformers import QuantizedReader
+from ms_pangu_quant.inference.compare import compare
+from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.network import runtime
+from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.recipe import find_recipe, load_recipe
+from tests.conftest import MINI, calibration, load_tool, token_data
+
+ROTATED_FLOAT = "scheme: float\ntransforms: [{rotate: {seed: 3}}]\n"
+TINY = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "vocab_size": 96}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def make(text):
+        (tmp_path / "mine.yaml").write_text(text)
+        return load_recipe(tmp_path / "mine.yaml")
+
+    return make
+
+
+@pytest.fixture
+def rounded(tmp_path):
+    """(checkpoint, recipe, chats) -> the quantized directory."""
+
+    def make(checkpoint, chosen, chats=128):
+        runtime.start("cpu", "graph")
+        output = tmp_path / f"out-{checkpoint.name}"
+        quantize(CheckpointReader(checkpoint), chosen, output, data=calibration(chats) if chats else None)
+        return output
+
+    return make
+
+
+def rewrite(source, folder, change):
+    """A copy of a checkpoint whose tensors `change` has edited in place, as float32."""
+    shutil.copytree(source, folder, copy_function=shutil.copyfile)
+    tensors = {name: tensor.astype(np.float32) for name, tensor in load_file(folder / "model.safetensors").items()}
+    change(tensors)
+    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rotated_float_checkpoint_is_served_with_the_logits_of_the_original(tied, recipe, rounded, tmp_path):
+    tool = load_tool("make_checkpoint")
+    config = tool.make_config("tiny", tie_word_embeddings=tied, **TINY)
+    tool.write_checkpoint(tmp_path / "float", config, seed=1, dtype="float32")
+    made = rounded(tmp_path / "float", recipe(ROTATED_FLOAT), chats=0)
+    assert json.loads((made / "config.json").read_text())["tie_word_embeddings"] is False
+    ids = np.random.default_rng(0).integers(0, 96, 40).tolist()
+    wanted, got = (load(path, kv_cache_tokens=64).logits(ids) for path in (tmp_path / "float", made))
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_the_embedded_checkpoint_rotated_has_its_own_logits(recipe, rounded, tmp_path):
+    """In float32, so that nothing but the rotation acts; its head is tied and becomes a tensor of its own."""
+    wide = rewrite(MINI, tmp_path / "wide", lambda tensors: None)
+    made = rounded(wide, recipe(ROTATED_FLOAT), chats=0)
+    ids = token_data("validation", 1).sequences[0].tolist()
+    wanted, got = (load(path, kv_cache_tokens=512).logits(ids) for path in (wide, made))
+    assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(rounded):
+    chosen = load_recipe(find_recipe("paper_w4a8_hadamard"))
+    made = rounded(MINI, chosen, chats=0)
+    reader = chosen.rewritten(CheckpointReader(MINI))
+    stored = QuantizedReader(made)
+    assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == stored.files.nbytes
+    head, embedding = (stored.files.entries[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
+    assert (head.dtype, head.nbytes) == (embedding.dtype, embedding.nbytes)
+
+
+# --- slow: other outliers, and resumption of the longest path --------------------------------------------------------
+
+
+def norm_channels(tensors):
+    """(norm, channel, layers that read it) of the embedded checkpoint's outlier channels: the four largest of each norm."""
+    for name in [name for name in tensors if name.endswith("layernorm.weight")]:
+        prefix, norm = name.rsplit(".", 2)[0], name.rsplit(".", 2)[1]
+        readers = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"] if norm == "input_layernorm" else []
+        readers = readers or ["mlp.gate_proj", "mlp.up_proj"]
+        for channel in np.argsort(-np.abs(tensors[name]))[:4]:
+            yield name, channel, [f"{prefix}.{reader}.weight" for reader in readers]
+
+
+def rescaled(factor):
+    """The same function with the norms' outlier channels `factor` times as large: a power of two, so exact."""
+
+    def change(tensors):
+        for norm, channel, readers in list(norm_channels(tensors)):
+            tensors[norm][channel] *= factor
+            for reader in readers:
+                tensors[reader][:, channel] /= factor
+
+    return change
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("factor", [2.0, 1 / 64], ids=["stronger outliers (x128)", "no outliers in the norms"])
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [("w8a8", 1e-4), ("w8a8_static", 2e-3), ("w4a8", 1.8e-3), ("w4a8_g128", 1e-3), ("w4a8_g128_rotated", 2e-3)],
+)
+def test_the_recipes_hold_whatever_the_outliers(factor, name, limit, rounded, tmp_path):
+    checkpoint = rewrite(MINI, tmp_path / "rescaled", rescaled(factor))
+    made = rounded(checkpoint, load_recipe(find_recipe(name)))
+    assert compare(checkpoint, made, token_data("validation", 120).sequences).kl_mean <= limit
+
+
+@pytest.mark.slow
+def test_a_corrected_and_rotated_run_resumes_to_the_same_bytes(recipe, tmp_path):
+    """The longest path: a rewritten reader, and the float model beside the quantized stream, both replayed."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(report):
+        if report.index == 1:
+            raise Stopped
+
+    runtime.start("cpu", "graph")
+    reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe("w4a8_g128_rotated")), calibration(16)
+    quantize(reader, chosen, tmp_path / "whole", data=data)
+    with pytest.raises(Stopped):
+        quantize(reader, chosen, tmp_path / "stopped", data=data, on_block=stop)
+    quantize(reader, chosen, tmp_path / "stopped", data=data, resume=True)
+    whole, resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "stopped")
+    )
+    assert whole == resumed

@@ -1,0 +1,279 @@
+"""quantizers/gptq.py: the paper's algorithm, integer for integer, and its laws."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.quantizers.clip import mse_scale
+from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, factorise, gptq_codes
+from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
+from ms_pangu_quant.quantizers.rtn import RoundToNearest
+from ms_pangu_quant.scheme import PRESETS, TensorScheme
+
+SCHEMES = {
+    "w8 channel": PRESETS["w8a8"].weight,
+    "w4 channel": PRESETS["w4a8"].weight,
+    "w4 channel, full": PRESETS["w4a8"].with_range(full_range=True).weight,
+    "w4 group 12": TensorScheme(4, "group", group_size=12),
+    "w4 group 12, full": TensorScheme(4, "group", group_size=12, full_range=True),
+}
+IN, OUT = 96, 20
+
+
+def layer(seed=0, channels=IN, outputs=OUT, tokens=400, spread=1.0):
+    """A weight and the statistics of correlated inputs of very different sizes."""
+    generator = np.random.default_rng(seed)
+    mix = generator.normal(size=(channels, channels)) * generator.lognormal(sigma=spread, size=channels)
+    x = (generator.normal(size=(tokens, channels)) @ mix).astype(np.float32)
+    weight = (generator.normal(size=(outputs, channels)) * generator.lognormal(size=channels)).astype(np.float32)
+    return weight, InputStats.observe(x, gram=True)
+
+
+def output_error(weight, quantized, stats):
+    """Squared error of the layer's outputs, summed over tokens and outputs."""
+    error = weight - quantized.dequantize().astype(np.float64)
+    return float(np.einsum("oi,ij,oj->", error, stats.gram, error))
+
+
+def published(weight, gram, scale, scheme, damping, act_order):
+    """Codes by the paper's equations (arXiv:2210.17323, sec. 3, eq. 2 and 3), one row and one weight at a time.
+
+    The inverse Hessian is updated by Gaussian elimination as each weight leaves: no Cholesky, no blocks.
+    """
+    order = np.argsort(-np.diag(gram), kind="stable") if act_order else np.arange(len(gram))
+    width = weight.shape[1] // scale.shape[1]
+    hessian = 2 * (gram + damping * np.diag(gram).mean() * np.eye(len(gram)))
+    codes = np.zeros(weight.shape, np.int64)
+    for row in range(len(weight)):
+        w, inverse = weight[row].astype(np.float64), np.linalg.inv(hessian)
+        for q in order:
+            step = float(scale[row, q // width])
+            codes[row, q] = np.clip(np.rint(w[q] / step), scheme.code_min, scheme.code_max)
+            w -= (w[q] - codes[row, q] * step) / inverse[q, q] * inverse[:, q]
+            inverse -= np.outer(inverse[:, q], inverse[q]) / inverse[q, q]
+    return codes
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_codes_are_those_of_the_papers_equations(scheme, act_order):
+    weight, stats = layer(seed=1)
+    made = Gptq(damping=0.01, act_order=act_order, scale="absmax")(weight, scheme, stats)
+    assert np.array_equal(made.scale, weight_scale(weight, scheme))
+    assert (made.codes == published(weight, stats.gram, made.scale, scheme, 0.01, act_order)).all()
+    assert (made.codes != RoundToNearest()(weight, scheme, None).codes).mean() > 0.05
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_the_block_size_changes_no_integer(scheme):
+    weight, stats = layer(seed=2, channels=204, outputs=48)
+    order = np.argsort(-np.diag(stats.gram))
+    factor, _ = factorise(stats.gram, order[::-1], 0.01)
+    scale = weight_scale(weight, scheme)
+    whole = gptq_codes(weight, scale, scheme, factor, order, block=204)
+    for block in (1, 7, 32, 64, 128):
+        assert np.array_equal(gptq_codes(weight, scale, scheme, factor, order, block=block), whole)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_with_uncorrelated_inputs_it_is_round_to_nearest(scheme, act_order):
+    weight, _ = layer(seed=3)
+    weight[0, :12] = np.arange(12) - 5.5  # ties: halves of the scale
+    weight[0, 12] = scheme.divisor
+    diagonal = np.random.default_rng(3).lognormal(sigma=3, size=IN)
+    stats = InputStats(9, np.ones(IN, np.float32), np.diag(diagonal), squares=diagonal)
+    for choice in ("absmax", "mse"):
+        made = Gptq(scale=choice, act_order=act_order)(weight, scheme, stats)
+        nearest = RoundToNearest(choice, weighted=choice == "mse")(weight, scheme, stats)
+        assert np.array_equal(made.codes, nearest.codes)
+        assert np.array_equal(made.scale, nearest.scale)
+
+
+def test_act_order_keeps_every_channel_in_its_own_group():
+    """Static groups: scales and layout are those without act_order; only the order of rounding differs."""
+    weight, stats = layer(seed=4)
+    scheme = SCHEMES["w4 group 12"]
+    ordered, plain = (Gptq(act_order=flag, scale="absmax")(weight, scheme, stats) for flag in (True, False))
+    assert np.array_equal(ordered.scale, plain.scale)
+    assert (ordered.codes != plain.codes).any()
+    grouped = np.abs(weight - ordered.dequantize()).reshape(OUT, -1, 12) / ordered.scale[..., None]
+    assert np.median(grouped) < 0.5  # in a wrong group the codes would have nothing to do with the weights
+
+
+def test_renaming_the_channels_renames_the_codes():
+    """With act_order the result does not depend on the order in which channels are stored."""
+    weight, stats = layer(seed=5)
+    shuffle = np.random.default_rng(5).permutation(IN)
+    other = InputStats(stats.tokens, stats.absmax[shuffle], stats.gram[np.ix_(shuffle, shuffle)])
+    scheme = SCHEMES["w4 channel"]
+    one, two = Gptq()(weight, scheme, stats), Gptq()(weight[:, shuffle], scheme, other)
+    assert np.array_equal(one.codes[:, shuffle], two.codes)
+
+
+def test_rows_are_rounded_without_regard_to_each_other(monkeypatch):
+    weight, stats = layer(seed=6)
+    whole = Gptq(sweeps=1)(weight, SCHEMES["w4 group 12"], stats)
+    monkeypatch.setattr("ms_pangu_quant.quantizers.gptq._PIECE_ELEMENTS", 3 * IN)
+    monkeypatch.setattr("ms_pangu_quant.quantizers.refine._PIECE_ELEMENTS", 5 * IN)
+    pieces = Gptq(sweeps=1)(weight, SCHEMES["w4 group 12"], stats)
+    assert np.array_equal(whole.codes, pieces.codes)
+    np.testing.assert_allclose(whole.scale, pieces.scale, rtol=1e-6)
+
+
+def test_a_gram_times_a_constant_gives_the_same_codes():
+    weight, stats = layer(seed=7)
+    louder = InputStats(stats.tokens, stats.absmax * 2, stats.gram * 4)
+    one, two = (Gptq(sweeps=1)(weight, SCHEMES["w4 channel"], seen) for seen in (stats, louder))
+    assert np.array_equal(one.codes, two.codes)
+    assert np.array_equal(one.scale, two.scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_a_channel_that_was_never_active_is_rounded_to_nearest_and_disturbs_no_other(scheme):
+    weight, stats = layer(seed=8)
+    gram = stats.gram.copy()
+    gram[[5, 40]], gram[:, [5, 40]] = 0, 0
+    for damping in (0.0, 0.01):
+        made = Gptq(damping=damping, scale="absmax")(weight, scheme, InputStats(1, stats.absmax, gram))
+        nearest = RoundToNearest()(weight, scheme, None)
+        assert np.array_equal(made.codes[:, [5, 40]], nearest.codes[:, [5, 40]])
+        assert made.note == ""
+
+
+def test_int8_scales_stay_values_that_bfloat16_holds():
+    weight, stats = layer(seed=9)
+    for settings in (Gptq(), Gptq(scale="absmax"), Gptq(sweeps=2)):
+        assert is_bfloat16(settings(weight, PRESETS["w8a8"].weight, stats).scale)
+
+
+def test_more_channels_than_tokens_are_damped_and_the_note_says_so():
+    weight, stats = layer(seed=10, tokens=IN // 3)
+    assert Gptq(damping=0.01)(weight, SCHEMES["w4 channel"], stats).note == ""
+    flat = np.ones((IN, IN))  # rank 1, exactly
+    made = Gptq(damping=0)(weight, SCHEMES["w4 channel"], InputStats(1, np.ones(IN, np.float32), flat))
+    assert made.note == "damping raised from 0 to 1e-06"
+    same = Gptq(damping=1e-6)(weight, SCHEMES["w4 channel"], InputStats(1, np.ones(IN, np.float32), flat))
+    assert np.array_equal(made.codes, same.codes)
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf])
+def test_a_diagonal_that_is_no_sum_of_squares_raises(value):
+    weight, stats = layer(seed=11)
+    stats.gram[7, 7] = value
+    with pytest.raises(DataError, match=r"1 of 96 diagonal values .*first: channel 7"):
+        Gptq()(weight, SCHEMES["w4 channel"], stats)
+
+
+def test_a_gram_that_is_far_from_semidefinite_raises():
+    weight, _ = layer(seed=12)
+    gram = np.full((IN, IN), 5.0)
+    np.fill_diagonal(gram, 1.0)
+    with pytest.raises(DataError, match="not positive semidefinite"):
+        Gptq()(weight, SCHEMES["w4 channel"], InputStats(1, np.ones(IN, np.float32), gram))
+
+
+def test_the_factor_is_the_damped_grams():
+    _, stats = layer(seed=13)
+    order = np.random.default_rng(13).permutation(IN)
+    factor, damping = factorise(stats.gram, order, 0.02)
+    lower = np.tril(factor)
+    assert damping == 0.02
+    assert (np.diag(lower) == 1).all()
+    damped = (stats.gram + 0.02 * np.diag(stats.gram).mean() * np.eye(IN))[np.ix_(order, order)]
+    inverse = np.linalg.inv(lower)
+    pivots = inverse @ damped @ inverse.T
+    np.testing.assert_allclose(pivots, np.diag(np.diag(pivots)), atol=1e-9 * np.abs(damped).max())
+    assert (checked_diagonal(stats.gram) == np.diag(stats.gram)).all()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_every_sweep_lowers_what_it_minimises(scheme):
+    """tr(E G E^T) with the damped gram; the first sweep visibly, none ever the other way."""
+    weight, stats = layer(seed=14)
+    damping = 0.01
+    damped = InputStats(1, stats.absmax, stats.gram + damping * np.diag(stats.gram).mean() * np.eye(IN))
+    errors = [output_error(weight, Gptq(sweeps=n)(weight, scheme, stats), damped) for n in range(5)]
+    assert errors[1] < errors[0]
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
+
+
+def test_no_single_code_can_be_bettered_after_enough_sweeps():
+    weight, stats = layer(seed=15)
+    scheme = SCHEMES["w4 group 12"]
+    made = Gptq(sweeps=30)(weight, scheme, stats)
+    damped = stats.gram + 0.01 * np.diag(stats.gram).mean() * np.eye(IN)
+    error = weight - made.dequantize().astype(np.float64)
+    steps = np.repeat(made.scale.astype(np.float64), 12, axis=1)
+    gradient = error @ damped
+    for step in (-1, 1):  # a code moved by one step changes the error by -step * scale
+        allowed = (made.codes + step >= scheme.code_min) & (made.codes + step <= scheme.code_max)
+        change = -2 * step * steps * gradient + steps**2 * np.diag(damped)
+        assert (change[allowed] >= -1e-6 * np.abs(gradient * steps).max()).all()
+
+
+def test_rounding_is_pure():
+    weight, stats = layer(seed=16)
+    before, gram = weight.copy(), stats.gram.copy()
+    one, two = (Gptq(sweeps=1)(weight, SCHEMES["w4 group 12"], stats) for _ in range(2))
+    assert one.codes.tobytes() == two.codes.tobytes()
+    assert one.scale.tobytes() == two.scale.tobytes()
+    assert np.array_equal(weight, before)
+    assert np.array_equal(stats.gram, gram)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"damping": -0.1}, "gptq.damping: got -0.1"),
+        ({"damping": 2}, "gptq.damping: got 2"),
+        ({"sweeps": -1}, "gptq.sweeps: got -1"),
+        ({"sweeps": 0.5}, "gptq.sweeps: got 0.5"),
+        ({"scale": "max"}, "gptq.scale: got 'max', wanted absmax or mse"),
+    ],
+)
+def test_senseless_settings_are_refused(settings, said):
+    with pytest.raises(RecipeError, match=said):
+        Gptq(**settings)
+
+
+# --- the choice of scales -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_the_mse_scale_is_the_best_of_its_grid(scheme, weighted):
+    weight, stats = layer(seed=17, outputs=6)
+    cost = np.diag(stats.gram) if weighted else np.ones(IN)
+    chosen = mse_scale(weight, scheme, cost if weighted else None)
+    groups = scheme.groups(IN)
+    largest = weight_scale(weight, scheme)
+
+    def error(scale, row, group):
+        columns = slice(group * IN // groups, (group + 1) * IN // groups)
+        codes = np.clip(np.rint(weight[row, columns] / scale), scheme.code_min, scheme.code_max)
+        return float((cost[columns] * (weight[row, columns] - codes * float(scale)) ** 2).sum())
+
+    smaller = 0
+    for row in range(len(weight)):
+        for group in range(groups):
+            best = error(chosen[row, group], row, group)
+            for shrink in np.linspace(1, 0.4, 25):
+                tried = np.float32(largest[row, group] * np.float32(shrink))
+                if scheme.bfloat16_scale:
+                    continue
+                assert best <= error(tried, row, group) * (1 + 1e-3)
+            assert best <= error(largest[row, group], row, group) * (1 + 1e-5)
+            smaller += chosen[row, group] < largest[row, group]
+    assert smaller > 0 or scheme.bits == 8
+
+
+def test_inputs_that_were_never_active_do_not_make_the_scale_arbitrary():
+    weight, _ = layer(seed=18)
+    scheme = SCHEMES["w4 channel"]
+    assert np.array_equal(mse_scale(weight, scheme, np.zeros(IN)), mse_scale(weight, scheme))
+    zero = np.zeros((2, IN), np.float32)
+    assert (mse_scale(zero, scheme) == 1).all()
