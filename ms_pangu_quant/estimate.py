@@ -41,11 +41,40 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     streams = 3 * 4 * tokens * reader.config.hidden_size  # hidden states in, out, and the float yardstick
     # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
+    peak += _gram_bytes(reader.config, recipe, weights, tokens)
     blocks = reader.config.num_hidden_layers
-    products = 2 * 2 * tokens * weights * blocks  # float and quantized pass
+    passes = 5.2 if recipe.quantizer.needs_drift else 2  # float and quantized; with drift both up to each input as well
+    products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
     return Estimate(_groups(plan, reader.config), reader.bytes, after, peak, seconds)
+
+
+def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) -> float:
+    """What grams take: float64 ones of all four inputs, or gram and drift of one; a factor; GPTQ's pieces of rows."""
+    sizes = [layout.site_shape(config, layout.sites_reading(name)[0])[1] for name in layout.INPUT_NAMES]
+    widest = 8 * max(sizes) ** 2
+    total = 0.0
+    if recipe.observes_gram:
+        total += 8 * sum(size**2 for size in sizes)
+    if recipe.quantizer.needs_gram:
+        total += widest + 3 * 2**27
+    if recipe.quantizer.needs_drift:  # and a second network and stream for the float model
+        total += 2 * widest + 4 * weights + 2 * 4 * tokens * config.hidden_size
+    return total
+
+
+def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
+    """Operations a block's grams, factors and columns take; float64 ones count twice."""
+    if not recipe.quantizer.needs_gram:
+        return 0.0
+    total = 0.0
+    for name in layout.INPUT_NAMES:
+        shapes = [layout.site_shape(config, site) for site in layout.sites_reading(name)]
+        inputs, outputs = shapes[0][1], sum(outputs for outputs, _ in shapes)
+        total += tokens * inputs**2 * (3 if recipe.quantizer.needs_drift else 1)
+        total += 2 * len(shapes) * inputs**3 / 3 + 2 * outputs * inputs**2 * (6 if recipe.quantizer.needs_drift else 2)
+    return total
 
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:

@@ -23,7 +23,7 @@ from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import find_recipe, load_recipe
 from tests.conftest import ASSETS, MINI, calibration, token_data
 
-RECIPES = ("w8a8", "w8a8_static", "w4a8", "w4a8_g128")
+RECIPES = ("w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128")  # one of each kind on disk
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -35,9 +35,12 @@ def validation_kl(directory: Path) -> float:
     return compare(MINI, directory, token_data("validation", 120).sequences).kl_mean
 
 
-# A plain reference implementation's figures are .00009, .0044 and .0132 (RTN); see ms_pangu_quant/assets/README.md.
-@pytest.mark.parametrize(("recipe", "limit"), [("w8a8", 2e-4), ("w4a8_g128", 6e-3), ("w8a8_static", 2e-3), ("w4a8", 8e-3)])
-def test_smoothing_keeps_the_distributions(recipe, limit, quantized):
+# The recipes were chosen on other rows of this file (docs/recipes.md).
+@pytest.mark.parametrize(
+    ("recipe", "limit"),
+    [("w8a8", 1e-4), ("w8a8_static", 3e-4), ("w4a8_g128", 0.9e-3), pytest.param("w4a8", 1.0e-3, marks=pytest.mark.slow)],
+)
+def test_the_recipes_keep_the_distributions(recipe, limit, quantized):
     assert validation_kl(quantized(recipe)) <= limit
 
 
@@ -72,7 +75,7 @@ def test_the_size_is_known_beforehand(recipe, quantized):
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == QuantizedReader(quantized(recipe)).files.nbytes
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", "w4a8_g128"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", pytest.param("w4a8_g128", marks=pytest.mark.slow)])
 def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, quantized, tmp_path):
     class Stopped(Exception):
         pass

@@ -5,10 +5,10 @@ import itertools
 import numpy as np
 import pytest
 
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import mse_scale
-from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, factorise, gptq_codes
+from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, corrected_weight, factorise, gptq_codes
 from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, TensorScheme
@@ -232,12 +232,62 @@ def test_rounding_is_pure():
         ({"damping": 2}, "gptq.damping: got 2"),
         ({"sweeps": -1}, "gptq.sweeps: got -1"),
         ({"sweeps": 0.5}, "gptq.sweeps: got 0.5"),
+        ({"correct": 1}, "gptq.correct: got 1"),
         ({"scale": "max"}, "gptq.scale: got 'max', wanted absmax or mse"),
     ],
 )
 def test_senseless_settings_are_refused(settings, said):
     with pytest.raises(RecipeError, match=said):
         Gptq(**settings)
+
+
+# --- aiming at the float model ----------------------------------------------------------------------------------------
+
+
+def drifted(seed, tokens=400, noise=0.3):
+    """A weight, what its input is when served x and in the float model y, and the statistics of both."""
+    weight, _ = layer(seed=seed)
+    generator = np.random.default_rng(seed)
+    y = (generator.normal(size=(tokens, IN)) @ generator.normal(size=(IN, IN))).astype(np.float32)
+    x = y @ (np.eye(IN) + noise * generator.normal(size=(IN, IN)) / np.sqrt(IN)) + generator.normal(size=y.shape) * noise
+    builder = StatsBuilder(gram=True, rows=0, where="here")
+    builder.add(x.astype(np.float32), y)
+    return weight, x.astype(np.float32).astype(np.float64), y.astype(np.float64), builder.finish()
+
+
+def test_the_corrected_weight_is_the_ridge_regression_on_the_float_models_output():
+    """Solved here from the data itself, stacked with the rows that hold it to the weight; not from gram and drift."""
+    weight, x, y, stats = drifted(seed=20)
+    ridge = np.sqrt(0.03 * np.mean(np.sum(x**2, axis=0)))
+    stacked_x = np.vstack([x, ridge * np.eye(IN)])
+    stacked_output = np.vstack([y @ weight.T, ridge * weight.T.astype(np.float64)])
+    wanted = np.linalg.lstsq(stacked_x, stacked_output, rcond=None)[0].T
+    got = corrected_weight(weight, stats.gram, stats.drift)
+    np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert np.abs(got - weight).max() > 0.05 * np.abs(weight).max()
+
+
+def test_without_drift_nothing_is_corrected():
+    weight, stats = layer(seed=21)
+    still = InputStats(stats.tokens, stats.absmax, stats.gram, drift=np.zeros((IN, IN)))
+    one, two = (Gptq(correct=True)(weight, SCHEMES["w4 channel"], seen) for seen in (stats, still))
+    assert np.array_equal(one.codes, two.codes)
+    assert np.array_equal(one.scale, two.scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_correction_brings_the_output_nearer_to_the_float_models(scheme):
+    weight, x, y, stats = drifted(seed=22)
+    plain = Gptq()(weight, scheme, InputStats(stats.tokens, stats.absmax, stats.gram))
+    corrected = Gptq(correct=True)(weight, scheme, stats)
+    errors = [np.linalg.norm(x @ made.dequantize().T.astype(np.float64) - y @ weight.T) for made in (plain, corrected)]
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_an_input_that_was_never_active_is_corrected_to_itself():
+    weight, _ = layer(seed=23)
+    nothing = np.zeros((IN, IN))
+    assert np.array_equal(corrected_weight(weight, nothing, nothing), weight)
 
 
 # --- the choice of scales -------------------------------------------------------------------------------------------

@@ -212,3 +212,19 @@ def test_a_builder_that_saw_nothing_or_a_nan_says_so():
     builder.add(np.full((2, 3), np.nan, np.float32))
     with pytest.raises(DataError, match=r"^block 3: mlp_input: 3 of 3 channels"):
         builder.finish()
+
+
+def test_the_drift_is_the_float_models_difference_times_the_input():
+    generator = np.random.default_rng(4)
+    x, y = (generator.integers(-9, 10, size=(3000, 5)).astype(np.float32) for _ in range(2))
+    builder = StatsBuilder(gram=True, rows=0, where="here")
+    for start in range(0, 3000, 500):
+        builder.add(x[start : start + 500], y[start : start + 500])
+    built = builder.finish()
+    assert np.array_equal(built.drift, (y - x).astype(np.float64).T @ x)
+    assert np.array_equal(built.squares, np.diag(built.gram))
+    s = np.array([1, 2, 4, 0.5, 8], np.float32)
+    scaled = StatsBuilder(gram=True, rows=0, where="here")
+    scaled.add(x / s, y / s)
+    assert np.array_equal(built.scaled(s).drift, scaled.finish().drift)
+    assert np.array_equal(built.merge(built).drift, 2 * built.drift)
