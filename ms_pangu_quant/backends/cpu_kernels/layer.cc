@@ -171,10 +171,15 @@ SHAPE_OF(PanguEmbedding) { return {shapes[0][0], shapes[1][1]}; }
 // x [.., hidden], weight [vocab, hidden] in bfloat16 bits -> [.., vocab]
 OPERATOR(PanguHead) {
   const Arguments a(params, ndims, shapes);
-  const int64_t rows = a.rows(0), inputs = a.dim(1, 1), outputs = a.dim(1, 0), at_once = 64;
-  parallel_for((outputs + at_once - 1) / at_once, [&](int64_t i) {
-    const int64_t first = i * at_once, last = first + at_once < outputs ? first + at_once : outputs;
-    DISPATCH(head(a.data<float>(0), rows, a.data<uint16_t>(1), inputs, first, last, a.data<float>(2), outputs));
+  const int64_t rows = a.rows(0), inputs = a.dim(1, 1), outputs = a.dim(1, 0), columns = 64, rows_at_once = 32;
+  // As many rows as stay in the cache while a block of columns passes.
+  parallel_for((outputs + columns - 1) / columns, [&](int64_t i) {
+    const int64_t first = i * columns, last = first + columns < outputs ? first + columns : outputs;
+    for (int64_t row = 0; row < rows; row += rows_at_once) {
+      const int64_t count = rows - row < rows_at_once ? rows - row : rows_at_once;
+      DISPATCH(head(a.data<float>(0) + row * inputs, count, a.data<uint16_t>(1), inputs, first, last,
+                    a.data<float>(2) + row * outputs, outputs));
+    }
   });
   return 0;
 }
