@@ -119,7 +119,7 @@ def test_an_export_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, quantize
 # --- code that no one here wrote ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["w8a8_rtn", "w4a8_g128_rtn"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8_rtn", marks=pytest.mark.slow), "w4a8_g128_rtn"])
 def test_transformers_with_compressed_tensors_loads_the_same_weights(recipe, tmp_path):
     """Its logits, activations left in float, are those of our network on our dequantized weights."""
     with np.load(GOLDEN / "compressed_tensors.npz") as archive:
@@ -172,7 +172,7 @@ def test_a_zero_point_is_served_and_a_comparison_that_would_drop_it_is_refused(t
         compare(twin, directory, [np.array([1, 40, 7], np.int32)])
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8", marks=pytest.mark.slow), "w8a8_static"])
 def test_mindformers_own_lookup_and_linear_methods_and_loader_give_our_logits(recipe, quantized, monkeypatch):
     """Its GoldenStickConfig on our description (the first key that contains a layer's name decides), its create_weights and
     weight loaders, its load_weights: all that is ours is the CPU's `apply` of the two methods."""
@@ -329,8 +329,8 @@ def test_transformers_with_rounded_activations_agrees_with_ours(recipe, quantize
     print(
         f"{recipe}: mean |theirs - ours| {difference / spread:.4f} of the logits' spread, quantization {cost / spread:.4f}"
     )
-    # Its activation grid is absmax/127.5 where ours is /127, so dynamic codes differ by up to half a step.
-    assert difference < 1.5 * cost
+    # With static scales the grids are the same. Per token its grid is absmax/127.5 where ours is /127: codes differ.
+    assert difference < (1.5 if recipe == "w8a8" else 0.3) * cost
     assert (theirs.argmax(1) == ours.argmax(1)).mean() >= 0.97
 
 
