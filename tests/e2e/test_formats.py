@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import OutputError, RequestError
+from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
@@ -67,8 +68,11 @@ def unpacked(name, folder):
 @pytest.mark.parametrize("recipe", ["w8a8_rtn", "w4a8_g128_rtn"])
 def test_quantizing_into_a_format_is_exporting_into_it_byte_for_byte(recipe, tmp_path):
     chosen = load_recipe(find_recipe(recipe))
+    source = CheckpointReader(MINI)
     for name, each in FORMATS.items():
-        quantize(CheckpointReader(MINI), chosen, tmp_path / name, stored_as=each)
+        quantize(source, chosen, tmp_path / name, stored_as=each)
+        size = stored_bytes(source, chosen, chosen.plan(source.config), each)
+        assert size == QuantizedReader(tmp_path / name).files.nbytes  # what --dry-run tells
     for start in FORMATS:
         for end in FORMATS:
             export(QuantizedReader(tmp_path / start), FORMATS[end], tmp_path / "out")
@@ -97,6 +101,18 @@ def test_another_format_is_served_with_the_same_logits(recipe, name, quantized, 
     export(QuantizedReader(quantized(recipe)), FORMATS[name], tmp_path / "out")
     wanted = load(quantized(recipe), kv_cache_tokens=128).logits(ids())
     np.testing.assert_array_equal(load(tmp_path / "out", kv_cache_tokens=128).logits(ids()), wanted)
+
+
+def test_a_run_begun_in_one_format_is_not_resumed_in_another(tmp_path):
+    chosen = load_recipe(find_recipe("w8a8_rtn"))
+
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(CheckpointReader(MINI), chosen, tmp_path, stored_as=FORMATS["ascend"], on_block=stop)
+    with pytest.raises(OutputError, match="begun with another format"):
+        quantize(CheckpointReader(MINI), chosen, tmp_path, resume=True)
 
 
 def test_an_export_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, quantized):

@@ -15,7 +15,7 @@ import pytest
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.estimate import stored_bytes
-from ms_pangu_quant.formats.mindformers import QuantizedReader
+from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
