@@ -32,6 +32,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
+from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces
 
@@ -93,16 +94,20 @@ def law_of(directory: Path) -> Law:
     if not path.exists():
         why = f"{REPORT_FILE}: not there, so the rounding is not known: only that the weights are near is checked"
         return Law(near=True, notes=(why,))
-    report = read_json(path)
-    recipe = yaml.safe_load(report.get("recipe", {}).get("text", "")) or {}
-    transforms, rounding = [_name(item) for item in recipe.get("transforms") or []], _name(recipe.get("rounding", "rtn"))
-    mixing = [name for name in transforms if name not in SCALING_TRANSFORMS]
+    try:
+        report = read_json(path)
+        recipe, errors = yaml.safe_load(report["recipe"]["text"]), [block["weight_error"] for block in report["blocks"]]
+        named = [_name(item) for item in recipe.get("transforms") or []]
+    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path}: is not a report of pangu-quant ({type(error).__name__}: {error})") from None
+    rounding = _name(recipe.get("rounding", "rtn"))
+    mixing = [name for name in named if name not in SCALING_TRANSFORMS]
     if mixing:
         why = f"weights are not compared: transform {mixing[0]!r} does more than scale channels"
         return Law(notes=(why,))
     if rounding != "rtn":
         why = f"the half-step law is not checked: {rounding!r} moves weights further; their errors are checked"
-        return Law(errors=tuple(block["weight_error"] for block in report["blocks"]), notes=(why,))
+        return Law(errors=tuple(errors), notes=(why,))
     return Law(half_step=True)
 
 
@@ -214,4 +219,6 @@ def _half_step(
     if not inputs.known:
         return rows, int(Interval(*by_column).empty.sum()), "columns"
     found = Interval(*by_row)
-    return found, int(found.empty.sum()), "rows"
+    bad = found.empty
+    free = Interval(np.where(bad, 0.0, found.low), np.where(bad, np.inf, found.high))  # nothing follows from a bad row
+    return free, int(bad.sum()), "rows"

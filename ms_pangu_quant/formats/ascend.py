@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.reader import Block
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import packing
 from ms_pangu_quant.formats.linear import (
     FLOAT,
@@ -151,6 +151,11 @@ def scale_bias(site: layout.LinearSite, weight: QuantizedWeight) -> NDArray[np.f
     """8 * sum of the dequantized weight over each column's inputs, [out, 1] or [out, 16]; summed in float64."""
     outputs, inputs = weight.codes.shape
     columns = ROW_COLUMNS if site.name in ROW_PARALLEL else 1
+    if inputs % columns:
+        raise RequestError(
+            f"{site.name}: has {inputs} inputs; int4 in the ascend format sums them in {columns} equal parts: use "
+            "another --format, or keep this layer in w8a8"
+        )
     groups = weight.scale.shape[1]
     total = np.empty((outputs, columns), np.float64)
     for start in range(0, outputs, 512):  # a few MiB at a time

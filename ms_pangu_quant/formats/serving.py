@@ -114,12 +114,12 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("ascend", KINDS, "MindIE", "-", UNKNOWN, "msModelSlim names it as a reader; its source is not public", "-"),
     Row(
-        "compressed-tensors", _W8, "vLLM", "0.11 and later", INTEGER, "int8 kernels of CUDA and CPU",
+        "compressed-tensors", _W8, "vLLM", "after 0.11.0", INTEGER, "int8 kernels of CUDA and CPU",
         "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_w8a8_int8.py",
     ),
     Row(
-        "compressed-tensors", _W4, "vLLM", "0.11 and later", INTEGER,
-        "on CPUs whose PyTorch has the dynamic 4-bit kernel (Arm); on GPUs its activations are not rounded (issue 38066)",
+        "compressed-tensors", _W4, "vLLM", "after 0.11.0", INTEGER,
+        "on CPUs (PyTorch's dynamic 4-bit kernel; group scales become bfloat16); on GPUs activations stay float (38066)",
         "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a8_int.py",
     ),
     Row(

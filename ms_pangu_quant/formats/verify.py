@@ -15,7 +15,7 @@ from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, hash_file
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats.against import check_block, law_of
+from ms_pangu_quant.formats.against import Law, check_block, law_of
 from ms_pangu_quant.formats.linear import FLOAT, FLOATS, KINDS, QuantizedLinear, TensorSpec
 from ms_pangu_quant.formats.reader import (
     Format,
@@ -66,20 +66,25 @@ def verify(
         specs = opened.specs
     except CheckpointError as error:
         return Verification((*faults, str(error)), tuple(notes), 0)
-    faults += _tensor_faults(opened, specs)
+    structural = [*_tensor_faults(opened, specs)]
+    faults += structural
     faults += _description_faults(opened)
     faults += _fused_faults(opened)
-    law = law_of(directory)
+    law = Law()
     if against is not None:
-        notes += law.notes
+        structural += _same_model(against.config, opened.config)
         faults += _same_model(against.config, opened.config)
+        try:
+            law = law_of(directory)
+        except CheckpointError as error:
+            faults.append(str(error))
+        notes += law.notes
     layers = 0
-    comparable = not faults  # else there may be no counterpart
     for index in range(opened.config.num_hidden_layers):
         block, linears, found = _read_block(opened, specs, index)
         faults += found
         layers += len(linears)
-        if against is not None and comparable and not found:
+        if against is not None and not structural and not found:
             faults += check_block(index, against.block(index), block, linears, law)
         on_block(index)
     faults += _outer_faults(opened, specs)

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.estimate import layer_bytes
 from ms_pangu_quant.formats import ascend, compressed_tensors
 from ms_pangu_quant.formats.export import export
@@ -172,6 +172,13 @@ def test_scale_bias_is_eight_times_the_sum_in_one_column_or_in_sixteenths_for_ro
         wanted = 8 * np.stack([part.sum(axis=1) for part in np.split(wide, columns, axis=1)], axis=1)
         assert stored.shape == (len(wide), columns)
         np.testing.assert_allclose(stored, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_inputs_that_do_not_come_in_sixteenths_are_refused():
+    narrow = block(head_dim=10)  # o_proj has 40 inputs
+    made = QuantizedLinear("W4A8_DYNAMIC", QuantizedWeight(np.ones((48, 40), np.int8), np.ones((48, 1), np.float32)))
+    with pytest.raises(RequestError, match=r"self_attn\.o_proj: has 40 inputs.*16 equal parts"):
+        ascend.encode(narrow, O_PROJ, made)
 
 
 def test_group_scales_are_two_factors_whose_product_is_exact_and_the_first_is_a_power_of_two():

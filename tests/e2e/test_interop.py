@@ -1,5 +1,7 @@
 """One quantization in every format: the same bytes whichever way it is reached, the same logits, other programs' too."""
 
+"""One quantization in every format: the same bytes whichever way it is reached, the same logits; also other programs'."""
+
 import importlib.util
 import json
 import os
@@ -13,7 +15,8 @@ from safetensors.numpy import save_file
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import OutputError, RequestError
+from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
@@ -67,8 +70,11 @@ def unpacked(name, folder):
 @pytest.mark.parametrize("recipe", ["w8a8_rtn", "w4a8_g128_rtn"])
 def test_quantizing_into_a_format_is_exporting_into_it_byte_for_byte(recipe, tmp_path):
     chosen = load_recipe(find_recipe(recipe))
+    source = CheckpointReader(MINI)
     for name, each in FORMATS.items():
-        quantize(CheckpointReader(MINI), chosen, tmp_path / name, stored_as=each)
+        quantize(source, chosen, tmp_path / name, stored_as=each)
+        size = stored_bytes(source, chosen, chosen.plan(source.config), each)
+        assert size == QuantizedReader(tmp_path / name).files.nbytes  # what --dry-run tells
     for start in FORMATS:
         for end in FORMATS:
             export(QuantizedReader(tmp_path / start), FORMATS[end], tmp_path / "out")
@@ -89,11 +95,26 @@ def test_there_and_back_is_the_same_bytes_and_each_stop_is_sound(recipe, quantiz
     assert contents(tmp_path / "back") == contents(start)
 
 
-@pytest.mark.parametrize(("recipe", "name"), [("w8a8_static", "ascend"), ("w4a8_g128", "compressed-tensors")])
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [("w8a8_static", "ascend"), pytest.param("w4a8_g128", "compressed-tensors", marks=pytest.mark.slow)],
+)
 def test_another_format_is_served_with_the_same_logits(recipe, name, quantized, tmp_path):
     export(QuantizedReader(quantized(recipe)), FORMATS[name], tmp_path / "out")
     wanted = load(quantized(recipe), kv_cache_tokens=128).logits(ids())
     np.testing.assert_array_equal(load(tmp_path / "out", kv_cache_tokens=128).logits(ids()), wanted)
+
+
+def test_a_run_begun_in_one_format_is_not_resumed_in_another(tmp_path):
+    chosen = load_recipe(find_recipe("w8a8_rtn"))
+
+    def stop(report):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(CheckpointReader(MINI), chosen, tmp_path, stored_as=FORMATS["ascend"], on_block=stop)
+    with pytest.raises(OutputError, match="begun with another format"):
+        quantize(CheckpointReader(MINI), chosen, tmp_path, resume=True)
 
 
 def test_an_export_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, quantized):
@@ -116,14 +137,13 @@ def test_an_export_that_was_stopped_goes_on_to_the_same_bytes(tmp_path, quantize
 # --- code that no one here wrote ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("recipe", ["w8a8_rtn", "w4a8_g128_rtn"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8_rtn", marks=pytest.mark.slow), "w4a8_g128_rtn"])
 def test_transformers_with_compressed_tensors_loads_the_same_weights(recipe, tmp_path):
     """Its logits, activations left in float, are those of our network on our dequantized weights."""
     with np.load(GOLDEN / "compressed_tensors.npz") as archive:
         golden = dict(archive)
-    quantize(
-        CheckpointReader(MINI), load_recipe(find_recipe(recipe)), tmp_path / "out", stored_as=FORMATS["compressed-tensors"]
-    )
+    chosen, stored_as = load_recipe(find_recipe(recipe)), FORMATS["compressed-tensors"]
+    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", stored_as=stored_as)
 
     def weights(text):
         return {line for line in text.splitlines() if line.endswith(".safetensors")}
@@ -136,21 +156,25 @@ def test_transformers_with_compressed_tensors_loads_the_same_weights(recipe, tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["msmodelslim_w8a8_dynamic", "msmodelslim_w8a8", "msmodelslim_w4a8_dynamic", "llmcompressor_w8a8"]
+    "name",
+    [
+        "llmcompressor_w8a8",
+        "msmodelslim_w8a8",
+        pytest.param("msmodelslim_w8a8_dynamic", marks=pytest.mark.slow),
+        pytest.param("msmodelslim_w4a8_dynamic", marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_of_msmodelslim_or_llm_compressor_loads_and_generates(name, tmp_path):
     directory, _ = unpacked(name, tmp_path / "theirs")
     model = load(directory, kv_cache_tokens=128)
     prompt = [1, 40, 7, 62, 33, 18, 25, 90]
     (answer,) = model.generate([prompt], max_new_tokens=8)
-    greedy = list(prompt)
-    for _ in answer.token_ids:
-        greedy.append(int(model.logits(greedy)[-1].argmax()))
-    assert list(answer.token_ids) == greedy[len(prompt) :]
+    whole = [*prompt, *answer.token_ids]
+    assert model.logits(whole[:-1]).argmax(1).tolist()[len(prompt) - 1 :] == list(answer.token_ids)  # greedy
     assert len(answer.token_ids) == 8 or answer.finish_reason == "eos"
     wanted = load(float_twin(directory, tmp_path / "float"), kv_cache_tokens=128).logits(prompt)
     got = model.logits(prompt)
-    assert 0 < np.linalg.norm(got - wanted) < 0.03 * np.linalg.norm(wanted)  # of rounding activations to int8
+    assert 0 < np.linalg.norm(got - wanted) < 0.05 * np.linalg.norm(wanted)  # of rounding activations to int8
 
 
 def test_a_zero_point_is_served_and_a_comparison_that_would_drop_it_is_refused(tmp_path):
@@ -166,7 +190,7 @@ def test_a_zero_point_is_served_and_a_comparison_that_would_drop_it_is_refused(t
         compare(twin, directory, [np.array([1, 40, 7], np.int32)])
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static"])
+@pytest.mark.parametrize("recipe", [pytest.param("w8a8", marks=pytest.mark.slow), "w8a8_static"])
 def test_mindformers_own_lookup_and_linear_methods_and_loader_give_our_logits(recipe, quantized, monkeypatch):
     """Its GoldenStickConfig on our description (the first key that contains a layer's name decides), its create_weights and
     weight loaders, its load_weights: all that is ours is the CPU's `apply` of the two methods."""
@@ -308,6 +332,7 @@ def test_transformers_with_rounded_activations_agrees_with_ours(recipe, quantize
     python = os.environ.get("PANGU_QUANT_PEERS_PYTHON") or sys.executable
     if python == sys.executable and importlib.util.find_spec("compressed_tensors") is None:
         pytest.skip("compressed-tensors is not installed here; set PANGU_QUANT_PEERS_PYTHON to a Python that has it")
+    load_tool("make_checkpoint")  # which the other imports
     tool = load_tool("make_format_goldens")
     export(QuantizedReader(quantized(recipe)), FORMATS["compressed-tensors"], tmp_path / "out")
     ours = load(tmp_path / "out", kv_cache_tokens=128).logits(ids())
@@ -323,8 +348,8 @@ def test_transformers_with_rounded_activations_agrees_with_ours(recipe, quantize
     print(
         f"{recipe}: mean |theirs - ours| {difference / spread:.4f} of the logits' spread, quantization {cost / spread:.4f}"
     )
-    # Its activation grid is absmax/127.5 where ours is /127, so dynamic codes differ by up to half a step.
-    assert difference < 1.5 * cost
+    # With static scales the grids are the same. Per token its grid is absmax/127.5 where ours is /127: codes differ.
+    assert difference < (1.5 if recipe == "w8a8" else 0.3) * cost
     assert (theirs.argmax(1) == ours.argmax(1)).mean() >= 0.97
 
 

@@ -1,0 +1,118 @@
+"""formats/serving.py: the table is complete, the documentation repeats it, and export is refused by it."""
+
+import pytest
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats.linear import FLOAT, KINDS
+from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.formats.serving import (
+    DEQUANTIZED,
+    INTEGER,
+    MEMORY,
+    REFUSES,
+    ROWS,
+    UNKNOWN,
+    WRONG,
+    Facts,
+    check_served,
+    facts_of,
+    rows_for,
+)
+
+CONFIG = {
+    "model_type": "PanguEmbedded",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 32,
+    "max_position_embeddings": 64,
+}
+
+
+def kinds_of(chosen):
+    """site name -> kind, for every block; others stay float."""
+    config = ModelConfig.from_dict(CONFIG, where="test")
+    names = layout.linear_names(config)
+    return config, {name: next((kind for site, kind in chosen.items() if site in name), FLOAT) for name in names}
+
+
+def markdown(row):
+    """The row as docs/formats.md has it."""
+    conditions = [
+        *({True: ["with a bias"], False: ["without a bias"]}.get(row.biased, [])),
+        *([] if row.group_sizes is None else [f"groups of {' or '.join(map(str, row.group_sizes))}"]),
+    ]
+    kinds = ", ".join(row.kinds) + (f" ({', '.join(conditions)})" if conditions else "")
+    kinds = kinds.replace("groups of 0", "per channel")
+    return f"| {row.format} | {kinds} | {row.consumer} | {row.versions} | {row.verdict} | {row.note} | {row.source} |"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.format}-{row.consumer}-{row.kinds[0]}-{row.verdict[:9]}")
+def test_the_documentation_has_the_row_word_for_word(row, root):
+    assert markdown(row) in (root / "docs/formats.md").read_text(encoding="utf-8").splitlines()
+
+
+def test_the_documentation_has_no_other_row(root):
+    lines = (root / "docs/formats.md").read_text(encoding="utf-8").splitlines()
+    rows = {line for line in lines if line.startswith(tuple(f"| {name} | W" for name in FORMATS))}
+    assert rows == {markdown(row) for row in ROWS}
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "group_size"), [("W8A8", 0), ("W8A8_DYNAMIC", 0), ("W4A8_DYNAMIC", 0), ("W4A8_DYNAMIC", 32)]
+)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_scheme_in_every_format_has_a_verdict_of_each_consumer_of_the_format(name, kind, group_size, biased):
+    rows = rows_for(name, Facts(kind, group_size, biased))
+    assert {row.consumer for row in rows} == {row.consumer for row in ROWS if row.format == name}
+    assert all(row.verdict in (INTEGER, MEMORY, DEQUANTIZED, REFUSES, WRONG, UNKNOWN) for row in rows)
+    assert all(row.note and row.source and row.versions for row in rows)
+
+
+def test_int8_is_served_from_every_format_and_int4_from_two():
+    for name in FORMATS:
+        for kind in ("W8A8", "W8A8_DYNAMIC"):
+            check_served(name, [Facts(kind, 0, True)])
+    for name in ("mindformers", "compressed-tensors"):
+        check_served(name, [Facts("W4A8_DYNAMIC", 128, True)])
+    check_served("ascend", [Facts("W4A8_DYNAMIC", 128, False)])
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (Facts("W4A8_DYNAMIC", 128, True), "W4A8_DYNAMIC in groups of 128 with biases.*bias is not added"),
+        (Facts("W4A8_DYNAMIC", 0, False), "W4A8_DYNAMIC in the ascend format.*divides by group_size 0"),
+        (Facts("W4A8_DYNAMIC", 32, False), "groups of 32 in the ascend format.*64 and 128 only"),
+    ],
+)
+def test_what_no_consumer_computes_is_refused_with_the_reason_and_the_way_out(facts, said):
+    with pytest.raises(RequestError, match=said) as raised:
+        check_served("ascend", [Facts("W8A8", 0, True), facts])
+    assert "use --format compressed-tensors or mindformers" in str(raised.value)
+
+
+def test_the_facts_are_those_of_the_layers_of_each_kind():
+    """int4 in the MLP alone has no biases, and then there is a program that takes it."""
+    config, kinds = kinds_of({"self_attn": "W8A8_DYNAMIC", "mlp": "W4A8_DYNAMIC"})
+    facts = facts_of(config, kinds, 128)
+    assert facts == (Facts("W8A8_DYNAMIC", 0, True), Facts("W4A8_DYNAMIC", 128, False))
+    check_served("ascend", facts)
+    config, kinds = kinds_of({"mlp.up_proj": "W8A8"})
+    assert facts_of(config, kinds, 0) == (Facts("W8A8", 0, False),)
+    assert {row.verdict for row in rows_for("ascend", Facts("W8A8", 0, False)) if row.consumer == "MindFormers"} == {
+        INTEGER
+    }
+
+
+def test_a_verdict_is_that_of_the_first_row_that_applies():
+    every = [Facts(kind, size, biased) for kind in KINDS for size in (0, 32, 64, 128) for biased in (True, False)]
+    for facts in every:
+        for name in FORMATS:
+            for chosen in rows_for(name, facts):
+                same = [row for row in ROWS if (row.format, row.consumer) == (name, chosen.consumer) and row.applies(facts)]
+                assert same[0] is chosen
