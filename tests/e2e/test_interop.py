@@ -1,5 +1,3 @@
-"""One quantization in every format: the same bytes whichever way it is reached, the same logits, other programs' too."""
-
 """One quantization in every format: the same bytes whichever way it is reached, the same logits; also other programs'."""
 
 import importlib.util
