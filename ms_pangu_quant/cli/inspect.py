@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -101,17 +103,20 @@ def servability(directory: Path) -> dict[str, Any]:
 
 def print_servability(found: dict[str, Any]) -> None:
     """The directory's own format first; another one is an export away."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("format", "scheme", "read by", "versions", "computed", "how"):
-        table.add_column(heading, no_wrap=heading in ("format", "scheme"))
-    for row in sorted(found["rows"], key=lambda row: row["format"] != found["format"]):
-        scheme = row["scheme"] + (f" g{row['group_size']}" if row["group_size"] else "")
-        style = {INTEGER: "green", REFUSES: "dim", WRONG: "red"}.get(row["verdict"])
-        mark = "*" if row["format"] == found["format"] else ""
-        cells = (row["format"] + mark, scheme, row["consumer"], row["versions"], row["verdict"], row["note"])
-        table.add_row(*cells, style=style)
-    out.print(table)
-    out.print("* this directory; the sources of each claim are in docs/formats.md and in --json")
+    ordered = sorted(found["rows"], key=lambda row: row["format"] != found["format"])
+    for (stored_as, kind, size), rows in groupby(
+        ordered, key=lambda row: (row["format"], row["scheme"], row["group_size"])
+    ):
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
+        for width in (20, 18, None):  # of 80 columns
+            table.add_column(width=width)
+        for row in rows:
+            style = {INTEGER: "green", REFUSES: "dim", WRONG: "red"}.get(row["verdict"])
+            table.add_row(f"{row['consumer']} {row['versions']}", row["verdict"], row["note"], style=style)
+        mark = " (this directory)" if stored_as == found["format"] else ""
+        out.print(f"{stored_as}{mark}: {kind}" + (f", groups of {group}" if group else ""), style="bold")
+        out.print(table)
+    out.print("The sources of each claim are in docs/formats.md and in --json.")
 
 
 def print_layers(found: dict[str, Any]) -> None:
