@@ -104,9 +104,7 @@ def servability(directory: Path) -> dict[str, Any]:
 def print_servability(found: dict[str, Any]) -> None:
     """The directory's own format first; another one is an export away."""
     ordered = sorted(found["rows"], key=lambda row: row["format"] != found["format"])
-    for (stored_as, kind, size), rows in groupby(
-        ordered, key=lambda row: (row["format"], row["scheme"], row["group_size"])
-    ):
+    for (stored_as, kind, group), rows in groupby(ordered, key=itemgetter("format", "scheme", "group_size")):
         table = Table(box=None, show_header=False, padding=(0, 2, 0, 2))
         for width in (20, 18, None):  # of 80 columns
             table.add_column(width=width)

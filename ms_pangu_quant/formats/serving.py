@@ -62,6 +62,18 @@ class Row:
 ROWS: tuple[Row, ...] = (
     Row("mindformers", KINDS, "ms_pangu_quant (CPU)", "this", INTEGER, "exact integer products", "backends/cpu.py"),
     Row(
+        "mindformers", _W8, "ms_pangu_quant (Ascend)", "this", INTEGER,
+        "as MindFormers; never run on an NPU, see docs/ascend.md", "backends/ascend.py",
+    ),
+    Row(
+        "mindformers", _W4, "ms_pangu_quant (Ascend)", "this", INTEGER,
+        "GroupedMatmulV4; never run on an NPU, see docs/ascend.md", "backends/ascend.py", group_sizes=(0, 256),
+    ),
+    Row(
+        "mindformers", _W4, "ms_pangu_quant (Ascend)", "this", MEMORY,
+        "W4A16, activations stay float; never run on an NPU, see docs/ascend.md", "backends/ascend.py",
+    ),
+    Row(
         "mindformers", _W8, "MindFormers", "1.8 - 2.1", INTEGER,
         "QuantV2 or DynamicQuantExt, then QuantBatchMatmul; needs PanguEmbedded registered (import "
         "ms_pangu_quant.network.pangu)", f"{_MF}/a8w8.py, a8dynw8.py",

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.estimate import stored_bytes
-from ms_pangu_quant.formats.mindformers import QuantizedReader
+from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
