@@ -2,12 +2,16 @@
 
 import json
 import shutil
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.cli.quantize import _block_printer
 from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.mindformers import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
@@ -81,6 +85,19 @@ def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == stored.files.nbytes
     head, embedding = (stored.files.entries[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
     assert (head.dtype, head.nbytes) == (embedding.dtype, embedding.nbytes)
+
+
+def test_a_raised_damping_is_in_the_report_and_on_the_terminal(recipe, tmp_path):
+    """One chat has fewer tokens than the layers have inputs: without damping the grams are singular."""
+    runtime.start("cpu", "graph")
+    progress = Progress(console=Console(file=StringIO(), width=200))
+    printer = _block_printer(progress, progress.add_task("blocks", total=4), 4)
+    chosen = recipe("scheme: w8a8\nrounding: {gptq: {damping: 0}}")
+    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), on_block=printer)
+    report = json.loads((tmp_path / "out/quantization_report.json").read_text())
+    for block in report["blocks"]:
+        assert block["notes"]["mlp.down_proj"].startswith("damping raised from 0 to ")
+    assert progress.console.file.getvalue().count("mlp.down_proj: damping raised from 0 to ") == 4
 
 
 # --- slow: other outliers, and resumption of the longest path --------------------------------------------------------
