@@ -133,7 +133,7 @@ def factorise(gram: NDArray[np.float64], order: NDArray[np.intp], damping: float
 
 def _indefinite() -> DataError:
     return DataError(
-        "gram of a layer's input: not positive semidefinite, even when damped; a sum of x x^T is: the statistics are damaged"
+        "gram of a layer's input: not semidefinite, even when damped; a sum of x x^T is, so the statistics are damaged"
     )
 
 
