@@ -76,7 +76,7 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize the checkpoint of `reader` as `recipe` says into the directory `output`.
 
-    data      calibration tokens; required if the recipe has transforms or static activations, else only measured on.
+    data      calibration tokens; required if transforms, rounding or static activations need it, else only measured on.
     stored_as the on-disk layout, one of formats.reader.FORMATS.
     resume    go on with an unfinished run in `output`; the result is byte-identical to an undisturbed run's.
     on_block  called after each block is safely on disk; on_bytes with bytes read while the checkpoint is hashed.
@@ -128,7 +128,7 @@ def quantize(
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
     if data is None and recipe.needs_calibration:
         raise RecipeError(
-            f"{recipe.where}: needs calibration data for its transforms or static activations; pass "
+            f"{recipe.where}: needs calibration data for its transforms, rounding or static activations; pass "
             "--calibration FILE, or take a recipe that rounds without data (w8a8_rtn, w4a8_rtn)"
         )
     longest = max((len(sequence) for sequence in data.sequences), default=0) if data else 0

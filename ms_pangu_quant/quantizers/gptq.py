@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_factor, cho_solve
+from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.linalg.lapack import dpotrf
 
 from ms_pangu_quant.calibration.statistics import InputStats
@@ -127,11 +127,14 @@ def factorise(gram: NDArray[np.float64], order: NDArray[np.intp], damping: float
             return lower, damping
         del lower, diagonal
         if damping >= _LARGEST_DAMPING:
-            raise DataError(
-                "gram of a layer's input: not positive semidefinite, even when damped by its mean diagonal; "
-                "it is no sum of x x^T: the statistics are damaged"
-            )
+            raise _indefinite()
         damping = min(max(10 * damping, 1e-6), _LARGEST_DAMPING)
+
+
+def _indefinite() -> DataError:
+    return DataError(
+        "gram of a layer's input: not semidefinite, even when damped; a sum of x x^T is, so the statistics are damaged"
+    )
 
 
 def corrected_weight(
@@ -140,12 +143,15 @@ def corrected_weight(
     """The float weight that on the inputs x the layer gets comes closest to what `weight` makes of the float model's y.
 
     Least squares with a ridge that holds it to `weight`: weight (I + drift (gram + r I)^-1), r = _RIDGE times the mean
-    diagonal of the gram.
+    diagonal of the gram. Raises DataError if the gram is not positive semidefinite.
     """
     damped = gram.copy()
     diagonal = np.einsum("ii->i", damped)
     diagonal += _RIDGE * float(diagonal.mean()) or 1.0
-    factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+    try:
+        factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+    except LinAlgError:
+        raise _indefinite() from None
     result = np.empty_like(weight)
     for rows in _row_pieces(weight):
         wanted = weight[rows] @ drift
@@ -171,16 +177,18 @@ def gptq_codes(
     for rows in _row_pieces(weight):
         target = weight[rows].T[columns]  # [in, rows] float32, contiguous
         steps = np.ascontiguousarray(scale[rows].T)
-        error = np.empty(target.shape, np.float64)
+        rounded, error = np.empty(target.shape, np.int8), np.empty(target.shape, np.float64)
         for stop in range(len(columns), 0, -block):
             start = max(stop - block, 0)
             carried = factor[stop:, start:stop].T @ error[stop:]
+            inside = np.ascontiguousarray(factor[start:stop, start:stop].T)
             for j in range(stop - 1, start - 1, -1):
-                carried[j - start] += factor[j + 1 : stop, j] @ error[j + 1 : stop]
+                carried[j - start] += inside[j - start, j + 1 - start :] @ error[j + 1 : stop]
                 wanted = (target[j] + carried[j - start]).astype(np.float32)  # as float32, so that ties fall as in RTN
                 code = np.clip(np.rint(wanted / steps[group[j]]), scheme.code_min, scheme.code_max)
                 error[j] = target[j] - code.astype(np.float64) * steps[group[j]]
-                codes[rows, columns[j]] = code
+                rounded[j] = code
+        codes[rows] = rounded[np.argsort(columns)].T
     return codes
 
 

@@ -51,8 +51,7 @@ def best_scales(
 ) -> NDArray[np.float32]:
     """Scales [out, groups] with the least tr(E G E^T) for these codes, rounded to what the scheme stores.
 
-    A row keeps its scales where rounding has made the new ones worse, where one is not positive, or where the equations
-    are singular (a group of zeros).
+    A group of zeros keeps its scale. So does a row where rounding made the new ones worse, or where one is not positive.
     """
     out_features, groups = scale.shape
     width = weight.shape[1] // groups
@@ -65,9 +64,11 @@ def best_scales(
         product[:, columns] += damping * wide[:, columns]
         matrix[:, group] = (product * wide).reshape(out_features, groups, width).sum(axis=2)
         vector[:, group] = np.einsum("oi,oi->o", product, target)
-    solvable = np.linalg.matrix_rank(matrix, hermitian=True) == groups
-    found = scale.astype(np.float64)
-    found[solvable] = np.linalg.solve(matrix[solvable], vector[solvable][..., None])[..., 0]
+    diagonal = np.einsum("ogg->og", matrix)
+    empty = diagonal <= 0  # a group of zeros: its scale has no say and stays
+    diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + empty
+    vector = np.where(empty, scale * diagonal, vector)
+    found = np.linalg.solve(matrix, vector[..., None])[..., 0]
     stored = found.astype(np.float32)
     if scheme.bfloat16_scale:
         stored = stored.astype(ml_dtypes.bfloat16).astype(np.float32)
@@ -98,16 +99,14 @@ def sweep(
     for start in range(0, len(target), block):
         stop = min(start + block, len(target))
         gradient = gram[start:stop] @ error + damping * error[start:stop]
-        inside = gram[start:stop, start:stop]
+        inside, changes = gram[start:stop, start:stop], np.zeros((stop - start, error.shape[1]))
         for j in range(start, stop):
             curvature = gram[j, j] + damping
             if curvature == 0:  # a channel that was never active
                 continue
-            wanted = moved[j] * steps[j] + gradient[j - start] / curvature
-            code = np.clip(np.rint(wanted / steps[j]), scheme.code_min, scheme.code_max)
-            change = (moved[j] - code) * steps[j]
+            here = gradient[j - start] + inside[j - start, : j - start] @ changes[: j - start]
+            code = np.clip(np.rint((moved[j] * steps[j] + here / curvature) / steps[j]), scheme.code_min, scheme.code_max)
+            changes[j - start] = (moved[j] - code) * steps[j]
             moved[j] = code
-            error[j] += change
-            gradient += np.outer(inside[:, j - start], change)
-            gradient[j - start] += damping * change
+        error[start:stop] += changes
     return np.ascontiguousarray(moved.T).astype(np.int8)

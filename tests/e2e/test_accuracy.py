@@ -2,12 +2,17 @@
 
 import json
 import shutil
+from io import StringIO
 
 import numpy as np
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 from safetensors.numpy import load_file, save_file
 
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
+from ms_pangu_quant.cli.quantize import _block_printer
 from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
@@ -52,6 +57,7 @@ def rewrite(source, folder, change):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rotated_float_checkpoint_is_served_with_the_logits_of_the_original(tied, recipe, rounded, tmp_path):
     tool = load_tool("make_checkpoint")
@@ -73,6 +79,25 @@ def test_the_embedded_checkpoint_rotated_has_its_own_logits(recipe, rounded, tmp
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
+def test_each_input_alone_is_seen_as_all_of_them_together(tmp_path):
+    """Nothing quantized and both models the same: the statistics are those of the float block, and nothing drifts."""
+    runtime.start("cpu", "graph")
+    tool = load_tool("make_checkpoint")
+    tool.write_checkpoint(tmp_path / "float", tool.make_config("tiny", **TINY), seed=1, dtype="float32")
+    reader = CheckpointReader(tmp_path / "float")
+    lengths = [17, 1, 30]
+    hidden = Hidden(embedding_rows(reader.files, np.arange(48, dtype=np.int32)), lengths)
+    served, floats, block = BlockRunner(reader.config, lengths), BlockRunner(reader.config, lengths), reader.block(1)
+    together, _ = served.observe(block, hidden, gram=True, rows=20, where="test")
+    for name, wanted in together.items():
+        alone = served.observe_input(name, block, {}, hidden, floats, hidden, rows=20, where="test")
+        assert alone.tokens == wanted.tokens == 48
+        np.testing.assert_allclose(alone.gram, wanted.gram, atol=1e-4 * np.abs(wanted.gram).max())
+        np.testing.assert_allclose(alone.absmax, wanted.absmax, rtol=1e-4)
+        np.testing.assert_allclose(alone.sample.rows, wanted.sample.rows, atol=1e-4 * wanted.absmax.max())
+        assert np.abs(alone.drift).max() <= 1e-4 * np.abs(wanted.gram).max()
+
+
 def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(rounded):
     chosen = load_recipe(find_recipe("paper_w4a8_hadamard"))
     made = rounded(MINI, chosen, chats=0)
@@ -81,6 +106,19 @@ def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == stored.files.nbytes
     head, embedding = (stored.files.entries[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
     assert (head.dtype, head.nbytes) == (embedding.dtype, embedding.nbytes)
+
+
+def test_a_raised_damping_is_in_the_report_and_on_the_terminal(recipe, tmp_path):
+    """One chat has fewer tokens than the layers have inputs: without damping the grams are singular."""
+    runtime.start("cpu", "graph")
+    progress = Progress(console=Console(file=StringIO(), width=200))
+    printer = _block_printer(progress, progress.add_task("blocks", total=4), 4)
+    chosen = recipe("scheme: w8a8\nrounding: {gptq: {damping: 0}}")
+    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), on_block=printer)
+    report = json.loads((tmp_path / "out/quantization_report.json").read_text())
+    for block in report["blocks"]:
+        assert block["notes"]["mlp.down_proj"].startswith("damping raised from 0 to ")
+    assert progress.console.file.getvalue().count("mlp.down_proj: damping raised from 0 to ") == 4
 
 
 # --- slow: other outliers, and resumption of the longest path --------------------------------------------------------
