@@ -26,7 +26,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -65,15 +65,17 @@ class Sandbox:
         self.isolation = isolation
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
+        self._pairs: list[_Pair] = []
         self._free: list[_Pair] = []
         self._lock = threading.Lock()
+        self._closing = False
 
     def __enter__(self) -> Sandbox:
         self._pool = ThreadPoolExecutor(self.workers)
         with ExitStack() as undo:
-            for number in range(self.workers):
-                self._free.append(_Pair(self.isolation, self.limits, number))
-                undo.callback(self._free[-1].close)
+            self._pairs = [_Pair(self.isolation, self.limits, number) for number in range(self.workers)]
+            self._free = [*self._pairs]
+            undo.callback(self.__exit__, None, None, None)
             probe = self.judge(Program("def f(x):\n    return x + 1\n", "", "assert f(1) == 2", ("f",)))
             if probe.verdict != "pass":
                 raise BackendError(_refusal(self.isolation.kind, probe.detail))
@@ -81,8 +83,11 @@ class Sandbox:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._closing = True
+        for pair in self._pairs:
+            pair.interrupt()
         self._pool.shutdown(cancel_futures=True)
-        for pair in self._free:
+        for pair in self._pairs:
             pair.close()
 
     def judge_all(self, programs: Iterable[tuple[Key, Program]]) -> Iterator[tuple[Key, Outcome]]:
@@ -98,7 +103,7 @@ class Sandbox:
             outcome = Outcome("infra_error", "not judged")
             for _ in range(_ATTEMPTS):
                 outcome = pair.judge(program)
-                if outcome.verdict != "infra_error":
+                if outcome.verdict != "infra_error" or self._closing:
                     break
             return outcome
         finally:
@@ -113,6 +118,11 @@ class _Pair:
         self._isolation, self._limits = isolation, limits
         self._uid = None if isolation.uid is None else isolation.uid + number
         self._servers: dict[str, _Server] = {}
+
+    def interrupt(self) -> None:
+        """From another thread: whatever is being judged ends as an infra_error."""
+        for server in [*self._servers.values()]:
+            server.hang_up()
 
     def close(self) -> None:
         for server in self._servers.values():
@@ -158,13 +168,15 @@ class _Pair:
                 break
             usage = candidate.ask("usage")["usage"]
             waited = result["waited"]
-            busy = usage["computed"] + usage["waited"]
-            if busy < waited / 2 or waited > _PATIENCE * wall:
+            hopeless = usage["busiest"] < waited / 2 or usage["computed"] > cpu
+            if hopeless or waited > _PATIENCE * wall:
                 ended = candidate.ask("stop")
                 while "verdict" not in tester.receive():
                     pass  # it sees now that the candidate has gone
-                verdict = "timeout" if busy < waited / 2 else "infra_error"
-                return {"verdict": verdict, "detail": f"no answer in {waited:.0f} s"}, ended
+                return {
+                    "verdict": "timeout" if hopeless else "infra_error",
+                    "detail": f"no answer in {waited:.0f} s",
+                }, ended
         # A candidate that hung up by itself is about to end; its server says how.
         ended = candidate.ask("wait") if result["verdict"] == "gone" else candidate.ask("stop")
         return result, ended
@@ -214,6 +226,10 @@ class _Server:
         if self._process.poll() is None or self._process.stderr is None:
             return ""
         return self._process.stderr.read(2000).decode("ascii", "backslashreplace").strip().rpartition("\n")[2]
+
+    def hang_up(self) -> None:
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._control.close()  # the server ends its job, and itself

@@ -264,6 +264,24 @@ def test_a_dead_server_is_replaced_and_the_program_judged_again():
         judging.__exit__(None, None, None)
 
 
+def test_an_interruption_does_not_wait_for_what_is_being_judged():
+    class Stopped(Exception):
+        pass
+
+    programs = [("quick", add_program("def add(a, b):\n    return a + b\n"))]
+    programs += [(number, add_program(SUITE["cases"]["38_sleep"]["code"])) for number in range(4)]
+    before = servers()
+    started = time.monotonic()
+    try:
+        with Sandbox(find_isolation(RLIMITS), Limits(wall_seconds=60.0), workers=2) as judging:
+            assert next(judging.judge_all(programs))[0] == "quick"
+            raise Stopped
+    except Stopped:
+        pass
+    assert time.monotonic() - started < 20
+    assert servers() == before
+
+
 def test_without_bubblewrap_it_refuses_and_says_what_to_do(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(BackendError, match=r"apt-get install bubblewrap.*--sandbox rlimits"):

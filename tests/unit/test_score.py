@@ -66,6 +66,18 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
     assert "reachable" in summary["sandbox"]["description"]
 
 
+def test_a_generated_sample_is_cut_by_its_tokens_and_not_by_text(tmp_path):
+    """The text [unused17] in an answer is text, where the tokens said where the thought ends."""
+    (row,) = solutions(1)
+    code = row["completion"]
+    rows = [
+        {**row, "completion": f"[unused16]hm[unused17]{code}# [unused17]", "answer": f"{code}# [unused17]", "closed": True},
+        {**row, "sample_id": 1, "completion": f"[unused16]{code}", "answer": "", "closed": False},
+    ]
+    assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out") == 0
+    assert [result["verdict"] for result in rows_of(tmp_path / "out" / "results.jsonl")] == ["pass", "unclosed_thought"]
+
+
 def test_ids_come_back_as_they_were_given(tmp_path):
     problem = load_problems(TASKS["mbpp"]).by_id["MBPP/11"]
     samples = write(tmp_path / "s.jsonl", [{"task_id": 11, "sample_id": 7, "completion": problem.reference}])

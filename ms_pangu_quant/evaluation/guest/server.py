@@ -258,17 +258,17 @@ def _descendants(depth=None):
 
 
 def _usage():
-    """Seconds that the job's living processes have computed, and have waited for a processor."""
-    computed = waited = 0
+    """Of the job's living threads: the seconds all have computed, and the most that one computed or waited to compute."""
+    computed, busiest = 0, 0
     for pid in _descendants():
         try:
             for task in os.listdir(f"/proc/{pid}/task"):
                 with open(f"/proc/{pid}/task/{task}/schedstat") as file:
                     on_cpu, on_queue, _ = map(int, file.read().split())
-                computed, waited = computed + on_cpu, waited + on_queue
+                computed, busiest = computed + on_cpu, max(busiest, on_cpu + on_queue)
         except (OSError, ValueError):
             continue
-    return {"computed": computed / 1e9, "waited": waited / 1e9}
+    return {"computed": computed / 1e9, "busiest": busiest / 1e9}
 
 
 if __name__ == "__main__":
