@@ -128,6 +128,8 @@ def _prepare(method, layer, name: str) -> None:
     """What every linear method needs: its kernel, and what stands for a missing bias."""
     if method.input_size_per_partition > LARGEST_INPUT:
         raise BackendError(f"{layer.weight.name}: {method.input_size_per_partition} inputs, wanted at most {LARGEST_INPUT}")
+    # Memory that no one has touched: MindFormers' initializer would fill it, at the speed of its reading from disk.
+    layer.weight.set_data(ms.from_numpy(np.empty(layer.weight.shape, ms.dtype_to_nptype(layer.weight.dtype))))
     method.kernel = operator(kernels(), name)
     method.no_bias = Tensor(np.zeros(1, np.float32))
 

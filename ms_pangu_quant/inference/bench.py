@@ -46,7 +46,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """What one token costs a model: weights of quantized and float layers and of the head, and bytes they are held in."""
+    """What one token costs a model: weights of quantized and float layers and of the head, and the bytes that hold them."""
 
     quantized: int
     floating: int

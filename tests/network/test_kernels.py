@@ -105,7 +105,15 @@ def test_a_linear_layer_has_the_bits_of_the_plain_operators(kind, group, inputs,
             assert np.isnan(plain[3:]).all()
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", "w4a8", "w4a8_g128"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "w8a8_static",
+        "w4a8_g128",
+        pytest.param("w8a8", marks=pytest.mark.slow),
+        pytest.param("w4a8", marks=pytest.mark.slow),
+    ],
+)
 def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, quantized, monkeypatch):
     directory = quantized(recipe)
     ids = golden("mini")["ids_0"].tolist()[:70]

@@ -10,6 +10,7 @@ from tests.conftest import MINI, ROOT, golden, golden_checkpoint
 
 NAMES = sorted(path.stem for path in (ROOT / "tests" / "golden").glob("*.npz"))
 TOLERANCE = 1e-4
+PLAIN_BY_DEFAULT = ("mini", "pangu_head_dim")  # with kernels switched off, the others are slow tests
 
 
 def sequences(values):
@@ -35,9 +36,17 @@ def test_the_goldens_were_made_from_the_weights_the_tool_writes_today(name, tmp_
     assert digest == str(golden(name)["weights_sha256"])
 
 
-@pytest.mark.parametrize("kernels", ["auto", "off"])
-@pytest.mark.parametrize("mode", ["graph", "pynative"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "mode", "kernels"),
+    [
+        pytest.param(
+            name, mode, kernels, marks=() if kernels == "auto" or name in PLAIN_BY_DEFAULT else (pytest.mark.slow,)
+        )
+        for name in NAMES
+        for mode in ("graph", "pynative")
+        for kernels in ("auto", "off")
+    ],
+)
 def test_prefill_of_a_batch_and_decode_through_the_cache_equal_transformers(
     name, mode, kernels, tmp_path, write_checkpoint, monkeypatch
 ):

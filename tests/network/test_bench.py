@@ -1,0 +1,88 @@
+"""bench and doctor: what they print, and that bench's figures follow from each other."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.cli import main
+from ms_pangu_quant.formats.mindformers import QuantizedReader
+from ms_pangu_quant.inference.bench import Limits, Work, work_of
+from ms_pangu_quant.inference.model import load
+from tests.conftest import MINI
+
+KEYS = {"model", "phase", "batch_size", "prompt_len", "latency_ms", "tokens_per_s", "spread", "peak_rss_gib"}
+
+
+def test_bench_has_a_row_for_each_model_phase_batch_and_length_and_its_figures_agree(quantized, capsys):
+    arguments = ["--prompt-lens", "8,40", "--batch-sizes", "1,3", "--new-tokens", "2", "--repeats", "2", "--json"]
+    assert main(["bench", str(quantized("w8a8")), "--against", str(MINI), *arguments]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    found = [(row["prompt_len"], row["batch_size"], row["model"], row["phase"]) for row in rows]
+    models = ("float", "quantized")
+    assert found == [(n, b, m, phase) for n in (8, 40) for b in (1, 3) for m in models for phase in ("prefill", "decode")]
+    for row in rows:
+        assert KEYS | {"limit_fraction"} <= set(row)
+        tokens = row["batch_size"] * (row["prompt_len"] if row["phase"] == "prefill" else 1)
+        assert row["tokens_per_s"] == pytest.approx(tokens / row["latency_ms"] * 1e3)
+        assert row["spread"] >= 0
+        assert 0.1 < row["peak_rss_gib"] < 16
+        assert 0 < row["limit_fraction"] < 1
+        if row["phase"] == "prefill":
+            assert 0 < row["time_to_first_token_ms"] <= row["latency_ms"]
+
+
+def test_the_work_of_a_token_is_counted_from_the_weights_in_memory(quantized):
+    reader = QuantizedReader(quantized("w4a8_g128"))
+    work = work_of(load(reader.directory, kv_cache_tokens=64), reader.kinds)
+    sites = reader.config.num_hidden_layers * sum(
+        outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES)
+    )
+    assert (work.quantized, work.floating) == (sites, 0)
+    assert work.head == reader.config.vocab_size * reader.config.hidden_size
+    assert work.head_bytes == work.head * (2 if library() is not None else 4)
+    scales_norms_and_biases = work.layer_bytes - sites // 2
+    assert sites / 128 * 4 <= scales_norms_and_biases < sites / 128 * 4 * 1.3
+
+
+def test_the_limit_of_a_phase_is_the_slower_of_arithmetic_and_memory():
+    limits = Limits(int8=100.0, fp32=10.0, bandwidth=1000.0)
+    work = Work(quantized=50, floating=5, head=20, layer_bytes=300, head_bytes=100)
+    assert work.seconds(limits, tokens=10, logits=1, passes=1) == 2 * 10 * 50 / 100 + 2 * (10 * 5 + 20) / 10
+    assert work.seconds(Limits(1e9, 1e9, 1000.0), tokens=1, logits=1, passes=3) == pytest.approx(3 * 400 / 1000)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--prompt-lens", "0"], "--prompt-lens: got '0'"),
+        (["--batch-sizes", "1;2"], "--batch-sizes: got '1;2'"),
+        (["--prompt-lens", "600"], "the model ends at 512"),
+    ],
+)
+def test_bench_says_what_is_wrong_with_its_options(options, said, capsys):
+    assert main(["bench", str(MINI), *options]) == 2
+    assert said in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_bench_wants_the_float_checkpoint_to_compare_with(quantized, capsys):
+    assert main(["bench", str(MINI), "--against", str(quantized("w8a8"))]) == 2
+    assert "is quantized; wanted the float checkpoint" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_doctor_names_the_kernels_and_what_is_missing(capsys, monkeypatch):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    built = library()
+    assert (found["kernels"] or {}).get("path") == (built.path if built else None)
+    assert found["packages"]["mindspore"]
+    assert found["devices"]["cpu"] == "available"
+    assert found["memory"]["total"] > found["memory"]["available"] > 0
+    monkeypatch.setenv(SETTING, "off")
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "plain MindSpore operators are used" in said
+    assert SETTING in said
