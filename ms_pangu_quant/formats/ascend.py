@@ -213,6 +213,7 @@ def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> 
         "optional": {},
     }
     description.update(describe(config, kinds, lambda site, kind: specs(config, site, kind, group_size)))
+    description[layout.HEAD] = FLOAT  # a tied head too: vllm-ascend looks it up, and msModelSlim writes it
     return {ASCEND_FILE: description, "config.json": family_config(config)}
 
 

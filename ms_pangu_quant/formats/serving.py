@@ -84,12 +84,12 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "mindformers", ("W8A8",), "vLLM-MindSpore", "0.5.1", INTEGER,
-        "native models; MindFormers' models as MindFormers does",
+        "its native models, of which openPangu is none; MindFormers' models as MindFormers does",
         "vllm_mindspore/model_executor/layers/quantization/golden_stick/golden_stick.py",
     ),
     Row(
         "mindformers", ("W8A8_DYNAMIC", *_W4), "vLLM-MindSpore", "0.5.1", REFUSES,
-        "its table of methods has FLOAT and W8A8 only; W8A8_DYNAMIC works through MindFormers' models",
+        "its native table of methods has FLOAT and W8A8 only; MindFormers' models as MindFormers does",
         "vllm_mindspore/model_executor/layers/quantization/golden_stick/golden_stick.py",
     ),
     Row(
