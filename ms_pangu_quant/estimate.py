@@ -55,7 +55,7 @@ def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) 
     sizes = [layout.site_shape(config, layout.sites_reading(name)[0])[1] for name in layout.INPUT_NAMES]
     widest = 8 * max(sizes) ** 2
     total = 0.0
-    if recipe.observes_gram:
+    if recipe.needs_gram:
         total += 8 * sum(size**2 for size in sizes)
     if recipe.quantizer.needs_gram:
         total += widest + 3 * 2**27

@@ -155,7 +155,7 @@ def _observe(
 ) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
     if runner is None or hidden is None:
         return {}, None
-    return runner.observe(block, hidden, gram=recipe.observes_gram, rows=recipe.needs_rows, where=f"block {index}")
+    return runner.observe(block, hidden, gram=recipe.needs_gram, rows=recipe.needs_rows, where=f"block {index}")
 
 
 class _FloatModel:

@@ -136,10 +136,6 @@ class Recipe:
 
     @property
     def needs_gram(self) -> bool:
-        return self.quantizer.needs_gram or any(transform.needs_gram for transform in self.transforms)
-
-    @property
-    def observes_gram(self) -> bool:
         """Whether grams are wanted of the float block; a quantizer that needs the drift gets its own, input by input."""
         quantizer = self.quantizer.needs_gram and not self.quantizer.needs_drift
         return quantizer or any(transform.needs_gram for transform in self.transforms)

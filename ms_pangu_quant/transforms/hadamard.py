@@ -41,15 +41,12 @@ def hadamard_matrix(size: int) -> NDArray[np.int8]:
     return np.asarray(reduce(np.kron, hadamard_factors(size), np.ones((1, 1), np.int8)), np.int8)
 
 
-def multiply(
-    rows: NDArray[np.float64], factors: Sequence[NDArray[np.int8]], *, transposed: bool = False
-) -> NDArray[np.float64]:
-    """rows [count, n] times the orthogonal matrix H / sqrt(n), H the Kronecker product of `factors` (or H^T)."""
+def multiply(rows: NDArray[np.float64], factors: Sequence[NDArray[np.int8]]) -> NDArray[np.float64]:
+    """rows [count, n] times the orthogonal matrix H / sqrt(n), H the Kronecker product of `factors`."""
     count, size = rows.shape
     value = rows.reshape(count, *(len(factor) for factor in factors))
     for axis, factor in enumerate(factors, start=1):
-        matrix = (factor.T if transposed else factor).astype(np.float64)
-        value = np.moveaxis(np.moveaxis(value, axis, -1) @ matrix, -1, axis)
+        value = np.moveaxis(np.moveaxis(value, axis, -1) @ factor.astype(np.float64), -1, axis)
     return np.ascontiguousarray(value).reshape(count, size) / sqrt(size)
 
 

@@ -109,6 +109,22 @@ def test_every_key_arrives_where_it_belongs(recipe, models):
     assert plan.scheme(1, site) == PRESETS["w8a8"].with_range(full_range=True)
 
 
+@pytest.mark.parametrize(
+    ("text", "gram", "rows"),
+    [
+        ("scheme: w8a8", False, 0),
+        ("scheme: w8a8\ntransforms: [smooth_search]", False, 512),
+        ("scheme: w8a8\nrounding: gptq", True, 0),
+        ("scheme: w8a8\nrounding: {gptq: {correct: true}}", False, 0),  # it sees each input alone, later
+        ("scheme: w8a8_static\nactivation_range: {method: mse}", False, 512),
+        ("scheme: w8a8\nactivation_range: {method: mse}", False, 0),
+    ],
+)
+def test_only_what_is_used_is_observed(recipe, text, gram, rows):
+    made = recipe(text)
+    assert (made.needs_gram, made.needs_rows) == (gram, rows)
+
+
 def test_a_recipe_of_one_line_has_the_documented_defaults(recipe):
     made = recipe("scheme: w8a8")
     assert (made.why, made.layers, made.transforms, made.full_range) == ("", (), (), False)
@@ -136,6 +152,10 @@ def test_the_last_pattern_that_matches_a_layer_decides(recipe, models):
         ("scheme: w8a8\nlayers: {'*.o_proj': w8a8_static}", True),
         ("scheme: w8a8\nlayers: {'*.o_proj': float}", False),
         ("scheme: w8a8\ntransforms: [smooth]", True),
+        ("scheme: w8a8\ntransforms: [rotate]", False),
+        ("scheme: w8a8\nrounding: gptq", True),
+        ("scheme: w8a8\nrounding: {rtn: {scale: mse}}", False),
+        ("scheme: w8a8\nrounding: {rtn: {scale: mse, weighted: true}}", True),
     ],
 )
 def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe, text, needed):
@@ -150,6 +170,15 @@ def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe
         ("scheme: w8a8\ntransforms: [{smoth: {}}]", r"transforms: unknown key 'smoth' \(did you mean 'smooth'\?\)"),
         ("scheme: w8a8\ntransforms: [{smooth: {aplha: 0.5}}]", r"smooth: unknown key 'aplha' \(did you mean 'alpha'\?\)"),
         ("scheme: w8a8\ntransforms: [{smooth: {needs_gram: true}}]", r"smooth: unknown key 'needs_gram'"),
+        ("scheme: w8a8\ntransforms: [smooth, rotate]", r"transforms: rotate stands first and once"),
+        ("scheme: w8a8\ntransforms: [rotate, {rotate: {seed: 1}}]", r"transforms: rotate stands first and once"),
+        ("scheme: w8a8\ntransforms: [{rotate: {sed: 1}}]", r"rotate: unknown key 'sed' \(did you mean 'seed'\?\)"),
+        ("scheme: w8a8\ntransforms: [{smooth_search: {step: 2}}]", r"transforms: smooth_search.step: got 2"),
+        ("scheme: w8a8\nrounding: {gptq: {damp: 1}}", r"gptq: unknown key 'damp' \(did you mean 'damping'\?\)"),
+        ("scheme: w8a8\nrounding: {gptq: {scale: max}}", r"rounding: gptq.scale: got 'max'"),
+        ("scheme: w8a8\nrounding: {rtn: {weighted: true}}", r"rounding: rtn.weighted: is for scale: mse"),
+        ("scheme: w8a8_static\nactivation_range: {methd: mse}", r"unknown key 'methd' \(did you mean 'method'\?\)"),
+        ("scheme: w8a8_static\nactivation_range: mse", r"activation_range.*wanted a mapping"),
         ("scheme: w8a8\nrounding: rtnn", r"rounding: unknown key 'rtnn' \(did you mean 'rtn'\?\)"),
         ("scheme: w8a8\nrounding: {rtn: {bits: 4}}", r"rounding: rtn: unknown key 'bits'"),
         ("scheme: w8a8\n5: 6", r"unknown key '5'; known: why, scheme"),
