@@ -81,6 +81,8 @@ def _entry(
 def _pass_at_1(counts: Sequence[tuple[int, int]]) -> Interval:
     if all(total == 1 for _, total in counts):
         return wilson(sum(passed for passed, _ in counts), len(counts))
+    if len(counts) == 1:  # nothing is known about other problems
+        return Interval(counts[0][0] / counts[0][1], 0.0, 1.0)
     return mean_interval([passed / total for passed, total in counts])
 
 

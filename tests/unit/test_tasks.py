@@ -123,6 +123,18 @@ def test_a_helper_of_the_prompt_cannot_be_replaced_by_the_answer(judges):
     assert judges.judge(problem.program(code)).verdict == "wrong_answer"
 
 
+@pytest.mark.parametrize(
+    "prompt", ["def f(x):\n", "from typing import List\n\ndef f(x: List) -> int:\n    # add\n", "Write f."]
+)
+def test_your_own_prompt_may_be_a_bare_signature_or_prose(judges, prompt, tmp_path):
+    own = tmp_path / "own.jsonl"
+    test = "def check(candidate):\n    assert candidate(1) == 2\n"
+    own.write_text(json.dumps({"task_id": "own", "prompt": prompt, "entry_point": "f", "test": test}))
+    problem = load_problems(TASKS["mini"], own).by_id["own"]
+    assert judges.judge(problem.program("def f(x):\n    return x + 1\n")).verdict == "pass"
+    assert judges.judge(problem.program("def f(x):\n    return x\n")).verdict == "wrong_answer"
+
+
 @pytest.mark.parametrize("given", ["MBPP/11", "Mbpp/11", "11", 11])
 def test_a_problem_is_found_by_its_number_with_any_prefix(given):
     assert find_problem(load_problems(TASKS["mbpp"]), given).task_id == "MBPP/11"

@@ -6,7 +6,9 @@ and canonical_solution (a body).
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
+from functools import lru_cache
 
 from ms_pangu_quant.evaluation.tasks.task import Row, Statement, Task
 from ms_pangu_quant.evaluation.verdict import Program
@@ -23,9 +25,10 @@ def entry_point(row: Row) -> str:
 
 def program(row: Row, code: str) -> Program:
     """The prompt stands before the answer, and before the test: answers leave out its imports, tests use its helpers."""
+    prompt = as_module(row["prompt"])
     return Program(
-        source=after_prompt(row["prompt"], code),
-        preamble=row["prompt"],
+        source=after_prompt(prompt, code),
+        preamble=prompt,
         test=f"{row['test']}\ncheck({row['entry_point']})\n",
         names=(row["entry_point"],),
     )
@@ -33,6 +36,18 @@ def program(row: Row, code: str) -> Program:
 
 def reference(row: Row) -> str | None:
     return row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else None
+
+
+@lru_cache(maxsize=4096)
+def as_module(prompt: str) -> str:
+    """A prompt as a program: HumanEval's are one, a bare signature gets a body, and prose gives nothing."""
+    for source in (prompt, f"{prompt.rstrip()}\n    pass\n"):
+        try:
+            ast.parse(source)
+        except (SyntaxError, ValueError):
+            continue
+        return source
+    return ""
 
 
 def after_prompt(prompt: str, code: str) -> str:
