@@ -9,7 +9,7 @@ import pytest
 from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.formats.mindformers import QuantizedReader
+from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.bench import Limits, Work, work_of
 from ms_pangu_quant.inference.model import load
 from tests.conftest import MINI

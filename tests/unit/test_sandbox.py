@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -188,6 +189,21 @@ def test_a_candidate_that_forges_messages_only_gives_wrong_values(judges, forge,
     found = verdict(judges, code)
     assert found == expected if expected else found in ("output_limit", "wrong_answer", "early_exit")
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("kind", [BUBBLEWRAP, RLIMITS])
+def test_signals_that_the_controller_blocks_reach_a_candidate(kind):
+    code = "def f():\n    import os, signal\n    os.kill(os.getpid(), signal.SIGTERM)"
+    kept = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    try:
+        judging = opened(kind)
+        try:
+            outcome = judging.judge(Program(code, "", "assert f() == 1", ("f",)))
+        finally:
+            judging.__exit__(None, None, None)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept)
+    assert (outcome.verdict, outcome.detail) == ("crash", "ended by signal 15")
 
 
 def test_values_of_standard_types_arrive_as_they_are(judges):
