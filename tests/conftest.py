@@ -26,6 +26,14 @@ def load_tool(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_built() -> None:
+    """Build the CPU kernels before the first test, so that no test sees a line about it or waits for it."""
+    from ms_pangu_quant.backends.cpu_kernels.library import library
+
+    library()
+
+
 @pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., None]:
     return load_tool("make_checkpoint").write_checkpoint
