@@ -24,6 +24,7 @@ from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.errors import BackendError
 
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
+LARGEST_SHARE = 32  # query heads to one key head: rows of a tile in layer.h
 LARGEST_INPUT = 65536  # partial sums of an integer product fit int32
 
 
@@ -85,6 +86,8 @@ class PagedAttention(nn.Cell):
         super().__init__()
         if block_size % LANES:
             raise BackendError(f"block_size: got {block_size}, wanted a multiple of {LANES}")
+        if head_num > LARGEST_SHARE * kv_head_num:
+            raise BackendError(f"{head_num} heads share {kv_head_num} key heads, wanted at most {LARGEST_SHARE} to one")
         keys = (num_blocks, kv_head_num, head_dim, block_size)
         values = (num_blocks, kv_head_num, block_size, -(-head_dim // LANES) * LANES)
         self.key_cache = Parameter(initializer("zeros", keys, ms.float32), name="key_cache", requires_grad=False)

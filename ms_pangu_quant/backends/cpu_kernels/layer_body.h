@@ -231,28 +231,23 @@ PANGU_INLINE void embed(const uint16_t* row, int64_t count, float* y) {
   for (int64_t k = 0; k < count; k++) y[k] = widen_one(row[k]);
 }
 
-// y[r][j] = x[r] . w[j] for R rows of x and V rows of w, `inputs` long. A sum is two vectors of partial sums whatever R and V
-// are. One row of x reads w row by row: two rows side by side come from memory at half the speed.
+// y[r][j] = x[r] . w[j] for R rows of x and V rows of w, `inputs` long. A sum is one vector of partial sums whatever R and V
+// are. One row of x reads w row by row: rows side by side come from memory at half the speed.
 template <int R, int V>
 PANGU_INLINE void dots(const float* x, const uint16_t* w, int64_t inputs, float* y, int64_t outputs) {
-  f32x16 sum[R][V], other[R][V];
-  EACH_ROW EACH_VECTOR sum[r][j] = other[r][j] = f32x16{};
+  f32x16 sum[R][V];
+  EACH_ROW EACH_VECTOR sum[r][j] = f32x16{};
   int64_t k = 0;
-  for (; k + 32 <= inputs; k += 32) {
-    EACH_VECTOR {
-      const f32x16 a = widen(w + j * inputs + k), b = widen(w + j * inputs + k + 16);
-      EACH_ROW {
-        sum[r][j] = sum[r][j] + load(x + r * inputs + k) * a;
-        other[r][j] = other[r][j] + load(x + r * inputs + k + 16) * b;
-      }
+  for (; k + kLanes <= inputs; k += kLanes) {
+    f32x16 b[V];
+    EACH_VECTOR b[j] = widen(w + j * inputs + k);
+    EACH_ROW {
+      const f32x16 v = load(x + r * inputs + k);
+      EACH_VECTOR sum[r][j] = sum[r][j] + v * b[j];
     }
   }
-  if (k + 16 <= inputs) {
-    EACH_ROW EACH_VECTOR sum[r][j] = sum[r][j] + load(x + r * inputs + k) * widen(w + j * inputs + k);
-    k += 16;
-  }
   EACH_ROW EACH_VECTOR {
-    float total = sum_of(sum[r][j] + other[r][j]);
+    float total = sum_of(sum[r][j]);
     for (int64_t t = k; t < inputs; t++) total += x[r * inputs + t] * widen_one(w[j * inputs + t]);
     y[r * outputs + j] = total;
   }
@@ -270,7 +265,7 @@ void head(const float* x, int64_t rows, const uint16_t* w, int64_t inputs, int64
           int64_t outputs) {
   int64_t j = first;
   if (rows > 1)
-    for (; j + 2 <= last; j += 2) dot_columns<2>(x, rows, w + j * inputs, inputs, y + j, outputs);
+    for (; j + 4 <= last; j += 4) dot_columns<4>(x, rows, w + j * inputs, inputs, y + j, outputs);
   for (; j < last; j++) dot_columns<1>(x, rows, w + j * inputs, inputs, y + j, outputs);
 }
 
