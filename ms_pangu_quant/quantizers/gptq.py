@@ -149,7 +149,7 @@ def corrected_weight(
     diagonal = np.einsum("ii->i", damped)
     diagonal += _RIDGE * float(diagonal.mean()) or 1.0
     try:
-        factor = cho_factor(damped, lower=True, overwrite_a=True, check_finite=False)
+        factor = cho_factor(damped.T, lower=True, overwrite_a=True, check_finite=False)  # column-major: in place
     except LinAlgError:
         raise _indefinite() from None
     result = np.empty_like(weight)
