@@ -304,6 +304,7 @@ def _bubblewrap(role: str, uid: int | None) -> list[str]:
     if uid is not None and role == "candidate":
         for capability in ("SYS_ADMIN", "SETUID", "SETGID", "KILL", "CHOWN"):
             command += ["--cap-add", f"CAP_{capability}"]
+    command += ["--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]  # first: the rest may lie below them
     for folder in ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"):
         path = Path(folder)
         if path.is_symlink() and folder.count("/") == 1:
@@ -315,5 +316,4 @@ def _bubblewrap(role: str, uid: int | None) -> list[str]:
             for parent in [*reversed(Path(prefix).parents)][1:]:  # a candidate of another user must get through
                 command += ["--perms", "0755", "--dir", str(parent)]
             command += ["--ro-bind", prefix, prefix]
-    command += ["--ro-bind", str(_GUEST), str(_GUEST), "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
-    return [*command, "--remount-ro", "/", "--"]
+    return [*command, "--ro-bind", str(_GUEST), str(_GUEST), "--remount-ro", "/", "--"]

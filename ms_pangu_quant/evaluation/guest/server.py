@@ -41,6 +41,7 @@ _STATUS = struct.Struct("<idq")  # wait status, CPU seconds, peak resident KiB
 
 def main(role, control):
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the command line blocks signals, and children inherit that
+    sys.path.pop(0)  # this folder is not the candidate's
     for name in _PRELOADED:
         importlib.import_module(name)
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
