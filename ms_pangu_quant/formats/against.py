@@ -11,8 +11,9 @@ them by it (t = 1 / s of the next layer's input). Neither is stored. What is kno
   o, down             s is 1 / t of v, of up: again an interval for each input, which must meet the column's
 
 So q, k, gate and v with a bias are checked weight by weight; the others up to one free number for each row or column, which
-a fault would have to imitate. What is not checkable so is said in a note: weights rounded by anything but "rtn" (GPTQ moves
-a weight by more than half a step on purpose: there the relative error is computed again and compared with the report's),
+a fault would have to imitate. What is not checkable so is said in a note: weights rounded by anything but plain "rtn" (GPTQ
+moves a weight by more than half a step on purpose, a searched scale clips: there the relative error is computed again and
+compared with the report's),
 weights that a transform mixed (rotations: nothing is compared), and a directory without a report (its weights must only
 be near).
 """
@@ -36,7 +37,7 @@ from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces
 
-SCALING_TRANSFORMS = ("smooth",)  # transforms that only multiply input channels and divide producers
+SCALING_TRANSFORMS = ("smooth", "smooth_search")  # transforms that only multiply input channels and divide producers
 _SLACK = 2.0**-18  # relative: a few float32 roundings of weight, scale and quotient
 _UNRELATED = 0.5  # relative weight error beyond which a layer is not the checkpoint's at all
 
@@ -100,13 +101,14 @@ def law_of(directory: Path) -> Law:
         named = [_name(item) for item in recipe.get("transforms") or []]
     except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: is not a report of pangu-quant ({type(error).__name__}: {error})") from None
-    rounding = _name(recipe.get("rounding", "rtn"))
+    rounding = recipe.get("rounding", "rtn")
     mixing = [name for name in named if name not in SCALING_TRANSFORMS]
     if mixing:
         why = f"weights are not compared: transform {mixing[0]!r} does more than scale channels"
         return Law(notes=(why,))
-    if rounding != "rtn":
-        why = f"the half-step law is not checked: {rounding!r} moves weights further; their errors are checked"
+    settings = rounding[_name(rounding)] if isinstance(rounding, dict) else None
+    if _name(rounding) != "rtn" or (settings or {}).get("scale", "absmax") != "absmax":  # a searched scale clips
+        why = f"the half-step law is not checked: {_name(rounding)!r} moves weights further; their errors are checked"
         return Law(errors=tuple(errors), notes=(why,))
     return Law(half_step=True)
 

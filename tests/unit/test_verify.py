@@ -12,6 +12,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, REPORT_FILE, QuantizedWriter
+from ms_pangu_quant.formats.against import law_of
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.verify import verify
@@ -158,6 +159,18 @@ def test_other_roundings_are_held_to_the_errors_of_their_report(quantized):
     (changed, fault) = verify(directory, source).faults
     assert changed.startswith(str(path))
     assert fault.startswith("model.layers.1.mlp.gate_proj.weight: relative error")
+
+
+@pytest.mark.parametrize(
+    ("rounding", "held_to_half_a_step"),
+    [("rtn", True), ("{rtn: {scale: absmax}}", True), ("{rtn: {scale: mse}}", False), ("{gptq: {sweeps: 1}}", False)],
+)
+@pytest.mark.parametrize("transform", ["smooth", "smooth_search"])
+def test_only_plain_rounding_is_held_to_half_a_step(transform, rounding, held_to_half_a_step, quantized):
+    directory, _ = quantized("w8a8", recipe=f"transforms: [{transform}]\nrounding: {rounding}\n")
+    law = law_of(directory)
+    assert law.half_step == held_to_half_a_step
+    assert bool(law.errors) != held_to_half_a_step
 
 
 def test_what_a_rotation_mixed_is_not_compared_and_that_is_said(quantized, make_checkpoint):
