@@ -86,7 +86,9 @@ def test_there_and_back_is_the_same_bytes_and_each_stop_is_sound(recipe, quantiz
     for name in ("ascend", "compressed-tensors"):
         export(QuantizedReader(start), FORMATS[name], tmp_path / name)
         found = verify(tmp_path / name, CheckpointReader(MINI))
-        assert (found.faults, found.notes, found.layers) == ((), (), 28)
+        assert (found.faults, found.layers) == ((), 28)
+        assert [note for note in found.notes if "'gptq' moves weights further" not in note] == []
+        assert bool(found.notes) == (recipe != "w8a8")  # which is rounded to nearest and held to half a step
     export(QuantizedReader(tmp_path / "ascend"), FORMATS["compressed-tensors"], tmp_path / "across")
     assert contents(tmp_path / "across") == contents(tmp_path / "compressed-tensors")
     export(QuantizedReader(tmp_path / "across"), FORMATS["mindformers"], tmp_path / "back")
@@ -191,7 +193,8 @@ def test_a_zero_point_is_served_and_a_comparison_that_would_drop_it_is_refused(t
 @pytest.mark.parametrize("recipe", [pytest.param("w8a8", marks=pytest.mark.slow), "w8a8_static"])
 def test_mindformers_own_lookup_and_linear_methods_and_loader_give_our_logits(recipe, quantized, monkeypatch):
     """Its GoldenStickConfig on our description (the first key that contains a layer's name decides), its create_weights and
-    weight loaders, its load_weights: all that is ours is the CPU's `apply` of the two methods."""
+    weight loaders, its load_weights: all that is ours is the CPU's `apply` of the two methods, in plain operators."""
+    monkeypatch.setenv("MS_PANGU_QUANT_KERNELS", "off")
     from mindformers.parallel_core.inference.model_utils import InferModelMixin
     from mindformers.parallel_core.inference.quantization.golden_stick import config as golden_stick
     from mindformers.parallel_core.inference.tensor_parallel.layers import LinearBase
