@@ -29,6 +29,7 @@ from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, read_block
+from ms_pangu_quant.network import runtime
 from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
@@ -143,6 +144,7 @@ def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[Blo
     """The block runner and the embeddings of the calibration tokens; nothing without data."""
     if data is None:
         return None, None
+    runtime.ensure_started()
     from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 
     lengths = [len(sequence) for sequence in data.sequences]

@@ -18,6 +18,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
+from ms_pangu_quant.network import runtime
 
 _SLICE_BYTES = 64 << 20
 
@@ -75,6 +76,7 @@ def _final_states(
     reader: CheckpointReader | QuantizedReader, sequences: Sequence[NDArray[np.int32]], on_block: Callable[[], None]
 ) -> NDArray[np.float32]:
     """Normalised hidden states [tokens, hidden] of every token that has a next one."""
+    runtime.ensure_started()
     from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 
     inputs = [sequence[:-1] for sequence in sequences]

@@ -66,6 +66,12 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
     _started = (device, mode)
 
 
+def ensure_started() -> None:
+    """start() on the CPU in graph mode, unless the process has been started: for functions that are called from Python."""
+    if _started is None:
+        start()
+
+
 def _import_quietly(verbose: bool) -> None:
     """Import both frameworks with their logs sent to a folder that goes away with the process."""
     if not verbose:

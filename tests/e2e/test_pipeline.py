@@ -75,7 +75,9 @@ def test_the_size_is_known_beforehand(recipe, quantized):
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == QuantizedReader(quantized(recipe)).files.nbytes
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", pytest.param("w4a8_g128", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "recipe", ["w8a8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("w8a8_static", "w4a8_g128"))]
+)
 def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, quantized, tmp_path):
     class Stopped(Exception):
         pass
@@ -195,3 +197,20 @@ def test_graph_mode_equals_pynative(recipe, quantized):
     eager = load(quantized(recipe), mode="pynative", kv_cache_tokens=128).logits(ids)
     assert np.abs(graph - eager).max() < 2e-2 * np.abs(graph).max()
     assert (graph.argmax(1) == eager.argmax(1)).all()
+
+
+def test_quantizing_from_python_prints_nothing_and_leaves_nothing_else(tmp_path):
+    (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 6, 7, 8]}\n{"token_ids": [9, 10, 11]}\n')
+    code = f"""
+from pathlib import Path
+from ms_pangu_quant import quantize
+from ms_pangu_quant.calibration.data import load_token_data
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.recipe import find_recipe, load_recipe
+data = load_token_data(Path("ids.jsonl"), tokenizer=None, vocab_size=1024, max_length=8)
+quantize(CheckpointReader(Path({str(MINI)!r})), load_recipe(find_recipe("w8a8")), Path("out"), data=data)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "LOCAL_DEFAULT_PATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ids.jsonl", "out"]
