@@ -1,4 +1,4 @@
-"""Faults from outside, with real processes: killed at any moment, memory or the output taken away, other seeds and threads."""
+"""Faults from outside, with real processes: killed, short of memory, the output taken away, other seeds and threads."""
 
 from __future__ import annotations
 
