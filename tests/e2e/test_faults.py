@@ -70,7 +70,7 @@ def test_killed_at_thirty_random_moments_and_resumed_it_ends_in_the_same_bytes(n
     whole, output = tmp_path / "whole", tmp_path / "killed"
     began = time.monotonic()
     assert run(COMMANDS[name](place, whole), tmp_path).returncode == 0
-    duration, kills, ended = time.monotonic() - began, 0, 0
+    duration, kills = time.monotonic() - began, 0
     while kills < KILLS:
         with subprocess.Popen(
             COMMANDS[name](place, output), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -81,11 +81,12 @@ def test_killed_at_thirty_random_moments_and_resumed_it_ends_in_the_same_bytes(n
                 process.send_signal(signal.SIGKILL)
                 kills += 1
                 continue
+        # A run that was killed after its last file is finished, and a finished checkpoint is not written again.
+        assert code == 0 or (code == 2 and (output / "config.json").exists())
         assert contents(output) == contents(whole)
         shutil.rmtree(output)
-        ended += 1
     result = run(COMMANDS[name](place, output), tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == 0 or "holds a finished checkpoint" in result.stderr, result.stderr
     assert contents(output) == contents(whole)
     for journal in output.glob("*.jsonl"):
         keys = [(record["task_id"], record["sample_id"], record["mode"]) for _, record in read_records(journal)]
