@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow lint goldens clean
+.PHONY: install demo test test-slow lint mutate goldens clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+mutate: install
+	$(BIN)/python tools/mutate.py
 
 goldens: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[goldens]'

@@ -23,6 +23,8 @@ from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError
 
+_OUT_OF_MEMORY = "out of memory; quantize --dry-run tells what a run takes, and a run that has begun goes on with --resume"
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -53,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        if isinstance(error, MemoryError) or "Allocate memory failed" in str(error):  # NumPy's, or MindSpore's
+            err.print(f"pangu-quant: error: {_OUT_OF_MEMORY}", style="red", markup=False, soft_wrap=True)
+            return 2
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own: a wrong option
             error.show()  # type: ignore[attr-defined]
             return int(error.exit_code)

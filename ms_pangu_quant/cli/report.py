@@ -9,6 +9,7 @@ import typer
 
 from ms_pangu_quant.cli.console import out
 from ms_pangu_quant.report.results import load_runs
+from ms_pangu_quant.report.speed import load_speeds
 
 
 def report_command(
@@ -21,17 +22,21 @@ def report_command(
     name: Annotated[
         list[str] | None, typer.Option(help="What to call each result, in their order; the directories' names by default.")
     ] = None,
+    bench: Annotated[
+        list[str] | None, typer.Option(help="FILE or NAME=FILE that bench --json printed; may be given several times.")
+    ] = None,
     retention: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the reference's pass@1 to test for.")] = 0.9,
     examples: Annotated[int, typer.Option(min=0, help="Problems whose answers are shown side by side.")] = 6,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "What quantization costs",
 ) -> None:
-    """One page on what quantization costs: accuracy, retention, flips, lengths, answers; HTML and Markdown.
+    """One page on what quantization costs: accuracy, retention, flips, lengths, answers, speed; HTML and Markdown.
 
     [bold]Example[/bold]
 
-    pangu-quant report results/float results/w8a8 results/w4a8 --output report
+    pangu-quant report results/float results/w8a8 results/w4a8 --output report --bench w8a8=w8a8.bench.json
     """
     from ms_pangu_quant.report.page import write
 
-    for path in write(load_runs(results, name), output, wanted=retention, title=title, examples=examples):
+    runs, speeds = load_runs(results, name), load_speeds(bench or [])
+    for path in write(runs, output, speeds=speeds, wanted=retention, title=title, examples=examples):
         out.print(f"{path}", soft_wrap=True)

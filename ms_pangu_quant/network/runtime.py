@@ -10,6 +10,7 @@ import atexit
 import io
 import logging
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -22,6 +23,7 @@ from ms_pangu_quant.errors import BackendError
 
 DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
+_ADDRESS_SPACE = 3 << 30  # with less, MindSpore fails in its own ways when it allocates; it can hang for ever
 _started: tuple[str, str] | None = None
 _verbose = False
 _folder: str | None = None  # of the frameworks' logs
@@ -30,8 +32,8 @@ _folder: str | None = None  # of the frameworks' logs
 def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) -> None:
     """Prepare this process for `device` in `mode`.
 
-    A process keeps its first device; the mode may change between networks. Raises BackendError for an unknown name and
-    when the device is not there.
+    A process keeps its first device; the mode may change between networks. Raises BackendError for an unknown name, when
+    the device is not there and when the process may not allocate what the frameworks need.
     """
     global _started, _verbose
     _verbose = _verbose or verbose
@@ -41,6 +43,12 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
         raise BackendError(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
     if _started is not None and _started[0] != device:
         raise BackendError(f"this process already runs on {_started[0]!r}; start another one for {device!r}")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < _ADDRESS_SPACE:
+        raise BackendError(
+            f"address space is limited to {limit / 2**30:.1f} GiB, and MindSpore needs {_ADDRESS_SPACE >> 30} GiB before "
+            "any model is loaded; raise the limit (ulimit -v)"
+        )
     os.environ["RUN_MODE"] = "predict"
     os.environ["ENFORCE_EAGER"] = "true" if mode == "pynative" else "false"  # MindFormers' own switch for PyNative
     if _started is None:

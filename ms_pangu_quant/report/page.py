@@ -19,6 +19,7 @@ from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Cell, Run, cells
+from ms_pangu_quant.report.speed import Speed, cases
 
 LEVEL = 0.05
 MOST_RUNS = 7
@@ -38,10 +39,19 @@ class Example:
     answers: tuple[tuple[Run, str, Split], ...]
 
 
-def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str = "", examples: int = 6) -> list[Path]:
-    """The two pages. The first run is the reference. Raises DataError for more runs than a page can tell apart."""
-    if len(runs) > MOST_RUNS:
-        raise DataError(f"report: got {len(runs)} results, wanted at most {MOST_RUNS} on a page")
+def write(
+    runs: Sequence[Run],
+    output: Path,
+    *,
+    speeds: Sequence[Speed] = (),
+    wanted: float = 0.9,
+    title: str = "",
+    examples: int = 6,
+) -> list[Path]:
+    """The two pages. The first run is the reference. Raises DataError for more than a page can tell apart."""
+    for given, what in ((runs, "results"), (speeds, "benches")):
+        if len(given) > MOST_RUNS:
+            raise DataError(f"report: got {len(given)} {what}, wanted at most {MOST_RUNS} on a page")
     comparisons = compare(runs, wanted)
     values = {
         "title": title or "What quantization costs",
@@ -49,6 +59,8 @@ def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str 
         "cells": [*cells(runs)],
         "comparisons": comparisons,
         "by_place": {(each.cell, each.run.name): each for each in comparisons},
+        "speeds": speeds,
+        "speed_cases": cases(speeds),
         "wanted": wanted,
         "level": LEVEL,
         "headlines": [*_headlines(runs, comparisons, wanted)],
@@ -57,7 +69,8 @@ def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str 
         "verdicts": VERDICTS,
         "incomplete": [*_incomplete(runs)],
     }
-    page = _environment(html=True).get_template("page.html.j2").render(**values, plots=_plots(runs, comparisons, wanted))
+    drawn = _plots(runs, comparisons, speeds, wanted)
+    page = _environment(html=True).get_template("page.html.j2").render(**values, plots=drawn)
     text = _environment(html=False).get_template("page.md.j2").render(**values)
     paths = [output / "report.html", output / "report.md"]
     for path, content in zip(paths, (page, text), strict=True):
@@ -65,12 +78,15 @@ def write(runs: Sequence[Run], output: Path, *, wanted: float = 0.9, title: str 
     return paths
 
 
-def _plots(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> dict[str, Markup | None]:
+def _plots(
+    runs: Sequence[Run], comparisons: Sequence[Comparison], speeds: Sequence[Speed], wanted: float
+) -> dict[str, Markup | None]:
     drawn = {
         "scores": plots.scores(runs),
         "retention": plots.retention(runs, comparisons, wanted),
         "lengths": plots.lengths(runs),
         "block_errors": plots.block_errors(runs),
+        "prefill": plots.prefill(runs, speeds),
     }
     return {name: Markup(svg) if svg else None for name, svg in drawn.items()}  # drawn here, from numbers and names
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ms_pangu_quant.report.comparison import Comparison
 from ms_pangu_quant.report.results import Cell, Run, cells
+from ms_pangu_quant.report.speed import Speed, cases
 
 _TEXT, _GRID = "#010101", "#020202"
 _SERIES = tuple(f"#0{number}0303" for number in range(1, 8))  # stand-ins, replaced by the page's variables
@@ -82,6 +83,33 @@ def block_errors(runs: Sequence[Run]) -> str | None:
     return _svg(
         figure, axes, None, "relative output error", [name for _, name, _ in series], [number for number, _, _ in series]
     )
+
+
+def prefill(runs: Sequence[Run], speeds: Sequence[Speed]) -> str | None:
+    """Prefill latency against batch size for the longest prompt; dashed: the float model measured in turns with it.
+
+    A bench that is called like a run has its colour. None where nothing was measured at two batch sizes.
+    """
+    lengths = [length for phase, length, _ in cases(speeds) if phase == "prefill"]
+    shown = [case for case in cases(speeds) if case[:2] == ("prefill", max(lengths, default=0))]
+    if len(shown) < 2:
+        return None
+    figure, axes = _figure([])
+    names = [run.name for run in runs]
+    names += [speed.name for speed in speeds if speed.name not in names]
+    colors = [names.index(speed.name) % len(_SERIES) for speed in speeds]
+    for number, speed in zip(colors, speeds, strict=True):
+        for table, style in ((speed.quantized, "o-"), (speed.floating, "o--")):
+            found = [case for case in shown if case in table]
+            latencies = [table[case]["latency_ms"] for case in found]
+            axes.plot([case[2] for case in found], latencies, style, color=_SERIES[number], markersize=4, linewidth=1.5)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    batches = [batch for _, _, batch in shown]
+    axes.set_xticks(batches, [str(batch) for batch in batches])
+    axes.minorticks_off()
+    axes.set_xlabel(f"batch size, prompts of {shown[0][1]} tokens (dashed: float)")
+    return _svg(figure, axes, None, "prefill latency, ms", [speed.name for speed in speeds], colors)
 
 
 def _means(run: Run, cell: Cell) -> tuple[float, float] | None:

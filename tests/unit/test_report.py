@@ -20,6 +20,7 @@ from ms_pangu_quant.evaluation.verdict import Limits
 from ms_pangu_quant.report.comparison import compare
 from ms_pangu_quant.report.page import write
 from ms_pangu_quant.report.results import load_runs
+from ms_pangu_quant.report.speed import load_speeds
 
 MODES = ("slow_think", "no_think")
 PASSES = {  # result -> task -> mode -> which of 12 problems pass
@@ -214,3 +215,62 @@ def test_the_command_writes_both_pages(three, tmp_path, capsys):
     assert main(arguments) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]
     assert "report.html" in capsys.readouterr().out
+
+
+def bench(path, scale: float = 2.5, *, both: bool = True):
+    """Rows as bench --json prints them: the quantized model is `scale` times as fast."""
+    rows = []
+    for phase in ("prefill", "decode"):
+        for batch in (1, 8):
+            for model in ("float", "quantized") if both else ("quantized",):
+                latency = 100.0 * batch / (scale if model == "quantized" else 1)
+                row = {"model": model, "phase": phase, "batch_size": batch, "prompt_len": 64, "latency_ms": latency}
+                rows.append({**row, "tokens_per_s": 12.5, "spread": 0.02, "peak_rss_gib": 1.25, "limit_fraction": 0.5})
+    write_json(path, rows)
+    return path
+
+
+def test_the_speed_table_is_the_ratio_of_what_was_measured_in_turns(three, tmp_path, capsys):
+    fast, alone = bench(tmp_path / "fast.json"), bench(tmp_path / "alone.json", both=False)
+    arguments = ["report", *map(str, three), "--output", str(tmp_path / "out"), "--bench", f"w8a8={fast}", "--bench"]
+    assert main([*arguments, str(alone)]) == 0
+    html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    assert "| prefill | 64 | 8 | 320.0 (2 %) | 12.5 | 2.50 | 320.0 (2 %) | 12.5 |  |" in markdown
+    assert Page(html).open == []
+    assert Page(html).tags.count("svg") == 5
+    for text in (html, markdown):
+        assert "w8a8: the measuring process held at most 1.25 GiB, with both" in text
+        assert "alone: the measuring process held at most 1.25 GiB." in text
+        assert "--bench" not in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("[", "it is not JSON"),
+        ("{}", "got no list of rows"),
+        ("[1]", "row 1 is not an object"),
+        ('[{"model": "int3"}]', "row 1 has model 'int3'"),
+        ({"latency_ms": None}, "row 1 has latency_ms None"),
+        ({"latency_ms": 0}, "row 1 has latency_ms 0"),
+        ({"spread": float("nan")}, "row 1 has spread nan"),
+        ({"model": "float"}, "no row of a quantized model"),
+    ],
+)
+def test_what_is_no_bench_is_one_clear_line(tmp_path, content, message):
+    path = tmp_path / "bench.json"
+    if isinstance(content, dict):
+        rows = json.loads(bench(path, both=False).read_text())
+        content = json.dumps([{**rows[0], **content}])
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        load_speeds([str(path)])
+
+
+def test_two_benches_need_two_names(tmp_path):
+    path = bench(tmp_path / "bench.json")
+    assert [speed.name for speed in load_speeds([str(path), f"a={path}"])] == ["bench", "a"]
+    with pytest.raises(DataError, match="are called the same"):
+        load_speeds([f"a={path}", f"a={path}"])
