@@ -77,6 +77,17 @@ def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
     return total
 
 
+def sensitivity_seconds(config: ModelConfig, recipe: Recipe, statistics: int, measured: int) -> float:
+    """What measure() takes on this machine for so many tokens; the copies' way to the head is most of it."""
+    blocks = config.num_hidden_layers
+    weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(config, site) for site in layout.SITES))
+    passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
+    products: float = 2 * weights * (passes * measured + blocks * statistics)
+    products += 2 * (4 * blocks + 3) * 1.1 * measured * config.vocab_size * config.hidden_size
+    products += 2 * blocks * _gram_products(config, recipe, statistics)
+    return 5 + blocks * 2 * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
+
+
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:
     """Size of the tensors that quantize() will write; `reader` rewritten as the recipe says."""
     config, folded = reader.config, bool(recipe.transforms)

@@ -87,11 +87,15 @@ def quantize(
     reader = recipe.rewritten(reader)
     config, plan = reader.config, recipe.plan(reader.config)
     fingerprint = {
-        "checkpoint": _checkpoint_hash(reader, on_bytes),
+        "checkpoint": checkpoint_hash(reader, on_bytes),
         "recipe": recipe.digest,
         "calibration data": data.sha256 if data else "none",
         "version of ms_pangu_quant": version("ms_pangu_quant"),
     }
+    if recipe.assignment and recipe.assignment.checkpoint != fingerprint["checkpoint"]:
+        raise RecipeError(
+            f"{recipe.where}: the sensitivities are of another checkpoint; measure those of {reader.directory}"
+        )
     begun_with = {**fingerprint, "format": stored_as.NAME}  # not in the report: an export makes the same one
     with QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) as writer:
         runner, hidden = _begin_stream(reader, data)
@@ -107,8 +111,8 @@ def quantize(
             stats, target = _observe(runner, block, hidden, recipe, index)
             for transform in recipe.transforms:
                 block, stats = transform(block, stats, plan.of_block(index))
-            see = _served_input(runner, hidden, floats, recipe, index) if floats else _taken_from(stats)
-            block, linears, weight_error = _round_block(block, plan, recipe, see, index)
+            see = _served_input(runner, hidden, floats, recipe, index) if floats else taken_from(stats)
+            block, linears, weight_error = round_block(block, plan, recipe, see, index)
             if floats:
                 target = floats.advance(reader.block(index))
             hidden, output_error = _advance(runner, block, linears, hidden, target)
@@ -176,7 +180,7 @@ class _FloatModel:
 _SeeInput = Callable[[str, Block, Mapping[str, QuantizedLinear]], InputStats | None]
 
 
-def _taken_from(stats: dict[str, InputStats]) -> _SeeInput:
+def taken_from(stats: dict[str, InputStats]) -> _SeeInput:
     """Statistics observed beforehand; each is handed out once and not kept, for a gram may be 1.3 GB."""
     return lambda name, block, linears: stats.pop(name, None)
 
@@ -195,7 +199,7 @@ def _served_input(runner: BlockRunner, hidden: Hidden, floats: _FloatModel, reci
     )
 
 
-def _round_block(
+def round_block(
     block: Block, plan: Plan, recipe: Recipe, see: _SeeInput, index: int
 ) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
     """Round the planned layers, input after input; the returned block no longer holds their float weights."""
@@ -292,6 +296,7 @@ def _report(
     return {
         "fingerprint": dict(fingerprint),
         "recipe": {"why": recipe.why, "text": recipe.text},
+        **({"budget": recipe.assignment.summary()} if recipe.assignment else {}),
         "calibration": None
         if data is None
         else {
@@ -320,6 +325,6 @@ def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -
     return difference / norm if norm else difference
 
 
-def _checkpoint_hash(reader: CheckpointReader, on_bytes: Callable[[int], None]) -> str:
+def checkpoint_hash(reader: CheckpointReader, on_bytes: Callable[[int], None]) -> str:
     config = json.dumps(dict(reader.config.raw), sort_keys=True)
     return hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()

@@ -123,12 +123,14 @@ class BlockCell(nn.Cell):
 class BlockRunner:
     """Runs float and quantized blocks of one checkpoint in the mode the process was started in."""
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, *lengths: Sequence[int]) -> None:
+        """lengths: those of every Hidden that it will run, or of a longer one that begins with the same."""
         self._config = config
         self._max_tokens = self._batch_tokens()
-        probe = Hidden(np.empty((0, 0), np.float32), lengths)
         self._blocks = max(
-            sum(blocks_for(length, BLOCK_SIZE) for length in batch) for _, batch in probe.batches(self._max_tokens)
+            sum(blocks_for(length, BLOCK_SIZE) for length in batch)
+            for each in lengths
+            for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
         )
         self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
         self._cells: dict[tuple[tuple[str, ...], int | None], BlockCell] = {}
@@ -170,9 +172,15 @@ class BlockRunner:
             builder.add(x.asnumpy(), y.asnumpy())
         return builder.finish()
 
-    def advance(self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden) -> Hidden:
-        """Hidden states after the block as it will be served; linears maps site names to quantized layers."""
-        output = np.empty_like(hidden.states)
+    def advance(
+        self,
+        block: Block,
+        linears: Mapping[str, QuantizedLinear],
+        hidden: Hidden,
+        output: NDArray[np.float32] | None = None,
+    ) -> Hidden:
+        """Hidden states after the block as it will be served, in `output` if given; linears maps site names to layers."""
+        output = np.empty_like(hidden.states) if output is None else output
         for rows, (states, *_) in self._run(block, linears, hidden):
             output[rows] = states.asnumpy()
         return Hidden(output, hidden.lengths)
@@ -180,7 +188,7 @@ class BlockRunner:
     def _run(
         self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden, until: int | None = None
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        readers = [linears.get(layout.sites_reading(name)[0].name) for name in layout.INPUT_NAMES]
+        readers = [_first_reading(name, linears) for name in layout.INPUT_NAMES]
         cell = self._cell(
             tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
             until,
@@ -221,6 +229,11 @@ class BlockRunner:
             (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
         )
         return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+
+
+def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:
+    """A quantized layer that reads this input, which is rounded for all of them."""
+    return next((linears[site.name] for site in layout.sites_reading(input_name) if site.name in linears), None)
 
 
 def _float_tensors(block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, ArraySlice]]:
