@@ -153,8 +153,9 @@ def corrected_weight(
     except LinAlgError:
         raise _indefinite() from None
     result = np.empty_like(weight)
+    narrow = drift.astype(np.float32)
     for rows in _row_pieces(weight):
-        wanted = weight[rows] @ drift
+        wanted = (weight[rows] @ narrow).astype(np.float64)  # a small correction: float32 is exact enough
         result[rows] = weight[rows] + cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
     return result
 
