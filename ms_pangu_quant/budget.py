@@ -45,7 +45,9 @@ class Budget:
         limit = limits[given[0]]
         if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < float("inf"):
             raise RecipeError(f"budget.{given[0]}: got {limit!r}, wanted a number above 0")
-        known = isinstance(self.schemes, (list, tuple)) and all(name in PRESETS for name in self.schemes)
+        known = isinstance(self.schemes, (list, tuple)) and all(
+            isinstance(name, str) and name in PRESETS for name in self.schemes
+        )
         if not known or len(self.schemes) != 2 or self.schemes[0] == self.schemes[1]:
             raise RecipeError(
                 f"budget.schemes: got {self.schemes!r}, wanted two of {', '.join(PRESETS)}, the cheaper first"

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import write_json
@@ -31,7 +32,7 @@ from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows
-from ms_pangu_quant.pipeline import check_data, checkpoint_hash, relative_error, round_block, taken_from
+from ms_pangu_quant.pipeline import check_data, checkpoint_hash, relative_error
 from ms_pangu_quant.recipe import Recipe
 from ms_pangu_quant.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
 
@@ -77,7 +78,7 @@ def measure(
     }
     state = _State(folder, {**origin, "schemes": list(schemes)}, resume)
     lengths = [len(sequence) for sequence in known], [len(sequence) for sequence in measured]
-    runner = BlockRunner(reader.config, lengths[0], list(lengths[1]) * _AT_A_TIME)
+    runner = BlockRunner(reader.config, lengths[0], also=[list(lengths[1]) * _AT_A_TIME])
     if not state.finished:
         begun = embedding_rows(reader.files, np.concatenate(measured))
         state.begin(embedding_rows(reader.files, np.concatenate(known)), np.stack([begun] * _FIRST))
@@ -158,14 +159,19 @@ def _measure_block(
 
 
 def _rounded(
-    block: Block, stats: Mapping[str, object], recipe: Recipe, index: int
+    block: Block, stats: Mapping[str, InputStats], recipe: Recipe, index: int
 ) -> tuple[Block, dict[str, QuantizedLinear]]:
     """(the transformed float block, all of its layers rounded)."""
     plan = recipe.plan(block.config)
-    seen = dict(stats)
     for transform in recipe.transforms:
-        block, seen = transform(block, seen, plan.of_block(index))
-    _, linears, _ = round_block(block, plan, recipe, taken_from(seen), index)
+        block, stats = transform(block, stats, plan.of_block(index))
+    linears = {}
+    for site in layout.SITES:
+        scheme, seen = plan.scheme(index, site), stats[site.input_name]
+        assert scheme is not None  # a uniform recipe of a preset
+        scale = None if scheme.activation.dynamic else recipe.activation_range.factor(seen, scheme.activation)
+        weight = recipe.quantizer(block.weight(site), scheme.weight, seen)
+        linears[site.name] = QuantizedLinear(scheme.kind, weight, scale)
     return block, linears
 
 

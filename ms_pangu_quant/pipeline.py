@@ -111,8 +111,8 @@ def quantize(
             stats, target = _observe(runner, block, hidden, recipe, index)
             for transform in recipe.transforms:
                 block, stats = transform(block, stats, plan.of_block(index))
-            see = _served_input(runner, hidden, floats, recipe, index) if floats else taken_from(stats)
-            block, linears, weight_error = round_block(block, plan, recipe, see, index)
+            see = _served_input(runner, hidden, floats, recipe, index) if floats else _taken_from(stats)
+            block, linears, weight_error = _round_block(block, plan, recipe, see, index)
             if floats:
                 target = floats.advance(reader.block(index))
             hidden, output_error = _advance(runner, block, linears, hidden, target)
@@ -180,7 +180,7 @@ class _FloatModel:
 _SeeInput = Callable[[str, Block, Mapping[str, QuantizedLinear]], InputStats | None]
 
 
-def taken_from(stats: dict[str, InputStats]) -> _SeeInput:
+def _taken_from(stats: dict[str, InputStats]) -> _SeeInput:
     """Statistics observed beforehand; each is handed out once and not kept, for a gram may be 1.3 GB."""
     return lambda name, block, linears: stats.pop(name, None)
 
@@ -199,7 +199,7 @@ def _served_input(runner: BlockRunner, hidden: Hidden, floats: _FloatModel, reci
     )
 
 
-def round_block(
+def _round_block(
     block: Block, plan: Plan, recipe: Recipe, see: _SeeInput, index: int
 ) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
     """Round the planned layers, input after input; the returned block no longer holds their float weights."""

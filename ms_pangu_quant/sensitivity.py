@@ -102,6 +102,7 @@ class Sensitivity:
             found = cls((cheap, dear), groups, raw["together"], raw["origin"])
             for group in groups:
                 found.predicted(group)
+            _ = found.origin["checkpoint"], found.together[dear] + 0.0
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: is not what `pangu-quant sensitivity` writes ({type(error).__name__}: {error})"

@@ -123,13 +123,13 @@ class BlockCell(nn.Cell):
 class BlockRunner:
     """Runs float and quantized blocks of one checkpoint in the mode the process was started in."""
 
-    def __init__(self, config: ModelConfig, *lengths: Sequence[int]) -> None:
-        """lengths: those of every Hidden that it will run, or of a longer one that begins with the same."""
+    def __init__(self, config: ModelConfig, lengths: Sequence[int], *, also: Sequence[Sequence[int]] = ()) -> None:
+        """lengths, also: those of every Hidden that it will run, or of a longer one that begins with the same."""
         self._config = config
         self._max_tokens = self._batch_tokens()
         self._blocks = max(
             sum(blocks_for(length, BLOCK_SIZE) for length in batch)
-            for each in lengths
+            for each in (lengths, *also)
             for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
         )
         self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
