@@ -80,7 +80,9 @@ def mixed(folder, checkpoint, data, found):
     return folder / "mixed"
 
 
-@pytest.mark.parametrize(("block", "layers"), [(0, "*.0.mlp.down_proj"), (1, "*.1.self_attn.[qkv]_proj")])
+@pytest.mark.parametrize(
+    ("block", "layers"), [(0, "*.0.mlp.down_proj"), pytest.param(1, "*.1.self_attn.[qkv]_proj", marks=pytest.mark.slow)]
+)
 def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folder, checkpoint, data, found, block, layers):
     """Written, read back and compared by the ordinary commands' own code; the statistics are of the known texts alone."""
     known, measured = split(data, 60)
@@ -157,7 +159,7 @@ def test_every_format_holds_a_mixed_checkpoint_and_gives_it_back(folder, mixed, 
         assert (back / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["kernels", "plain operators"])
+@pytest.mark.parametrize("plain", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kernels", "plain operators"])
 def test_a_mixed_checkpoint_is_served_as_it_was_compared(mixed, checkpoint, data, plain, monkeypatch):
     if plain:
         monkeypatch.setenv(SETTING, "off")

@@ -26,6 +26,7 @@ OURS = [
     "w8a8_static",
 ]
 SHIPPED = [*PAPER, *OURS]
+BUDGETS = ["w4a8_mixed"]  # no plan without sensitivities: tests/e2e/test_sensitivity.py
 WITHOUT_DATA = ["paper_w4a8", "paper_w4a8_hadamard", "paper_w8a8", "w4a8_g128_rtn", "w4a8_rtn", "w8a8_rtn"]
 EVERYTHING = """\
 why: every key there is
@@ -64,7 +65,17 @@ def kinds(plan):
 
 
 def test_the_shipped_recipes_are_those_tested_here(root):
-    assert sorted(path.stem for path in (root / "configs").glob("*.yaml")) == SHIPPED
+    assert sorted(path.stem for path in (root / "configs").glob("*.yaml")) == sorted([*SHIPPED, *BUDGETS])
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_shipped_budget_says_why_and_what_its_cheaper_scheme_is(root, models, name):
+    loaded = load_recipe(root / f"configs/{name}.yaml")
+    assert loaded.why
+    assert loaded.needs_calibration
+    assert loaded.scheme == loaded.budget.schemes[0] == "w4a8_g128"
+    for scheme in loaded.budget.schemes:
+        assert all(len(loaded.uniform(scheme).plan(config).schemes) for config in models.values())
 
 
 @pytest.mark.parametrize("model", ["mini", "1b", "7b"])
