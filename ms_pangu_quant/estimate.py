@@ -65,15 +65,20 @@ def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) 
 
 
 def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """Operations a block's grams, factors and columns take; float64 ones count twice."""
+    """Operations a block's grams, factors and columns take; float64 ones count twice.
+
+    For outputs * inputs^2: 2 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 more for each of them.
+    """
     if not recipe.quantizer.needs_gram:
         return 0.0
+    drift, sweeps = recipe.quantizer.needs_drift, getattr(recipe.quantizer, "sweeps", 0)
+    each = 2 + 4 * drift + (2 + 3 * sweeps if sweeps else 0)
     total = 0.0
     for name in layout.INPUT_NAMES:
         shapes = [layout.site_shape(config, site) for site in layout.sites_reading(name)]
         inputs, outputs = shapes[0][1], sum(outputs for outputs, _ in shapes)
-        total += tokens * inputs**2 * (3 if recipe.quantizer.needs_drift else 1)
-        total += 2 * len(shapes) * inputs**3 / 3 + 2 * outputs * inputs**2 * (6 if recipe.quantizer.needs_drift else 2)
+        total += tokens * inputs**2 * (3 if drift else 1)
+        total += (2 + drift) * len(shapes) * inputs**3 / 3 + each * outputs * inputs**2
     return total
 
 

@@ -86,6 +86,7 @@ def quantize(
     check_data(reader.config, recipe, data)
     reader = recipe.rewritten(reader)
     config, plan = reader.config, recipe.plan(reader.config)
+    described = stored_as.metadata(config, planned_kinds(plan), plan.group_size)
     fingerprint = {
         "checkpoint": checkpoint_hash(reader, on_bytes),
         "recipe": recipe.digest,
@@ -122,7 +123,7 @@ def quantize(
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
         files = {
-            **stored_as.metadata(config, planned_kinds(plan), plan.group_size),
+            **described,
             REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
         }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}

@@ -39,8 +39,11 @@ from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 class Transform(Protocol):
     """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
 
-    needs_rows is how many rows of each input it wants to see.
+    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see.
     """
+
+    @property
+    def inputs(self) -> Sequence[str]: ...
 
     @property
     def needs_gram(self) -> bool: ...
@@ -319,6 +322,12 @@ def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transf
     count = sum(name in REWRITES for name in names)
     if count > 1 or (count and names[0] not in REWRITES):
         raise RecipeError(f"{where}: rotate stands first and once; it folds the norms, and smoothing with them, away")
+    for name, item in zip(names[count:], built[count:], strict=True):
+        if count and built[0].online and "mlp_hidden" in item.inputs:
+            raise RecipeError(
+                f"{where}: rotate.online mixes the channels of mlp_hidden when the model is run, so no scale of it can "
+                f"be folded into up_proj: name the other inputs in {name}.inputs"
+            )
     return tuple(built[:count]), tuple(built[count:])
 
 

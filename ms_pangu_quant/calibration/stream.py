@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import per_token_codes
+from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -55,16 +56,18 @@ class BlockCell(nn.Cell):
 
     rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
               with the factor that `factors` [inputs] has for it.
+    online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
     until     place in layout.INPUT_NAMES of the only output wanted: nothing behind it is computed. None: the whole block.
     """
 
-    def __init__(self, network, rounding: tuple[str, ...], until: int | None) -> None:
+    def __init__(self, network, rounding: tuple[str, ...], until: int | None, online_hadamard: bool = False) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
         self.rounding = rounding
         self.until = until
+        self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, factors):
         if self.rounding[place] == "":
@@ -114,6 +117,8 @@ class BlockCell(nn.Cell):
             mlp.linear_fc1(self._round(mlp_input, 2, factors)), (self.inner, self.inner), -1
         )
         mlp_hidden = up * mlp.activation_func(gate)
+        if self.hadamard is not None:
+            mlp_hidden = self.hadamard(mlp_hidden)
         if self.until == 3:
             return (mlp_hidden,)
         output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, factors))
@@ -203,7 +208,7 @@ class BlockRunner:
 
     def _cell(self, rounding: tuple[str, ...], until: int | None) -> BlockCell:
         if (rounding, until) not in self._cells:
-            cell = BlockCell(self._network, rounding, until)
+            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard)
             cell.set_train(False)
             if runtime.mode() == "graph":
                 vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)

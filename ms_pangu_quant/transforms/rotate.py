@@ -11,8 +11,9 @@ from all orthogonal matrices, which exists for every size and takes n multiplica
 
 A tied head becomes a tensor of its own: the embedding must not have the final norm folded in, the head must.
 
-What it does not do: rotate what down_proj reads. That product of gate and up is made element by element, so a rotation in
-front of down_proj would have to be computed when the model is served.
+What down_proj reads is a product of gate and up, made element by element, so a rotation there cannot be done beforehand.
+With `online` it is computed when the model is run: x D H / sqrt(n), the signs D in the rows of up_proj, the rest in
+backends/hadamard.py; down_proj's weight is multiplied by the same matrix.
 
 Source: Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406.
 """
@@ -78,17 +79,23 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Rotate:
-    """A rewrite of the checkpoint. seed: of the matrices; heads: rotate value heads too; kind: as in Rotation."""
+    """A rewrite of the checkpoint.
+
+    seed of the matrices; heads: rotate value heads too; kind as in Rotation, of what is rotated beforehand; online: a
+    Hadamard matrix in front of down_proj, computed when the model is run, on one device.
+    """
 
     seed: int = 0
     heads: bool = True
     kind: RotationKind = "hadamard"
+    online: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise RecipeError(f"rotate.seed: got {self.seed!r}, wanted a whole number of at least 0")
-        if not isinstance(self.heads, bool):
-            raise RecipeError(f"rotate.heads: got {self.heads!r}, wanted true or false")
+        for name in ("heads", "online"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"rotate.{name}: got {getattr(self, name)!r}, wanted true or false")
         if self.kind not in ("hadamard", "orthogonal"):
             raise RecipeError(f"rotate.kind: got {self.kind!r}, wanted hadamard or orthogonal")
 
@@ -104,22 +111,27 @@ class Rotate:
         head = Rotation(config.head_dim, self.seed, self.kind) if self.heads else None
         if self.kind == "hadamard":
             _ = stream.factors, head and head.factors  # fail before anything is written
+        inner = Rotation(config.intermediate_size, self.seed) if self.online else None
+        _ = inner and inner.factors
         norm = reader.files.read_float32(layout.FINAL_NORM)
         embedding = reader.files.entries[layout.EMBEDDING]
         head_source = embedding if config.tie_word_embeddings else reader.files.entries[layout.HEAD]
         return reader.rewritten(
-            dataclasses.replace(config, tie_word_embeddings=False),
+            dataclasses.replace(config, tie_word_embeddings=False, online_hadamard=self.online),
             {
                 layout.EMBEDDING: ComputedEntry(embedding, stream.of_rows),
                 layout.HEAD: ComputedEntry(head_source, lambda rows: stream.of_rows(rows, norm)),
                 layout.FINAL_NORM: ComputedEntry(reader.files.entries[layout.FINAL_NORM], np.ones_like),
             },
-            lambda block: rotate_block(block, stream, head),
+            lambda block: rotate_block(block, stream, head, inner),
         )
 
 
-def rotate_block(block: Block, stream: Rotation, head: Rotation | None) -> Block:
-    """The block between rotated residual streams: from x Q it computes y Q where `block` computes y from x."""
+def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: Rotation | None = None) -> Block:
+    """The block between rotated residual streams: from x Q it computes y Q where `block` computes y from x.
+
+    With inner, what down_proj reads must be multiplied by inner's H / sqrt(n) before it does.
+    """
     changed: dict[str, NDArray[np.float32]] = {}
     for site in layout.SITES:
         weight, bias = block.weight(site), block.bias(site)
@@ -128,6 +140,11 @@ def rotate_block(block: Block, stream: Rotation, head: Rotation | None) -> Block
         if head is not None and site.name == "self_attn.v_proj":
             weight = _of_heads(weight.T, head).T
             bias = None if bias is None else _of_heads(bias[None], head)[0]
+        if inner is not None and site.name == "mlp.up_proj":
+            weight = (weight * inner.signs[:, None]).astype(np.float32)
+            bias = None if bias is None else (bias * inner.signs).astype(np.float32)
+        if inner is not None and site.name == "mlp.down_proj":
+            weight = inner.of_rows(weight)
         if site.name in ("self_attn.o_proj", "mlp.down_proj"):
             if head is not None and site.name == "self_attn.o_proj":
                 weight = _of_heads(weight, head)

@@ -389,3 +389,10 @@ def test_int4_shares_of_the_real_models_are_what_the_docs_promise(recipe, models
         bits += plan.scheme(0, site).bits_per_weight(inputs) * outputs * inputs
         weights += outputs * inputs
     assert math.isclose(bits / weights, 4.25)
+
+
+def test_an_input_that_is_mixed_when_the_model_is_run_is_not_smoothed(recipe):
+    rotated = "scheme: w4a8\ntransforms:\n  - rotate: {online: true}\n  - smooth_search"
+    with pytest.raises(RecipeError, match=r"rotate\.online mixes the channels of mlp_hidden.*in smooth_search\.inputs"):
+        recipe(rotated)
+    assert recipe(f"{rotated}: {{inputs: [attention_input, attention_output, mlp_input]}}").transforms

@@ -171,3 +171,18 @@ def test_a_model_whose_size_has_no_hadamard_matrix_is_refused(make_checkpoint):
 def test_senseless_settings_are_refused(settings, said):
     with pytest.raises(RecipeError, match=said):
         Rotate(**settings)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_block_with_a_matrix_in_front_of_down_proj_is_the_same_function(random_block, forward, bias):
+    """What down_proj reads, times H / sqrt(n), is what the rotated weight is for: W h = W' (h D H / sqrt(n))."""
+    block = random_block(bias=bias)
+    hidden = np.random.default_rng(0).normal(size=(7, 24))
+    stream, inner = Rotation(24, 5), Rotation(40, 5)
+    plain, online = rotate_block(block, stream, None), rotate_block(block, stream, None, inner)
+    read = forward(plain, stream.forward(hidden))[1]["mlp_hidden"]
+    signed = forward(online, stream.forward(hidden))[1]["mlp_hidden"]
+    np.testing.assert_allclose(signed, read * inner.signs, rtol=1e-6, atol=1e-6)
+    wanted = read @ plain["mlp.down_proj.weight"].astype(np.float64).T
+    got = multiply(signed, inner.factors) @ online["mlp.down_proj.weight"].astype(np.float64).T
+    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
