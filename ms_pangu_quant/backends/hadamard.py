@@ -1,6 +1,6 @@
 """A Hadamard matrix in front of a linear layer while the network is served, in operators that every device has.
 
-How it works. H / sqrt(n) is a Kronecker product of small matrices (transforms/hadamard.py), so x H / sqrt(n) is a matmul
+How it works. H is a Kronecker product of small matrices (transforms/hadamard.py), so x H is a matmul
 with each of them, each along its own axis of x [tokens, m1, m2, ...]: for 12800 = 100 * 64 * 2 inputs 166 multiplications
 for each of them instead of 12800. An axis is turned to the end for its matmul and stays there, so after all of them they
 are in their first order again.
@@ -16,18 +16,19 @@ from mindformers.parallel_core.inference.tensor_parallel.layers import LinearMet
 from mindspore import Tensor, nn, ops
 
 from ms_pangu_quant.errors import BackendError
-from ms_pangu_quant.transforms.hadamard import hadamard_factors
+from ms_pangu_quant.transforms.hadamard import hadamard_factors, online_scale
 
 
 class Hadamard(nn.Cell):
-    """x [tokens, size] times H / sqrt(size); in the dtype of x."""
+    """x [tokens, size] times H and online_scale(size), a power of two; in the dtype of x."""
 
     def __init__(self, size: int, dtype) -> None:
         super().__init__()
         self.size = size
-        factors = [factor / np.sqrt(len(factor)) for factor in hadamard_factors(size)]
+        first, *others = (factor.astype(np.float32) for factor in hadamard_factors(size))
+        factors = [first * np.float32(online_scale(size)), *others]
         self.orders = [len(factor) for factor in factors]
-        self.factors = [Tensor(factor.astype(np.float32), dtype) for factor in factors]
+        self.factors = [Tensor(factor, dtype) for factor in factors]
         self.multiply, self.transpose = ops.MatMul(), ops.Transpose()
 
     def construct(self, x):

@@ -12,8 +12,9 @@ from all orthogonal matrices, which exists for every size and takes n multiplica
 A tied head becomes a tensor of its own: the embedding must not have the final norm folded in, the head must.
 
 What down_proj reads is a product of gate and up, made element by element, so a rotation there cannot be done beforehand.
-With `online` it is computed when the model is run: x D H / sqrt(n), the signs D in the rows of up_proj, the rest in
-backends/hadamard.py; down_proj's weight is multiplied by the same matrix.
+With `online` it is computed when the model is run: x D H 2^-k, the signs D in the rows of up_proj, the rest in
+backends/hadamard.py, with a power of two 2^k near sqrt(n) in the place of the root, so that bfloat16 holds it exactly.
+down_proj's weight is multiplied by D H 2^k / n.
 
 Source: Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406.
 """
@@ -23,6 +24,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
 from typing import Literal
 
 import numpy as np
@@ -33,7 +35,7 @@ from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
-from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
+from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply, online_scale
 
 RotationKind = Literal["hadamard", "orthogonal"]
 
@@ -130,7 +132,7 @@ class Rotate:
 def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: Rotation | None = None) -> Block:
     """The block between rotated residual streams: from x Q it computes y Q where `block` computes y from x.
 
-    With inner, what down_proj reads must be multiplied by inner's H / sqrt(n) before it does.
+    With inner, what down_proj reads must be multiplied by inner's H and online_scale before it does.
     """
     changed: dict[str, NDArray[np.float32]] = {}
     for site in layout.SITES:
@@ -144,7 +146,7 @@ def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: R
             weight = (weight * inner.signs[:, None]).astype(np.float32)
             bias = None if bias is None else (bias * inner.signs).astype(np.float32)
         if inner is not None and site.name == "mlp.down_proj":
-            weight = inner.of_rows(weight)
+            weight = inner.of_rows(weight) / np.float32(sqrt(inner.size) * online_scale(inner.size))
         if site.name in ("self_attn.o_proj", "mlp.down_proj"):
             if head is not None and site.name == "self_attn.o_proj":
                 weight = _of_heads(weight, head)

@@ -1,5 +1,6 @@
 """A Hadamard matrix in front of down_proj that is computed when the model is run: the same function, no one misled."""
 
+import functools
 import json
 
 import numpy as np
@@ -19,6 +20,7 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import load_recipe
+from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
 from tests.conftest import load_tool
 
 FLOAT = "scheme: float\ntransforms: [{rotate: {seed: 3, online: true}}]\n"
@@ -119,8 +121,30 @@ def test_the_graph_of_an_npu_has_the_matrix_in_front_of_down_proj_alone(checkpoi
     operators = exported_operators(config, BACKEND, phase="decode", kinds=kinds)
     matmuls = [each for each in operators if "matmul" in each.kind.lower()]
     assert [each.kind for each in matmuls].count("QuantBatchMatmul") == 4
-    turns = [list(map(str, each.inputs)) for each in matmuls if each.kind == "MatMul" and "output_layer" not in each.where]
-    assert turns == [["bfloat16[?, 12]", "bfloat16[12, 12]"], ["bfloat16[?, 32]", "bfloat16[32, 32]"]]
+    turns = [each for each in matmuls if each.kind == "MatMul" and "output_layer" not in each.where]
+    assert [str(each.inputs[0]) for each in turns] == [str(each.outputs[0]) for each in turns]
+    assert [str(each.inputs[0]) for each in turns] == ["bfloat16[?, 12]", "bfloat16[?, 32]"]  # the factors are constants
+    assert len({each.where for each in turns}) == 1
+
+
+@pytest.mark.parametrize("size", [128, 384, 6144, 12800])
+def test_the_matrix_is_exact_in_bfloat16_and_neither_swells_nor_shrinks(size):
+    runtime.start("cpu", "graph")
+    import mindspore as ms
+
+    from ms_pangu_quant.backends.hadamard import Hadamard
+
+    exact = functools.reduce(np.kron, [factor.asnumpy() for factor in Hadamard(size, ms.float32).factors[:2]])
+    narrow = functools.reduce(
+        np.kron, [factor.astype(ms.float32).asnumpy() for factor in Hadamard(size, ms.bfloat16).factors[:2]]
+    )
+    assert np.array_equal(narrow, exact)
+    gain = np.prod([float(np.linalg.norm(factor.asnumpy()[0])) for factor in Hadamard(size, ms.float32).factors])
+    assert 0.7 < gain < 1.42
+    x = np.random.default_rng(0).normal(size=(3, size)).astype(np.float32)
+    got = Hadamard(size, ms.float32)(ms.Tensor(x)).asnumpy()
+    wanted = multiply(x.astype(np.float64), hadamard_factors(size)) * gain
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
 def test_a_device_that_holds_a_part_of_the_inputs_refuses():

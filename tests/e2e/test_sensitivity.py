@@ -116,6 +116,7 @@ def test_the_dearer_scheme_errs_less_everywhere_and_together_is_near_the_sum(fou
     assert found.together["w8a8"] < 0.1 * found.together["w4a8_g32"]
 
 
+@pytest.mark.slow
 def test_a_killed_measurement_goes_on_and_ends_with_the_same_figures(folder, checkpoint, data, found):
     class Killed(Exception):
         pass
