@@ -89,7 +89,9 @@ def measure(
     kl = _final_kl(reader, state, measured, on_step)
     ends = np.cumsum(lengths[1])[:-1]
     groups = [
-        GroupSensitivity(**record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)))
+        GroupSensitivity(
+            **record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)) if len(ends) else None
+        )
         for record, values in zip(state.records, kl[_FIRST:], strict=True)
     ]
     found = Sensitivity(
@@ -210,6 +212,11 @@ class _State:
                 begun = found["fingerprint"]
             except (ValueError, KeyError, TypeError) as error:
                 raise OutputError(f"{journal}: damaged ({error}); remove {folder} and start again") from None
+            missing = [
+                path for path in (self._statistics(self.finished), self._streams(self.finished)) if not path.exists()
+            ]
+            if missing:
+                raise OutputError(f"{missing[0]}: is missing; remove {folder} and start again")
             changed = sorted(key for key in self._fingerprint if begun.get(key) != self._fingerprint[key])
             if changed:
                 raise OutputError(f"{folder}: was begun with another {', '.join(changed)}; remove it to start again")

@@ -40,7 +40,8 @@ class GroupSensitivity:
 
     output_error  scheme name -> ||quantized - float|| / ||float|| of the block's output, this group alone quantized.
     site_error    the same of each of its layers with the cheaper scheme: its own weight and the group's input quantized.
-    kl, kl_se     nats a token to the float model with the cheaper scheme; standard error over texts.
+    kl, kl_se     nats a token to the float model with the cheaper scheme; standard error over texts,
+                  None for a single one.
     """
 
     block: int
@@ -48,7 +49,7 @@ class GroupSensitivity:
     output_error: Mapping[str, float]
     site_error: Mapping[str, float]
     kl: float
-    kl_se: float
+    kl_se: float | None
 
     @property
     def layers(self) -> list[str]:
@@ -98,11 +99,17 @@ class Sensitivity:
                     f"{path}: is version {raw['version']!r} of the format, wanted {VERSION}; measure again"
                 )
             groups = tuple(GroupSensitivity(**group) for group in raw["groups"])
+            if not all(isinstance(group.block, int) and isinstance(group.group, str) for group in groups):
+                raise ValueError("a group without a block's number and a name")
             cheap, dear = raw["schemes"]
             found = cls((cheap, dear), groups, raw["together"], raw["origin"])
+            figures = [found.together[cheap], found.together[dear]]
             for group in groups:
-                found.predicted(group)
-            _ = found.origin["checkpoint"], found.together[dear] + 0.0
+                figures += [group.kl, group.kl_se or 0.0, group.output_error[cheap], group.output_error[dear]]
+            if not groups or not all(isinstance(each, (int, float)) and 0 <= each < float("inf") for each in figures):
+                raise ValueError("figures that are not finite numbers of at least 0")
+            if not isinstance(found.origin["checkpoint"], str):
+                raise ValueError("origin.checkpoint is not a hash")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{path}: is not what `pangu-quant sensitivity` writes ({type(error).__name__}: {error})"

@@ -169,7 +169,12 @@ def print_ranking(found: Sensitivity, shown: int = 12) -> None:
     for place, group in enumerate(ranked[:shown], 1):
         errors = (f"{group.output_error[name]:.5f}" for name in found.schemes)
         table.add_row(
-            str(place), str(group.block), group_name(group.group), f"{group.kl:.3g}", f"{group.kl_se:.1g}", *errors
+            str(place),
+            str(group.block),
+            group_name(group.group),
+            f"{group.kl:.3g}",
+            "-" if group.kl_se is None else f"{group.kl_se:.1g}",
+            *errors,
         )
     out.print(table)
     rest = f"; {len(ranked) - shown} more in the file" if len(ranked) > shown else ""

@@ -28,8 +28,8 @@ def sensitivity_plot(found: Sensitivity) -> str:
     for color, name in zip(_COLORS, dict.fromkeys(group.group for group in found.groups), strict=False):
         rows = [group for group in found.groups if group.group == name]
         blocks, values = [row.block for row in rows], [max(row.kl, 1e-12) for row in rows]
-        below = [min(row.kl_se, 0.99 * value) for row, value in zip(rows, values, strict=True)]
-        above = [row.kl_se for row in rows]
+        above = [row.kl_se or 0.0 for row in rows]
+        below = [min(error, 0.99 * value) for error, value in zip(above, values, strict=True)]
         axes.errorbar(
             blocks, values, [below, above], fmt="o-", color=color, markersize=4, linewidth=1.2, label=group_name(name)
         )

@@ -163,6 +163,10 @@ def test_what_is_saved_is_read_back(recipe, tmp_path):
         (lambda raw: raw["together"].clear(), "is not what `pangu-quant sensitivity` writes"),
         (lambda raw: raw.update(schemes=["w8a8"]), "is not what `pangu-quant sensitivity` writes"),
         (lambda raw: raw.pop("origin"), "is not what `pangu-quant sensitivity` writes"),
+        (lambda raw: raw["groups"][1].update(kl=float("nan")), "is not what `pangu-quant sensitivity` writes"),
+        (lambda raw: raw["groups"][1].update(block="first"), "is not what `pangu-quant sensitivity` writes"),
+        (lambda raw: raw["together"].update(w8a8=-1.0), "is not what `pangu-quant sensitivity` writes"),
+        (lambda raw: raw["groups"].clear(), "is not what `pangu-quant sensitivity` writes"),
         (lambda raw: raw["origin"].pop("checkpoint"), "is not what `pangu-quant sensitivity` writes"),
     ],
 )
