@@ -18,6 +18,7 @@ from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
+_SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
 _PYTHON = 0.15 * 2**30  # resident without them
 
 
@@ -45,7 +46,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     blocks = reader.config.num_hidden_layers
     passes = 5.2 if recipe.quantizer.needs_drift else 2  # float and quantized; with drift both up to each input as well
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
-    seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + 2.5 * products / _multiply_adds_per_second()
+    seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
     return Estimate(_groups(plan, reader.config), reader.bytes, after, peak, seconds)
 
@@ -60,21 +61,37 @@ def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) 
     if recipe.quantizer.needs_gram:
         total += widest + 3 * 2**27
     if recipe.quantizer.needs_drift:  # and a second network and stream for the float model
-        total += 2 * widest + 4 * weights + 2 * 4 * tokens * config.hidden_size
+        total += 2.5 * widest + 4 * weights + 2 * 4 * tokens * config.hidden_size
     return total
 
 
 def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """Operations a block's grams, factors and columns take; float64 ones count twice."""
+    """Operations a block's grams, factors and columns take; float64 ones count twice.
+
+    For outputs * inputs^2: 2 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 more for each of them.
+    """
     if not recipe.quantizer.needs_gram:
         return 0.0
+    drift, sweeps = recipe.quantizer.needs_drift, getattr(recipe.quantizer, "sweeps", 0)
+    each = 2 + 4 * drift + (2 + 3 * sweeps if sweeps else 0)
     total = 0.0
     for name in layout.INPUT_NAMES:
         shapes = [layout.site_shape(config, site) for site in layout.sites_reading(name)]
         inputs, outputs = shapes[0][1], sum(outputs for outputs, _ in shapes)
-        total += tokens * inputs**2 * (3 if recipe.quantizer.needs_drift else 1)
-        total += 2 * len(shapes) * inputs**3 / 3 + 2 * outputs * inputs**2 * (6 if recipe.quantizer.needs_drift else 2)
+        total += tokens * inputs**2 * (3 if drift else 1)
+        total += (2 + drift) * len(shapes) * inputs**3 / 3 + each * outputs * inputs**2
     return total
+
+
+def sensitivity_seconds(config: ModelConfig, recipe: Recipe, statistics: int, measured: int) -> float:
+    """What measure() takes on this machine for so many tokens; the copies' way to the head is most of it."""
+    blocks = config.num_hidden_layers
+    weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(config, site) for site in layout.SITES))
+    passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
+    products: float = 2 * weights * (passes * measured + blocks * statistics)
+    products += 2 * (4 * blocks + 3) * 1.1 * measured * config.vocab_size * config.hidden_size
+    products += 2 * blocks * _gram_products(config, recipe, statistics)
+    return 5 + blocks * 2 * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
 
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:

@@ -86,12 +86,17 @@ def quantize(
     check_data(reader.config, recipe, data)
     reader = recipe.rewritten(reader)
     config, plan = reader.config, recipe.plan(reader.config)
+    described = stored_as.metadata(config, planned_kinds(plan), plan.group_size)
     fingerprint = {
-        "checkpoint": _checkpoint_hash(reader, on_bytes),
+        "checkpoint": checkpoint_hash(reader, on_bytes),
         "recipe": recipe.digest,
         "calibration data": data.sha256 if data else "none",
         "version of ms_pangu_quant": version("ms_pangu_quant"),
     }
+    if recipe.assignment and recipe.assignment.checkpoint != fingerprint["checkpoint"]:
+        raise RecipeError(
+            f"{recipe.where}: the sensitivities are of another checkpoint; measure those of {reader.directory}"
+        )
     begun_with = {**fingerprint, "format": stored_as.NAME}  # not in the report: an export makes the same one
     with QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) as writer:
         runner, hidden = _begin_stream(reader, data)
@@ -118,7 +123,7 @@ def quantize(
             on_block(report)
         reports = tuple(BlockReport(**record) for record in writer.reports)
         files = {
-            **stored_as.metadata(config, planned_kinds(plan), plan.group_size),
+            **described,
             REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
         }
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
@@ -292,6 +297,7 @@ def _report(
     return {
         "fingerprint": dict(fingerprint),
         "recipe": {"why": recipe.why, "text": recipe.text},
+        **({"budget": recipe.assignment.summary()} if recipe.assignment else {}),
         "calibration": None
         if data is None
         else {
@@ -320,6 +326,6 @@ def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -
     return difference / norm if norm else difference
 
 
-def _checkpoint_hash(reader: CheckpointReader, on_bytes: Callable[[int], None]) -> str:
+def checkpoint_hash(reader: CheckpointReader, on_bytes: Callable[[int], None]) -> str:
     config = json.dumps(dict(reader.config.raw), sort_keys=True)
     return hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from ms_pangu_quant.budget import Assignment, Budget
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -38,8 +39,11 @@ from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 class Transform(Protocol):
     """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
 
-    needs_rows is how many rows of each input it wants to see.
+    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see.
     """
+
+    @property
+    def inputs(self) -> Sequence[str]: ...
 
     @property
     def needs_gram(self) -> bool: ...
@@ -113,7 +117,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe file says. `layers` are (pattern, scheme name) pairs; the last that matches a layer decides."""
+    """What a recipe file says. `layers` are (pattern, scheme name) pairs; the last that matches a layer decides.
+
+    With a `budget`, `scheme` is its cheaper one, and `assignment`, which the file does not have, says who gets the other.
+    """
 
     why: str
     scheme: str
@@ -126,13 +133,16 @@ class Recipe:
     calibration: CalibrationSettings
     text: str
     where: str
+    budget: Budget | None = None
+    assignment: Assignment | None = None
 
     @property
     def digest(self) -> str:
-        """sha256 of what the recipe says, whatever its comments, order of keys and `why`."""
+        """sha256 of what the recipe says and its budget came to, whatever its comments, order of keys and `why`."""
         raw = {key: value for key, value in yaml.safe_load(self.text).items() if key != "why"}
         layers = list((raw.pop("layers", None) or {}).items())  # the last pattern that matches decides
-        return hashlib.sha256(json.dumps([raw, layers], sort_keys=True).encode()).hexdigest()
+        assigned = [dict(self.assignment.schemes)] if self.assignment else []
+        return hashlib.sha256(json.dumps([raw, layers, *assigned], sort_keys=True).encode()).hexdigest()
 
     @property
     def needs_gram(self) -> bool:
@@ -147,18 +157,26 @@ class Recipe:
 
     @property
     def _is_static(self) -> bool:
-        names = (self.scheme, *(name for _, name in self.layers))
+        names = (self.scheme, *(self.budget.schemes if self.budget else ()), *(name for _, name in self.layers))
         return any(name != KEEP_FLOAT and not PRESETS[name].activation.dynamic for name in names)
 
     @property
     def needs_calibration(self) -> bool:
-        return self._is_static or bool(self.transforms) or self.quantizer.needs_calibration
+        return self._is_static or bool(self.transforms) or self.quantizer.needs_calibration or self.budget is not None
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
         """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
         for rewrite in self.rewrites:
             reader = rewrite(reader)
         return reader
+
+    def uniform(self, scheme: str) -> Recipe:
+        """The same recipe with one scheme for all layers."""
+        return dataclasses.replace(self, scheme=scheme, layers=(), budget=None, assignment=None)
+
+    def named(self, names: Sequence[str]) -> dict[str, str]:
+        """Of these layers those that a pattern under `layers` names, and their schemes."""
+        return {name: scheme for pattern, scheme in self.layers for name in fnmatch.filter(names, pattern)}
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
@@ -167,7 +185,12 @@ class Recipe:
             for index in range(config.num_hidden_layers)
             for site in layout.SITES
         }
-        chosen = dict.fromkeys(names, self.scheme)
+        if self.budget is not None and self.assignment is None:
+            raise RecipeError(
+                f"{self.where}: scheme is a budget, and which layers it raises follows from sensitivities: run it with "
+                "`pangu-quant quantize`, or give it to sensitivity.assigned() first"
+            )
+        chosen = dict.fromkeys(names, self.scheme) | dict(self.assignment.schemes if self.assignment else {})
         for pattern, scheme in self.layers:
             matched = fnmatch.filter(names, pattern)
             if not matched:
@@ -255,10 +278,11 @@ def load_recipe(path: Path) -> Recipe:
         raise RecipeError(
             f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, max/7.5)"
         )
+    budget, scheme = _scheme_or_budget(raw["scheme"], f"{where}: scheme")
     rewrites, transforms = _transforms(raw.get("transforms") or [], f"{where}: transforms")
     return Recipe(
         why=str(raw.get("why", "")),
-        scheme=_scheme_name(raw["scheme"], f"{where}: scheme"),
+        scheme=scheme,
         layers=tuple((str(pattern), _scheme_name(name, f"{where}: layers: {pattern}")) for pattern, name in layers.items()),
         full_range=weight_range == "full",
         rewrites=rewrites,
@@ -270,7 +294,16 @@ def load_recipe(path: Path) -> Recipe:
         calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
         text=text,
         where=where,
+        budget=budget,
     )
+
+
+def _scheme_or_budget(raw: Any, where: str) -> tuple[Budget | None, str]:
+    """(budget, the scheme that layers start from)."""
+    if not isinstance(raw, dict):
+        return None, _scheme_name(raw, where)
+    budget = _build(raw, {"budget": Budget}, where)
+    return budget, str(budget.schemes[0])
 
 
 def _scheme_name(name: Any, where: str) -> str:
@@ -289,6 +322,12 @@ def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transf
     count = sum(name in REWRITES for name in names)
     if count > 1 or (count and names[0] not in REWRITES):
         raise RecipeError(f"{where}: rotate stands first and once; it folds the norms, and smoothing with them, away")
+    for name, item in zip(names[count:], built[count:], strict=True):
+        if count and built[0].online and "mlp_hidden" in item.inputs:
+            raise RecipeError(
+                f"{where}: rotate.online mixes the channels of mlp_hidden when the model is run, so no scale of it can "
+                f"be folded into up_proj: name the other inputs in {name}.inputs"
+            )
     return tuple(built[:count]), tuple(built[count:])
 
 

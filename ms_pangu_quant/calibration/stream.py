@@ -18,6 +18,7 @@ from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import per_token_codes
+from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -55,16 +56,18 @@ class BlockCell(nn.Cell):
 
     rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
               with the factor that `factors` [inputs] has for it.
+    online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
     until     place in layout.INPUT_NAMES of the only output wanted: nothing behind it is computed. None: the whole block.
     """
 
-    def __init__(self, network, rounding: tuple[str, ...], until: int | None) -> None:
+    def __init__(self, network, rounding: tuple[str, ...], until: int | None, online_hadamard: bool = False) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
         self.rounding = rounding
         self.until = until
+        self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, factors):
         if self.rounding[place] == "":
@@ -114,6 +117,8 @@ class BlockCell(nn.Cell):
             mlp.linear_fc1(self._round(mlp_input, 2, factors)), (self.inner, self.inner), -1
         )
         mlp_hidden = up * mlp.activation_func(gate)
+        if self.hadamard is not None:
+            mlp_hidden = self.hadamard(mlp_hidden)
         if self.until == 3:
             return (mlp_hidden,)
         output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, factors))
@@ -123,12 +128,14 @@ class BlockCell(nn.Cell):
 class BlockRunner:
     """Runs float and quantized blocks of one checkpoint in the mode the process was started in."""
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int]) -> None:
+    def __init__(self, config: ModelConfig, lengths: Sequence[int], *, also: Sequence[Sequence[int]] = ()) -> None:
+        """lengths, also: those of every Hidden that it will run, or of a longer one that begins with the same."""
         self._config = config
         self._max_tokens = self._batch_tokens()
-        probe = Hidden(np.empty((0, 0), np.float32), lengths)
         self._blocks = max(
-            sum(blocks_for(length, BLOCK_SIZE) for length in batch) for _, batch in probe.batches(self._max_tokens)
+            sum(blocks_for(length, BLOCK_SIZE) for length in batch)
+            for each in (lengths, *also)
+            for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
         )
         self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
         self._cells: dict[tuple[tuple[str, ...], int | None], BlockCell] = {}
@@ -170,9 +177,15 @@ class BlockRunner:
             builder.add(x.asnumpy(), y.asnumpy())
         return builder.finish()
 
-    def advance(self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden) -> Hidden:
-        """Hidden states after the block as it will be served; linears maps site names to quantized layers."""
-        output = np.empty_like(hidden.states)
+    def advance(
+        self,
+        block: Block,
+        linears: Mapping[str, QuantizedLinear],
+        hidden: Hidden,
+        output: NDArray[np.float32] | None = None,
+    ) -> Hidden:
+        """Hidden states after the block as it will be served, in `output` if given; linears maps site names to layers."""
+        output = np.empty_like(hidden.states) if output is None else output
         for rows, (states, *_) in self._run(block, linears, hidden):
             output[rows] = states.asnumpy()
         return Hidden(output, hidden.lengths)
@@ -180,7 +193,7 @@ class BlockRunner:
     def _run(
         self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden, until: int | None = None
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        readers = [linears.get(layout.sites_reading(name)[0].name) for name in layout.INPUT_NAMES]
+        readers = [_first_reading(name, linears) for name in layout.INPUT_NAMES]
         cell = self._cell(
             tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
             until,
@@ -195,7 +208,7 @@ class BlockRunner:
 
     def _cell(self, rounding: tuple[str, ...], until: int | None) -> BlockCell:
         if (rounding, until) not in self._cells:
-            cell = BlockCell(self._network, rounding, until)
+            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard)
             cell.set_train(False)
             if runtime.mode() == "graph":
                 vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
@@ -221,6 +234,11 @@ class BlockRunner:
             (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
         )
         return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+
+
+def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:
+    """A quantized layer that reads this input, which is rounded for all of them."""
+    return next((linears[site.name] for site in layout.sites_reading(input_name) if site.name in linears), None)
 
 
 def _float_tensors(block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, ArraySlice]]:

@@ -19,6 +19,7 @@ QUANTIZATION_FILE = "quantization_description.json"  # Golden Stick's
 ASCEND_FILE = "quant_model_description.json"  # msModelSlim's
 
 # A key that only another architecture's config has -> what that architecture is.
+HADAMARD_METHOD = "golden-stick-hadamard"
 _OTHER_GRAPHS = {
     "param_sink_number": "openPangu-R-7B (attention sinks, sliding windows, partial rope)",
     "qk_rope_dim": "openPangu-R-7B (partial rope)",
@@ -38,7 +39,11 @@ _SUPPORTED = ("PanguEmbedded", "llama")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes are counts of features, heads, layers or tokens; ids are None where the file has none."""
+    """Sizes are counts of features, heads, layers or tokens; ids are None where the file has none.
+
+    online_hadamard  what down_proj reads is to be multiplied by a Hadamard matrix when the model is run, see
+                     transforms/rotate.py; such a checkpoint has HADAMARD_METHOD as its quant_method, which others refuse.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -57,6 +62,7 @@ class ModelConfig:
     pad_token_id: int | None
     torch_dtype: str
     raw: Mapping[str, Any]
+    online_hadamard: bool = False
 
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
@@ -102,7 +108,14 @@ class ModelConfig:
             pad_token_id=_token_id(raw, "pad_token_id"),
             torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
             raw=dict(raw),
+            online_hadamard=quantization_settings(raw).get("quant_method") == HADAMARD_METHOD,
         )
+
+
+def quantization_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """quantization_config of a config.json, empty if there is none."""
+    settings = raw.get("quantization_config")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def read_json(path: Path) -> dict[str, Any]:

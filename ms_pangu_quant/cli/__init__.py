@@ -20,6 +20,7 @@ from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
 from ms_pangu_quant.cli.quantize import quantize_command
 from ms_pangu_quant.cli.report import report_command
+from ms_pangu_quant.cli.sensitivity import sensitivity_command
 from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError
 
@@ -34,6 +35,7 @@ app = typer.Typer(
     help="Post-training quantization (W8A8, W4A8) of openPangu-Embedded checkpoints in MindSpore.",
 )
 app.command("quantize")(quantize_command)
+app.command("sensitivity")(sensitivity_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("export")(export_command)

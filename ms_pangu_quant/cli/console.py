@@ -24,6 +24,7 @@ from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import reader
 from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.recipe import Recipe
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -68,6 +69,14 @@ def token_data(
         seed=seed,
         allow_benchmark_overlap=allow_benchmark_overlap,
     )
+
+
+def calibration_data(
+    path: Path, checkpoint: Path, config: ModelConfig, recipe: Recipe, allow_benchmark_overlap: bool
+) -> TokenData:
+    """As much of the file as the recipe uses."""
+    amount = recipe.calibration
+    return token_data(path, checkpoint, config, amount.samples, amount.max_length, amount.seed, allow_benchmark_overlap)
 
 
 def progress_bars() -> Progress:

@@ -18,14 +18,15 @@ from ms_pangu_quant.cli.console import (
     Checkpoint,
     Format,
     Verbose,
+    calibration_data,
     chosen_format,
     out,
     peak_memory,
     progress_bars,
     size,
-    token_data,
 )
 from ms_pangu_quant.cli.inspect import inspection, print_layers
+from ms_pangu_quant.cli.sensitivity import with_budget_spent
 from ms_pangu_quant.estimate import Estimate, estimate
 from ms_pangu_quant.formats.serving import check_served, facts_of
 from ms_pangu_quant.pipeline import BlockReport, check_data, planned_kinds, quantize
@@ -50,6 +51,13 @@ def quantize_command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan: schemes, size, memory, time. Writes nothing.")
     ] = False,
+    sensitivity: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a recipe with a budget: what `pangu-quant sensitivity` wrote. Else OUTPUT.sensitivity.json, which is "
+            "measured first if it is not there."
+        ),
+    ] = None,
     allow_benchmark_overlap: Annotated[
         bool,
         typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems."),
@@ -65,21 +73,23 @@ def quantize_command(
     reader = CheckpointReader(checkpoint)
     chosen = load_recipe(find_recipe(recipe))
     layout_on_disk = chosen_format(stored_as)
+    data = None
+    if calibration is not None:
+        data = calibration_data(calibration, checkpoint, reader.config, chosen, allow_benchmark_overlap)
+    chosen = with_budget_spent(
+        reader,
+        chosen,
+        layout_on_disk,
+        output,
+        given=sensitivity,
+        data=data,
+        resume=resume,
+        dry_run=dry_run,
+        verbose=verbose,
+    )
     if not allow_unserved:
         plan = chosen.plan(reader.config)
         check_served(layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size))
-    data = None
-    if calibration is not None:
-        settings = chosen.calibration
-        data = token_data(
-            calibration,
-            checkpoint,
-            reader.config,
-            settings.samples,
-            settings.max_length,
-            settings.seed,
-            allow_benchmark_overlap,
-        )
     if dry_run:
         check_data(reader.config, chosen, data)
         _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)

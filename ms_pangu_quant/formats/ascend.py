@@ -40,6 +40,7 @@ from ms_pangu_quant.formats.linear import (
     family_config,
     groups_of,
     origin,
+    refuse_online_hadamard,
 )
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 
@@ -205,6 +206,7 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
 
 def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
     """File name -> JSON value. config.json names no quantization: the loaders find it by the description."""
+    refuse_online_hadamard(config, NAME)
     description: dict[str, Any] = {
         "version": "1.0.0",
         "model_quant_type": next((kind for kind in _LOWEST_BITS_FIRST if kind in kinds.values()), FLOAT),

@@ -36,6 +36,7 @@ from ms_pangu_quant.formats.linear import (
     family_config,
     groups_of,
     narrow,
+    refuse_online_hadamard,
 )
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 
@@ -87,6 +88,7 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
 
 def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
     """File name -> JSON value. One scheme for all layers is written as "Linear", several by the layers' names."""
+    refuse_online_hadamard(config, NAME)
     names = {kind: [name.removesuffix(".weight") for name, found in kinds.items() if found == kind] for kind in KINDS}
     used = [kind for kind in KINDS if names[kind]]
     groups = {

@@ -35,6 +35,7 @@ def export(
     Raises   CheckpointError for a damaged source, RequestError for scales the format's reader cannot hold, OutputError.
     """
     config = reader.config
+    files = stored_as.metadata(config, reader.kinds, reader.group_size)
     fingerprint = {
         "checkpoint": reader.files.sha256(),
         "format": stored_as.NAME,
@@ -44,7 +45,6 @@ def export(
         for index in range(writer.finished, config.num_hidden_layers):
             writer.write_block(_tensors(reader, stored_as, index), {})
             on_block(index)
-        files = stored_as.metadata(config, reader.kinds, reader.group_size)
         if (reader.directory / REPORT_FILE).exists():
             files[REPORT_FILE] = {**read_json(reader.directory / REPORT_FILE), "files": writer.hashes()}
         outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}

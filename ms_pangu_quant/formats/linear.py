@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, is_bfloat16
 
 KINDS = ("W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
@@ -88,6 +89,15 @@ def factor_of(divisor: np.float32) -> float:
     exact = 1.0 / float(divisor)
     coarse = float(np.float32(exact).astype(ml_dtypes.bfloat16))
     return coarse if np.float32(1.0 / coarse) == divisor else exact
+
+
+def refuse_online_hadamard(config: ModelConfig, stored_as: str) -> None:
+    """Raises RequestError: no reader of these formats multiplies by the matrix that this project does."""
+    if config.online_hadamard:
+        raise RequestError(
+            f"the {stored_as} format: no program that reads it computes the Hadamard matrix in front of down_proj that "
+            "rotate.online leaves to it; use --format mindformers, or a recipe without it"
+        )
 
 
 def pangu_config(config: ModelConfig) -> dict[str, Any]:

@@ -10,6 +10,9 @@ safetensors with Hugging Face names, and config.json whose quantization_config h
   W4A8_DYNAMIC   weight int8 [in, out/2] (two int4 a byte, see packing.pack_along_out), weight_scale float32 [groups, out].
                  MindFormers has this kind for experts only; for dense layers it is this project's linear method.
 
+A checkpoint with an online Hadamard has another quant_method, so that no program that does not know of it computes a wrong
+result from it: only this project's network does.
+
 weight_scale and input_scale are bfloat16 tensors when every value is one: MindFormers' parameters have the network's dtype,
 and its loaders widen but never narrow.
 """
@@ -24,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig, read_json
+from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats import packing
@@ -41,6 +44,7 @@ from ms_pangu_quant.formats.linear import (
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 
 NAME = "mindformers"
+_METHODS = {False: "golden-stick", True: HADAMARD_METHOD}
 
 
 def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
@@ -109,14 +113,14 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
 
 def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
     """File name -> JSON value. config.json always has openPangu's names, since that is the network it is for."""
-    settings = {"quant_method": "golden-stick", "group_size": group_size}
+    settings = {"quant_method": _METHODS[config.online_hadamard], "group_size": group_size}
     description = describe(config, kinds, lambda site, kind: specs(config, site, kind, group_size))
     return {QUANTIZATION_FILE: description, "config.json": {**pangu_config(config), "quantization_config": settings}}
 
 
 def recognises(directory: Path, config: ModelConfig) -> bool:
     settings = config.raw.get("quantization_config")
-    return isinstance(settings, Mapping) and settings.get("quant_method") == "golden-stick"
+    return isinstance(settings, Mapping) and settings.get("quant_method") in _METHODS.values()
 
 
 def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:

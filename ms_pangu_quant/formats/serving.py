@@ -7,7 +7,7 @@ consumer that applies to a checkpoint decides.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -30,11 +30,15 @@ _VA = "vllm_ascend/quantization"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a row's condition asks of the layers of one kind. group_size 0 is per channel; biased: any has a bias."""
+    """What a row's condition asks of the layers of one kind.
+
+    group_size 0 is per channel; biased: any has a bias; online_hadamard: as in ModelConfig.
+    """
 
     kind: str
     group_size: int
     biased: bool
+    online_hadamard: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,7 +160,8 @@ def facts_of(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> 
         sites = [site for site in layout.SITES if any(name.endswith(f"{site.name}.weight") for name in _of(kind, kinds))]
         if sites:
             biased = any(layout.has_bias(config, site) for site in sites)
-            found.append(Facts(kind, group_size if kind == "W4A8_DYNAMIC" else 0, biased))
+            size = group_size if kind == "W4A8_DYNAMIC" else 0
+            found.append(Facts(kind, size, biased, config.online_hadamard))
     return tuple(found)
 
 
@@ -165,10 +170,12 @@ def _of(kind: str, kinds: Mapping[str, str]) -> Iterable[str]:
 
 
 def rows_for(stored_as: str, facts: Facts) -> list[Row]:
-    """One row for each consumer that this project knows of."""
+    """One row for each consumer that this project knows of. None but itself knows its online Hadamard."""
     found: dict[str, Row] = {}
     for row in ROWS:
         if row.format == stored_as and row.applies(facts):
+            if facts.online_hadamard and not row.consumer.startswith("ms_pangu_quant"):
+                row = replace(row, verdict=REFUSES, note="has no Hadamard matrix in front of down_proj", source="-")
             found.setdefault(row.consumer, row)
     return list(found.values())
 

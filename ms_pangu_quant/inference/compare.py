@@ -59,14 +59,19 @@ def compare(
             )
     states = [_final_states(reader, sequences, on_block) for reader in readers]
     targets = np.concatenate([sequence[1:] for sequence in sequences])
-    kl, agree, nll = _divergence(readers, states, targets)
+    kl, agree, nll = divergences(
+        lambda start, stop: [head_rows(reader, start, stop) for reader in readers],
+        readers[0].config.vocab_size,
+        states,
+        targets,
+    )
     ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
     return Comparison(
         tokens=len(targets),
-        kl_mean=float(kl.mean()),
-        kl_se=_cluster_error(np.split(kl, ends)),
-        kl_p99=float(np.percentile(kl, 99)),
-        top1_agreement=float(agree.mean()),
+        kl_mean=float(kl[1].mean()),
+        kl_se=cluster_error(np.split(kl[1], ends)),
+        kl_p99=float(np.percentile(kl[1], 99)),
+        top1_agreement=float(agree[1].mean()),
         ppl_reference=float(np.exp(nll[0].mean())),
         ppl_quantized=float(np.exp(nll[1].mean())),
     )
@@ -92,54 +97,64 @@ def _final_states(
             )
         hidden = runner.advance(block, linears, hidden)
         on_block()
-    states = hidden.states
+    return final_norm(reader, hidden.states)
+
+
+def final_norm(reader: CheckpointReader | QuantizedReader, states: NDArray[np.float32]) -> NDArray[np.float32]:
+    """What the head reads [tokens, hidden] of hidden states behind the last block."""
     scale = 1 / np.sqrt(np.mean(np.square(states), axis=1, keepdims=True) + np.float32(reader.config.rms_norm_eps))
     return states * scale * reader.files.read_float32(layout.FINAL_NORM)
 
 
-def _divergence(
-    readers: Sequence[CheckpointReader | QuantizedReader], states: Sequence[NDArray[np.float32]], targets: NDArray[np.int32]
-) -> tuple[NDArray[np.float64], NDArray[np.bool_], list[NDArray[np.float64]]]:
-    """Per token: KL, whether the argmax agrees, and each model's negative log likelihood of `targets`.
+def divergences(
+    head: Callable[[int, int], Sequence[NDArray[np.float32]]],
+    vocab: int,
+    states: Sequence[NDArray[np.float32]],
+    targets: NDArray[np.int32],
+) -> tuple[NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]:
+    """Of models 0, the reference, 1, 2, ...: KL(0 || model), whether the argmax is the same, -log likelihood of `targets`.
+
+    head     (start, stop) -> rows [stop - start, hidden] of each model's head.
+    states   normalised hidden states [tokens, hidden] of each model; targets [tokens].
+    Returns  three arrays [models, tokens], nats; the first row of the first is 0.
 
     One pass over slices of the vocabulary; the normalisers are kept as running log-sum-exps (Milakov and Gimelshein 2018,
     arXiv:1805.02867).
     """
-    tokens, vocab = len(targets), readers[0].config.vocab_size
-    top = [np.full(tokens, -np.inf) for _ in states]
-    total = [np.zeros(tokens) for _ in states]
-    best = [np.zeros(tokens, np.int64) for _ in states]
-    chosen = [np.zeros(tokens) for _ in states]
-    weighted = np.zeros(tokens)  # sum over the vocabulary of exp(a - top of a) * (a - b)
-    step = max(1, _SLICE_BYTES // (4 * max(tokens, 1)))
+    shape = len(states), len(targets)
+    top, total, chosen = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape)
+    best = np.zeros(shape, np.int64)
+    weighted = np.zeros(shape)  # sum over the vocabulary of exp(a - top of a) * (a - b), a the reference's logits
+    step = max(1, _SLICE_BYTES // (4 * max(len(targets), 1)))
     for start in range(0, vocab, step):
         stop = min(start + step, vocab)
-        logits = [
-            (state @ _head(reader, start, stop).T).astype(np.float64) for reader, state in zip(readers, states, strict=True)
-        ]
         inside = np.flatnonzero((targets >= start) & (targets < stop))
-        for model, values in enumerate(logits):
+        for model, (state, rows) in enumerate(zip(states, head(start, stop), strict=True)):
+            values = (state @ rows.T).astype(np.float64)
             peak = values.max(axis=1)
             best[model] = np.where(peak > top[model], values.argmax(axis=1) + start, best[model])
             raised = np.maximum(top[model], peak)
-            shrink = np.exp(top[model] - raised)
-            exponentials = np.exp(values - raised[:, None])
-            total[model] = total[model] * shrink + exponentials.sum(axis=1)
-            if model == 0:
-                weighted = weighted * shrink + np.einsum("tv,tv->t", exponentials, logits[0] - logits[1])
-            top[model] = raised
             chosen[model][inside] = values[inside, targets[inside] - start]
-    log_total = [peak + np.log(sums) for peak, sums in zip(top, total, strict=True)]
-    kl = weighted / total[0] - log_total[0] + log_total[1]
-    return np.maximum(kl, 0.0), best[0] == best[1], [sums - value for sums, value in zip(log_total, chosen, strict=True)]
+            if model == 0:
+                shrink, reference = np.exp(top[0] - raised), values
+                probability = np.exp(values - raised[:, None])
+                total[0] = total[0] * shrink + probability.sum(axis=1)
+            else:
+                total[model] = total[model] * np.exp(top[model] - raised) + np.exp(values - raised[:, None]).sum(axis=1)
+                weighted[model] = weighted[model] * shrink + np.einsum("tv,tv->t", probability, reference - values)
+            top[model] = raised
+    log_total = top + np.log(total)
+    kl = np.maximum(weighted / total[0] - log_total[0] + log_total, 0.0)
+    kl[0] = 0.0
+    return kl, best == best[0], log_total - chosen
 
 
-def _head(reader: CheckpointReader | QuantizedReader, start: int, stop: int) -> NDArray[np.float32]:
+def head_rows(reader: CheckpointReader | QuantizedReader, start: int, stop: int) -> NDArray[np.float32]:
     name = layout.EMBEDDING if reader.config.tie_word_embeddings else layout.HEAD
     return reader.files.read_float32(name, start, stop)
 
 
-def _cluster_error(groups: Sequence[NDArray[np.float64]]) -> float:
+def cluster_error(groups: Sequence[NDArray[np.float64]]) -> float:
     """Standard error of the mean over all values when values of one group depend on each other (ratio estimator)."""
     if len(groups) < 2:
         return float("nan")

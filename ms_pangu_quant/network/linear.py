@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from mindformers.parallel_core.inference.quantization.golden_stick.config import GoldenStickConfig
 from mindformers.parallel_core.inference.tensor_parallel.layers import LinearBase, UnquantizedLinearMethod
 
+from ms_pangu_quant.backends.hadamard import RotatedInput
+from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD
 from ms_pangu_quant.errors import BackendError, CheckpointError
 
 # A layer MindFormers computes as one -> the layers its parts come from.
@@ -17,7 +19,7 @@ class PanguQuantConfig(GoldenStickConfig):
     """MindFormers' Golden Stick contract, looked up exactly instead of by the first key that contains the prefix.
 
     full_config maps "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT", plus
-    "weight_mapping", "quantization" and "group_size".
+    "weight_mapping", "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where down_proj's input is rotated.
     """
 
     def __init__(self, full_config: Mapping[str, object], linear_methods: Mapping[str, type]) -> None:
@@ -35,11 +37,16 @@ class PanguQuantConfig(GoldenStickConfig):
             raise CheckpointError(
                 f"quantization_description.json: {kinds}: these layers are computed as one and need the same quantization"
             )
-        kind = kinds[parts[0]]
+        method = self._method(parts[0], kinds[parts[0]])
+        if name == "linear_fc2" and self.full_config.get("quant_method") == HADAMARD_METHOD:
+            return RotatedInput(method, layer.input_size, layer.params_dtype)
+        return method
+
+    def _method(self, part: str, kind: object):
         if kind == "FLOAT":
             return UnquantizedLinearMethod()
         if kind not in self._methods:
             raise BackendError(
-                f"{parts[0]} is {kind}, which this device's backend cannot compute; it has {', '.join(self._methods)}"
+                f"{part} is {kind}, which this device's backend cannot compute; it has {', '.join(self._methods)}"
             )
         return self._methods[kind](self)

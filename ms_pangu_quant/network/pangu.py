@@ -25,7 +25,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, mutable
 
 from ms_pangu_quant.backends import Backend, current_backend
-from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, ModelConfig
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.network import runtime
@@ -318,6 +318,7 @@ def build_network(
                 "quantization": "golden-stick",
                 "group_size": group_size,
                 "w4a8": w4a8,
+                **({"quant_method": HADAMARD_METHOD} if config.online_hadamard else {}),
             },
             backend.linear_methods,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache, reduce
-from math import isqrt, sqrt
+from math import isqrt, log2, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +48,11 @@ def multiply(rows: NDArray[np.float64], factors: Sequence[NDArray[np.int8]]) -> 
     for axis, factor in enumerate(factors, start=1):
         value = np.moveaxis(np.moveaxis(value, axis, -1) @ factor.astype(np.float64), -1, axis)
     return np.ascontiguousarray(value).reshape(count, size) / sqrt(size)
+
+
+def online_scale(size: int) -> float:
+    """The power of two next to 1 / sqrt(size): H times it has exact entries in every float type."""
+    return float(2.0 ** -round(log2(size) / 2))
 
 
 def _sylvester(power: int) -> tuple[NDArray[np.int8], ...]:

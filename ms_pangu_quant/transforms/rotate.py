@@ -1,4 +1,4 @@
-"""Rotates the residual stream by a random Hadamard matrix, so that no channel of it is an outlier (QuaRot, SpinQuant).
+"""Rotates the residual stream by a random orthogonal matrix, so that no channel of it is an outlier (QuaRot, SpinQuant).
 
 How it works. With Q orthogonal, x Q has the norm of x, so a norm without weights commutes with Q. The norms' weights are
 therefore folded into the layers that read them first, then everything that writes the stream is multiplied by Q from the
@@ -6,10 +6,15 @@ left (embedding, o_proj and down_proj with their biases) and everything that rea
 right. Value heads are rotated too: an attention head is a weighted mean of value rows, which Q commutes with, so v_proj
 writes rotated heads and o_proj reads them. All of it is done to the checkpoint as it is read, nothing when it is served.
 
+The matrix is a Hadamard matrix with random signs, which spreads a single channel evenly over all, or one drawn uniformly
+from all orthogonal matrices, which exists for every size and takes n multiplications for each element instead of some 130.
+
 A tied head becomes a tensor of its own: the embedding must not have the final norm folded in, the head must.
 
-What it does not do: rotate what down_proj reads. That product of gate and up is made element by element, so a rotation in
-front of down_proj would have to be computed when the model is served.
+What down_proj reads is a product of gate and up, made element by element, so a rotation there cannot be done beforehand.
+With `online` it is computed when the model is run: x D H 2^-k, the signs D in the rows of up_proj, the rest in
+backends/hadamard.py, with a power of two 2^k near sqrt(n) in the place of the root, so that bfloat16 holds it exactly.
+down_proj's weight is multiplied by D H 2^k / n.
 
 Source: Ashkboos et al. 2024, arXiv:2404.00456; Liu et al. 2024, arXiv:2405.16406.
 """
@@ -19,6 +24,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from math import sqrt
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,15 +35,28 @@ from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
-from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
+from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply, online_scale
+
+RotationKind = Literal["hadamard", "orthogonal"]
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """The orthogonal matrix Q = diag(signs) H / sqrt(n), n = size; signs drawn from (seed, size)."""
+    """An orthogonal matrix Q of n = size, drawn from (seed, size).
+
+    kind  "hadamard": diag(signs) H / sqrt(n).  "orthogonal": uniform (Haar), the Q of a normal matrix's QR decomposition
+          with R's diagonal made positive (Mezzadri 2007, arXiv:math-ph/0609050).
+    """
 
     size: int
     seed: int
+    kind: RotationKind = "hadamard"
+
+    @cached_property
+    def matrix(self) -> NDArray[np.float64]:
+        """Q of kind "orthogonal"."""
+        q, r = np.linalg.qr(np.random.default_rng([self.seed, self.size]).standard_normal((self.size, self.size)))
+        return np.asarray(q * np.copysign(1.0, np.diag(r)), np.float64)
 
     @cached_property
     def signs(self) -> NDArray[np.float64]:
@@ -48,7 +68,7 @@ class Rotation:
 
     def forward(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """rows [count, n] times Q."""
-        return multiply(rows * self.signs, self.factors)
+        return rows @ self.matrix if self.kind == "orthogonal" else multiply(rows * self.signs, self.factors)
 
     def of_rows(self, matrix: NDArray[np.float32], scale: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """matrix [out, n], its columns times scale [n] first, times Q; computed in float64."""
@@ -61,16 +81,25 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Rotate:
-    """A rewrite of the checkpoint. seed: of the signs; heads: rotate value heads too."""
+    """A rewrite of the checkpoint.
+
+    seed of the matrices; heads: rotate value heads too; kind as in Rotation, of what is rotated beforehand; online: a
+    Hadamard matrix in front of down_proj, computed when the model is run, on one device.
+    """
 
     seed: int = 0
     heads: bool = True
+    kind: RotationKind = "hadamard"
+    online: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise RecipeError(f"rotate.seed: got {self.seed!r}, wanted a whole number of at least 0")
-        if not isinstance(self.heads, bool):
-            raise RecipeError(f"rotate.heads: got {self.heads!r}, wanted true or false")
+        for name in ("heads", "online"):
+            if not isinstance(getattr(self, name), bool):
+                raise RecipeError(f"rotate.{name}: got {getattr(self, name)!r}, wanted true or false")
+        if self.kind not in ("hadamard", "orthogonal"):
+            raise RecipeError(f"rotate.kind: got {self.kind!r}, wanted hadamard or orthogonal")
 
     def changes(self, name: str) -> bool:
         """Whether it rewrites this tensor of a block."""
@@ -80,25 +109,31 @@ class Rotate:
     def __call__(self, reader: CheckpointReader) -> CheckpointReader:
         """The same model, rotated. Raises RecipeError if there is no Hadamard matrix of its sizes."""
         config = reader.config
-        stream = Rotation(config.hidden_size, self.seed)
-        head = Rotation(config.head_dim, self.seed) if self.heads else None
-        _ = stream.factors, head and head.factors  # fail before anything is written
+        stream = Rotation(config.hidden_size, self.seed, self.kind)
+        head = Rotation(config.head_dim, self.seed, self.kind) if self.heads else None
+        if self.kind == "hadamard":
+            _ = stream.factors, head and head.factors  # fail before anything is written
+        inner = Rotation(config.intermediate_size, self.seed) if self.online else None
+        _ = inner and inner.factors
         norm = reader.files.read_float32(layout.FINAL_NORM)
         embedding = reader.files.entries[layout.EMBEDDING]
         head_source = embedding if config.tie_word_embeddings else reader.files.entries[layout.HEAD]
         return reader.rewritten(
-            dataclasses.replace(config, tie_word_embeddings=False),
+            dataclasses.replace(config, tie_word_embeddings=False, online_hadamard=self.online),
             {
                 layout.EMBEDDING: ComputedEntry(embedding, stream.of_rows),
                 layout.HEAD: ComputedEntry(head_source, lambda rows: stream.of_rows(rows, norm)),
                 layout.FINAL_NORM: ComputedEntry(reader.files.entries[layout.FINAL_NORM], np.ones_like),
             },
-            lambda block: rotate_block(block, stream, head),
+            lambda block: rotate_block(block, stream, head, inner),
         )
 
 
-def rotate_block(block: Block, stream: Rotation, head: Rotation | None) -> Block:
-    """The block between rotated residual streams: from x Q it computes y Q where `block` computes y from x."""
+def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: Rotation | None = None) -> Block:
+    """The block between rotated residual streams: from x Q it computes y Q where `block` computes y from x.
+
+    With inner, what down_proj reads must be multiplied by inner's H and online_scale before it does.
+    """
     changed: dict[str, NDArray[np.float32]] = {}
     for site in layout.SITES:
         weight, bias = block.weight(site), block.bias(site)
@@ -107,6 +142,11 @@ def rotate_block(block: Block, stream: Rotation, head: Rotation | None) -> Block
         if head is not None and site.name == "self_attn.v_proj":
             weight = _of_heads(weight.T, head).T
             bias = None if bias is None else _of_heads(bias[None], head)[0]
+        if inner is not None and site.name == "mlp.up_proj":
+            weight = (weight * inner.signs[:, None]).astype(np.float32)
+            bias = None if bias is None else (bias * inner.signs).astype(np.float32)
+        if inner is not None and site.name == "mlp.down_proj":
+            weight = inner.of_rows(weight) / np.float32(sqrt(inner.size) * online_scale(inner.size))
         if site.name in ("self_attn.o_proj", "mlp.down_proj"):
             if head is not None and site.name == "self_attn.o_proj":
                 weight = _of_heads(weight, head)

@@ -116,7 +116,10 @@ def test_attention_norm_and_rope_are_ascend_operators_and_nothing_falls_back_to_
     assert not [kind for kind in count if "Py" in kind]  # PyExecute, PyInterpret: what only the interpreter can run
 
 
-def test_a_mixed_network_has_each_layers_own_operators():
+@pytest.mark.parametrize(
+    ("group_size", "int4"), [(0, "GroupedMatmulV4"), (256, "GroupedMatmulV4"), (128, "WeightQuantBatchMatmul")]
+)
+def test_a_mixed_network_has_each_layers_own_operators(group_size, int4):
     runtime.start("cpu", "graph")
     from ms_pangu_quant.backends.ascend import BACKEND
     from ms_pangu_quant.network.graph import exported_operators
@@ -124,12 +127,12 @@ def test_a_mixed_network_has_each_layers_own_operators():
     kinds = {f"{layout.block_prefix(0)}{site.name}.weight": "W4A8_DYNAMIC" for site in layout.SITES}
     kinds[f"{layout.block_prefix(0)}mlp.down_proj.weight"] = "W8A8_DYNAMIC"
     kinds[f"{layout.block_prefix(0)}self_attn.o_proj.weight"] = "FLOAT"
-    operators = exported_operators(config_of("1b"), BACKEND, phase="decode", kinds=kinds)
+    operators = exported_operators(config_of("1b"), BACKEND, phase="decode", kinds=kinds, group_size=group_size)
     matmuls = {each.where: each.kind for each in operators if "matmul" in each.kind.lower()}
     assert matmuls == {
-        "decoder.layers.0.self_attention.linear_qkv": "GroupedMatmulV4",
+        "decoder.layers.0.self_attention.linear_qkv": int4,
         "decoder.layers.0.self_attention.linear_proj": "MatMul",
-        "decoder.layers.0.mlp.linear_fc1": "GroupedMatmulV4",
+        "decoder.layers.0.mlp.linear_fc1": int4,
         "decoder.layers.0.mlp.linear_fc2": "QuantBatchMatmul",
         "output_layer": "MatMul",
     }

@@ -26,6 +26,7 @@ OURS = [
     "w8a8_static",
 ]
 SHIPPED = [*PAPER, *OURS]
+BUDGETS = ["w4a8_mixed"]  # no plan without sensitivities: tests/e2e/test_sensitivity.py
 WITHOUT_DATA = ["paper_w4a8", "paper_w4a8_hadamard", "paper_w8a8", "w4a8_g128_rtn", "w4a8_rtn", "w8a8_rtn"]
 EVERYTHING = """\
 why: every key there is
@@ -64,7 +65,17 @@ def kinds(plan):
 
 
 def test_the_shipped_recipes_are_those_tested_here(root):
-    assert sorted(path.stem for path in (root / "configs").glob("*.yaml")) == SHIPPED
+    assert sorted(path.stem for path in (root / "configs").glob("*.yaml")) == sorted([*SHIPPED, *BUDGETS])
+
+
+@pytest.mark.parametrize("name", BUDGETS)
+def test_a_shipped_budget_says_why_and_what_its_cheaper_scheme_is(root, models, name):
+    loaded = load_recipe(root / f"configs/{name}.yaml")
+    assert loaded.why
+    assert loaded.needs_calibration
+    assert loaded.scheme == loaded.budget.schemes[0] == "w4a8_g128"
+    for scheme in loaded.budget.schemes:
+        assert all(len(loaded.uniform(scheme).plan(config).schemes) for config in models.values())
 
 
 @pytest.mark.parametrize("model", ["mini", "1b", "7b"])
@@ -378,3 +389,10 @@ def test_int4_shares_of_the_real_models_are_what_the_docs_promise(recipe, models
         bits += plan.scheme(0, site).bits_per_weight(inputs) * outputs * inputs
         weights += outputs * inputs
     assert math.isclose(bits / weights, 4.25)
+
+
+def test_an_input_that_is_mixed_when_the_model_is_run_is_not_smoothed(recipe):
+    rotated = "scheme: w4a8\ntransforms:\n  - rotate: {online: true}\n  - smooth_search"
+    with pytest.raises(RecipeError, match=r"rotate\.online mixes the channels of mlp_hidden.*in smooth_search\.inputs"):
+        recipe(rotated)
+    assert recipe(f"{rotated}: {{inputs: [attention_input, attention_output, mlp_input]}}").transforms

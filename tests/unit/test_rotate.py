@@ -53,19 +53,34 @@ def test_a_rotation_is_orthogonal_and_spreads_an_outlier_evenly(size):
     np.testing.assert_allclose(np.abs(matrix), 1 / np.sqrt(size), atol=1e-12)
 
 
-def test_the_seed_decides_the_rotation():
-    one, same, other = (Rotation(64, seed).forward(np.eye(64)) for seed in (1, 1, 2))
+@pytest.mark.parametrize("size", [1, 7, 92, 256])
+def test_a_random_rotation_is_orthogonal_whatever_the_size(size):
+    matrix = Rotation(size, seed=1, kind="orthogonal").forward(np.eye(size))
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-12)
+
+
+def test_a_random_rotation_favours_no_direction():
+    """Uniform: entries are symmetric about 0, those of the diagonal too (QR alone gives one sign there, as LAPACK does)."""
+    drawn = np.stack([Rotation(8, seed, "orthogonal").matrix for seed in range(400)])
+    assert np.abs(drawn.mean(axis=0)).max() < 5 / np.sqrt(8 * 400)
+    np.testing.assert_allclose((drawn**2).mean(axis=0), 1 / 8, atol=0.04)
+
+
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
+def test_the_seed_decides_the_rotation(kind):
+    one, same, other = (Rotation(64, seed, kind).forward(np.eye(64)) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.allclose(one, other)
 
 
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 @pytest.mark.parametrize("heads", [True, False])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_a_rotated_block_turns_rotated_states_into_rotated_states(random_block, forward, kv_heads, bias, heads):
+def test_a_rotated_block_turns_rotated_states_into_rotated_states(random_block, forward, kv_heads, bias, heads, kind):
     block = random_block(num_key_value_heads=kv_heads, bias=bias)
     hidden = np.random.default_rng(0).normal(size=(7, 24))
-    stream, head = Rotation(24, 5), Rotation(8, 5) if heads else None
+    stream, head = Rotation(24, 5, kind), Rotation(8, 5, kind) if heads else None
     wanted, inputs = forward(block, hidden)
     got, rotated_inputs = forward(rotate_block(block, stream, head), stream.forward(hidden))
     wanted = stream.forward(wanted)
@@ -111,11 +126,12 @@ def logits(reader, forward, ids):
     return (hidden * files.read_float32(layout.FINAL_NORM)) @ files.read_float32(head).astype(np.float64).T
 
 
+@pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("heads", [True, False])
-def test_a_rotated_checkpoint_has_the_logits_of_the_original(make_checkpoint, forward, tied, heads):
+def test_a_rotated_checkpoint_has_the_logits_of_the_original(make_checkpoint, forward, tied, heads, kind):
     reader = CheckpointReader(make_checkpoint(dtype="float32", tie_word_embeddings=tied))
-    rotated = Rotate(seed=3, heads=heads)(reader)
+    rotated = Rotate(seed=3, heads=heads, kind=kind)(reader)
     ids = [1, 5, 7, 80, 41, 2]
     wanted, got = logits(reader, forward, ids), logits(rotated, forward, ids)
     assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
@@ -155,3 +171,19 @@ def test_a_model_whose_size_has_no_hadamard_matrix_is_refused(make_checkpoint):
 def test_senseless_settings_are_refused(settings, said):
     with pytest.raises(RecipeError, match=said):
         Rotate(**settings)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_block_with_a_matrix_in_front_of_down_proj_is_the_same_function(random_block, forward, bias):
+    """What down_proj reads, times H and a power of two, is what the rotated weight is for."""
+    block = random_block(bias=bias)
+    hidden = np.random.default_rng(0).normal(size=(7, 24))
+    stream, inner = Rotation(24, 5), Rotation(40, 5)
+    plain, online = rotate_block(block, stream, None), rotate_block(block, stream, None, inner)
+    read = forward(plain, stream.forward(hidden))[1]["mlp_hidden"]
+    signed = forward(online, stream.forward(hidden))[1]["mlp_hidden"]
+    np.testing.assert_allclose(signed, read * inner.signs, rtol=1e-6, atol=1e-6)
+    wanted = read @ plain["mlp.down_proj.weight"].astype(np.float64).T
+    read_online = signed @ hadamard_matrix(40).astype(np.float64) / 8  # 8 is the power of two next to the root of 40
+    got = read_online @ online["mlp.down_proj.weight"].astype(np.float64).T
+    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()

@@ -1,0 +1,274 @@
+"""measure(): the sensitivity of every group of layers of a checkpoint, in one pass over its blocks.
+
+The float model runs on two parts of the calibration data. One gives the statistics that transforms and rounding need. On
+the other a copy of the hidden states is taken for each group of layers, goes through the group's block with this group
+alone quantized, and then beside the float model's own through the rest of the float model to the head, where its KL is
+that group's. All copies go through a block when it is loaded, so each is read once.
+
+What it costs: blocks^2 * 2 passes of the measured tokens through a block, and a head for every group. The copies lie on
+disk: (4 * blocks + 3) * tokens * hidden * 4 bytes, twice. A killed run goes on at the block where it stopped.
+
+What it does not do: correct for drift (`correct: true` of gptq has nothing to correct where all else is float, so what it
+gains is not in the figures).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.files import write_json
+from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
+from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.formats.linear import QuantizedLinear
+from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows
+from ms_pangu_quant.pipeline import check_data, checkpoint_hash, relative_error
+from ms_pangu_quant.recipe import Recipe
+from ms_pangu_quant.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
+
+GROUPS = tuple(dict.fromkeys(site.fused for site in layout.SITES))
+_FIRST = 3  # streams in front of the groups': the float model's, and with all layers in the cheaper and the dearer scheme
+_AT_A_TIME = 16  # streams that go through a block between two calls of on_step
+
+
+def measure(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    schemes: tuple[str, str],
+    folder: Path,
+    *,
+    data: TokenData,
+    tokens: int = DEFAULT_TOKENS,
+    resume: bool = False,
+    on_step: Callable[[int], None] = lambda streams: None,
+) -> Sensitivity:
+    """Sensitivities to `schemes` (cheaper, dearer) under the transforms and the rounding of `recipe`.
+
+    folder   for the hidden states of a run under way; removed when it is done.
+    data     the last texts, of at least `tokens` tokens together, are measured on; the others give the statistics.
+    resume   go on with the run in `folder`.
+    on_step  called with how many streams have passed a block, or the head; total_steps() is their sum.
+    Raises   PanguQuantError for what is wrong with data, recipe or folder.
+    """
+    check_data(reader.config, recipe, data)
+    reader = recipe.rewritten(reader)
+    recipes = [recipe.uniform(name) for name in schemes]
+    for each in recipes:
+        each.plan(reader.config)  # what does not fit the model is said before hours have passed
+    known, measured = split(data, tokens)
+    origin = {
+        "checkpoint": checkpoint_hash(reader, lambda count: None),
+        "method": method_digest(recipe),
+        "data": data.sha256,
+        "seed": recipe.calibration.seed,
+        "statistics": {"texts": len(known), "tokens": sum(map(len, known))},
+        "measured": {"texts": len(measured), "tokens": sum(map(len, measured))},
+        "recipe": recipe.text,
+        "version": version("ms_pangu_quant"),
+    }
+    state = _State(folder, {**origin, "schemes": list(schemes)}, resume)
+    lengths = [len(sequence) for sequence in known], [len(sequence) for sequence in measured]
+    runner = BlockRunner(reader.config, lengths[0], also=[list(lengths[1]) * _AT_A_TIME])
+    if not state.finished:
+        begun = embedding_rows(reader.files, np.concatenate(measured))
+        state.begin(embedding_rows(reader.files, np.concatenate(known)), np.stack([begun] * _FIRST))
+    for index in range(state.finished):
+        on_step(_steps(index))
+    for index in range(state.finished, reader.config.num_hidden_layers):
+        _measure_block(runner, reader.block(index), recipes, state, lengths, index, on_step)
+    kl = _final_kl(reader, state, measured, on_step)
+    ends = np.cumsum(lengths[1])[:-1]
+    groups = [
+        GroupSensitivity(
+            **record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)) if len(ends) else None
+        )
+        for record, values in zip(state.records, kl[_FIRST:], strict=True)
+    ]
+    found = Sensitivity(
+        schemes, tuple(groups), dict(zip(schemes, (float(values.mean()) for values in kl[1:_FIRST]), strict=True)), origin
+    )
+    state.remove()
+    return found
+
+
+def total_steps(blocks: int) -> int:
+    """Streams times blocks, and heads."""
+    return sum(_steps(index) for index in range(blocks)) + _FIRST + len(GROUPS) * blocks
+
+
+def _steps(index: int) -> int:
+    return _FIRST + len(GROUPS) * (index + 1)
+
+
+def _measure_block(
+    runner: BlockRunner,
+    block: Block,
+    recipes: Sequence[Recipe],
+    state: _State,
+    lengths: tuple[list[int], list[int]],
+    index: int,
+    on_step: Callable[[int], None],
+) -> None:
+    before, after = state.open(index)
+    stats, observed = runner.observe(
+        block,
+        Hidden(state.statistics(index), lengths[0]),
+        gram=recipes[0].quantizer.needs_gram or any(each.needs_gram for each in recipes),
+        rows=max(each.needs_rows for each in recipes),
+        where=f"block {index}",
+    )
+    runner.advance(block, {}, Hidden(before[0], lengths[1]), after[0])
+
+    def error(changed: Block, linears: Mapping[str, QuantizedLinear], output: NDArray[np.float32] | None = None) -> float:
+        return relative_error(runner.advance(changed, linears, Hidden(before[0], lengths[1]), output).states, after[0])
+
+    errors: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
+    alone: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
+    for place, each in enumerate(recipes):
+        changed, linears = _rounded(block, stats, each, index)
+        runner.advance(changed, linears, Hidden(before[1 + place], lengths[1]), after[1 + place])
+        for number, group in enumerate(GROUPS):
+            own = {site.name: linears[site.name] for site in layout.SITES if site.fused == group}
+            stream = after[_FIRST + len(GROUPS) * index + number] if place == 0 else None
+            errors[group][each.scheme] = error(changed, own, stream)
+            if place == 0:
+                parts = {name: {name: linear} for name, linear in own.items()} if len(own) > 1 else {}
+                alone[group] = {name: error(changed, part) for name, part in parts.items()} or dict.fromkeys(
+                    own, errors[group][each.scheme]
+                )
+        del changed, linears
+    on_step(_FIRST + len(GROUPS))
+    for start in range(_FIRST, len(before), _AT_A_TIME):
+        carried = before[start : start + _AT_A_TIME]
+        flat = (len(carried) * before.shape[1], before.shape[2])
+        out = after[start : start + len(carried)].reshape(flat)
+        runner.advance(block, {}, Hidden(carried.reshape(flat), lengths[1] * len(carried)), out)
+        on_step(len(carried))
+    records = [
+        {"block": index, "group": group, "output_error": errors[group], "site_error": alone[group]} for group in GROUPS
+    ]
+    state.finish(index, observed, after, records)
+
+
+def _rounded(
+    block: Block, stats: Mapping[str, InputStats], recipe: Recipe, index: int
+) -> tuple[Block, dict[str, QuantizedLinear]]:
+    """(the transformed float block, all of its layers rounded)."""
+    plan = recipe.plan(block.config)
+    for transform in recipe.transforms:
+        block, stats = transform(block, stats, plan.of_block(index))
+    linears = {}
+    for site in layout.SITES:
+        scheme, seen = plan.scheme(index, site), stats[site.input_name]
+        assert scheme is not None  # a uniform recipe of a preset
+        scale = None if scheme.activation.dynamic else recipe.activation_range.factor(seen, scheme.activation)
+        weight = recipe.quantizer(block.weight(site), scheme.weight, seen)
+        linears[site.name] = QuantizedLinear(scheme.kind, weight, scale)
+    return block, linears
+
+
+def _final_kl(
+    reader: CheckpointReader, state: _State, measured: Sequence[NDArray[np.int32]], on_step: Callable[[int], None]
+) -> NDArray[np.float64]:
+    """KL [streams, tokens] to the float model, over tokens as the texts have them; the next token plays no part."""
+    streams = state.streams(reader.config.num_hidden_layers)
+    rows: list[NDArray[np.float64]] = []
+    reference, targets = final_norm(reader, streams[0]), np.zeros(streams.shape[1], np.int32)
+    for start in range(0, len(streams), _AT_A_TIME):
+        others = [final_norm(reader, stream) for stream in streams[start : start + _AT_A_TIME]]
+
+        def head(first: int, last: int, count: int = len(others)) -> list[NDArray[np.float32]]:
+            return [head_rows(reader, first, last)] * (1 + count)
+
+        rows.extend(divergences(head, reader.config.vocab_size, [reference, *others], targets)[0][1:])
+        on_step(len(others))
+    return np.stack(rows)
+
+
+class _State:
+    """The hidden states of a run under way: a journal, and two arrays behind the last finished block."""
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object], resume: bool) -> None:
+        """Raises OutputError if the folder is there and not to be resumed, or is another run's."""
+        self.folder, self._fingerprint = folder, dict(fingerprint)
+        self.finished, self.records = 0, list[dict[str, object]]()
+        journal = folder / "journal.json"
+        if journal.exists():
+            if not resume:
+                raise OutputError(f"{folder}: holds an unfinished run; go on with --resume, or remove it")
+            try:
+                found = json.loads(journal.read_text(encoding="utf-8"))
+                self.finished, self.records = int(found["finished"]), list(found["records"])
+                begun = found["fingerprint"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise OutputError(f"{journal}: damaged ({error}); remove {folder} and start again") from None
+            missing = [
+                path for path in (self._statistics(self.finished), self._streams(self.finished)) if not path.exists()
+            ]
+            if missing:
+                raise OutputError(f"{missing[0]}: is missing; remove {folder} and start again")
+            changed = sorted(key for key in self._fingerprint if begun.get(key) != self._fingerprint[key])
+            if changed:
+                raise OutputError(f"{folder}: was begun with another {', '.join(changed)}; remove it to start again")
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot write here ({error.strerror}); choose another --output") from None
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("streams-", "statistics-")))
+        if others:
+            raise OutputError(f"{folder}: is not a run's (it holds {others[0]}); choose another --output")
+
+    def begin(self, statistics: NDArray[np.float32], streams: NDArray[np.float32]) -> None:
+        np.save(self._statistics(0), statistics)
+        np.save(self._streams(0), streams)
+        self._journal()
+
+    def statistics(self, index: int) -> NDArray[np.float32]:
+        return np.asarray(np.load(self._statistics(index)))
+
+    def streams(self, index: int) -> NDArray[np.float32]:
+        """[streams, tokens, hidden] in front of block `index`, mapped."""
+        return np.asarray(np.load(self._streams(index), mmap_mode="r"))
+
+    def open(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(streams in front of the block, room for those behind it: the same and one for each group)."""
+        before = self.streams(index)
+        shape = (len(before) + len(GROUPS), *before.shape[1:])
+        after = np.lib.format.open_memmap(self._streams(index + 1), mode="w+", dtype=np.float32, shape=shape)
+        return before, after
+
+    def finish(
+        self, index: int, statistics: NDArray[np.float32], streams: NDArray[np.float32], records: list[dict[str, object]]
+    ) -> None:
+        """Everything behind the block is on disk when this returns, and what was in front of it is gone."""
+        np.save(self._statistics(index + 1), statistics)
+        if isinstance(streams, np.memmap):
+            streams.flush()
+        self.finished, self.records = index + 1, [*self.records, *records]
+        self._journal()
+        self._statistics(index).unlink(missing_ok=True)
+        self._streams(index).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder)
+
+    def _statistics(self, index: int) -> Path:
+        return self.folder / f"statistics-{index:05d}.npy"
+
+    def _streams(self, index: int) -> Path:
+        return self.folder / f"streams-{index:05d}.npy"
+
+    def _journal(self) -> None:
+        found = {"fingerprint": self._fingerprint, "finished": self.finished, "records": self.records}
+        write_json(self.folder / "journal.json", found)
