@@ -1,0 +1,57 @@
+"""Quantized layers whose inputs are cut over ranks (MindFormers' RowParallelLinear): o_proj and down_proj.
+
+A token's scale comes from its largest input, which one rank has. So the CPU's linear methods take the largest over all
+ranks, add up the integer sums (exactly, while they are below 2^24 and float32 holds them) and scale them once: a layer on
+many ranks gives the bits of the layer on one. Sums over int4 groups are floats when ranks meet, and agree up to rounding.
+
+MindFormers' own linear methods, which Ascend keeps, scale each rank's part of a token by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindformers.parallel_core.inference.tensor_parallel.layers import RowParallelLinear
+from mindspore import Parameter, ops
+
+
+class Meeting:
+    """Where the ranks of a layer meet; of a layer that has all its inputs, nothing happens."""
+
+    def __init__(self, layer: Any) -> None:
+        self.size = layer.tp_group.size if isinstance(layer, RowParallelLinear) else 1
+        if self.size > 1:
+            layer.delay_allreduce = True  # MindFormers would add up what has been scaled
+            self.gather, self.reduce = (kind(group=layer.tp_group.group) for kind in (ops.AllGather, ops.AllReduce))
+
+    def largest(self, absmax):
+        """Of each token [tokens, 1], over all ranks."""
+        if self.size == 1:
+            return absmax
+        return self.gather(absmax).reshape((self.size, -1, 1)).max(0)
+
+    def total(self, partial):
+        return partial if self.size == 1 else self.reduce(partial)
+
+    def bias(self, layer, bias):
+        """MindFormers gives the bias to one rank, for the sum; here it is added after it."""
+        return bias if self.size == 1 else layer.bias
+
+
+def column_loader(layer: Any, default: Callable[..., None]) -> Callable[..., None]:
+    """A loader of [out, columns] parameters with several inputs in a column; MindFormers' own counts one."""
+    if not isinstance(layer, RowParallelLinear):
+        return default
+
+    def load(parameter: Parameter, stored: Any) -> None:
+        width, (outputs, columns) = parameter.shape[1], stored.get_shape()
+        if (outputs, columns) not in ((parameter.shape[0], width), (parameter.shape[0], width * layer.tp_group.size)):
+            raise ValueError(f"{parameter.name}: got {[outputs, columns]}, wanted a multiple of {list(parameter.shape)}")
+        start = layer.tp_group.rank * width if columns != width else 0
+        parameter.init_data()
+        parameter.set_data(ms.from_numpy(np.ascontiguousarray(stored[:, start : start + width])))
+
+    return load
