@@ -5,7 +5,7 @@ already quantized, produce; so every block's statistics are those it will meet w
 against what the float block would have made of the same input.
 
 Started by msrun, every rank runs this loop, on its share of the calibration sequences. What the ranks know of a block's
-inputs is merged, so that all transform it alike; each rounds some of its layers and hands them to the others; rank 0 writes.
+inputs is merged, so that all transform it alike; each rounds some layers and hands them to the others; rank 0 writes.
 Different blocks cannot be rounded at the same time: the statistics of one come from those before it, rounded. In a process
 that is alone, each of these steps is nothing.
 """

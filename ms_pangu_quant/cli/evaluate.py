@@ -93,6 +93,8 @@ def evaluate_command(
         raise RequestError("evaluate: give one of --samples-only and --score-only")
     if samples is not None and not score_only:
         raise RequestError("evaluate: --samples goes with --score-only; a run's own samples are in its --output")
+    if score_only and ranks.in_job():
+        raise RequestError("evaluate: --score-only is the work of one process; start it without msrun")
     if score_only and directory is not None:
         raise RequestError(f"evaluate: --score-only needs no model; leave out {directory}")
     if not score_only:

@@ -2,7 +2,7 @@
 
 Tensors of a network that is cut over ranks meet inside its graph, through MindFormers' own collectives. All else
 (statistics, rounded layers, the news that a step is done) is a Python value exchanged here: over TCP, through rank 0, and
-for as long as it takes. MindSpore's collectives on the CPU cannot do that: they give up when one rank comes half a minute after another
+for as long as it takes. MindSpore's collectives on the CPU cannot do that: they give up when a rank is half a minute late
 (rounding a layer takes longer), and have neither float64 nor a maximum nor a barrier.
 
 A rank that ends breaks its connection, so that the others end at once and say so, on whatever node they are.

@@ -64,8 +64,8 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
         from mindformers.core.context.build_context import build_mf_context
 
         build_mf_context({"run_mode": "predict", "use_legacy": False})  # the registry looks up legacy names otherwise
-        ranks.join()
         with _quiet_file_descriptor():
+            ranks.join()
             (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()  # the allocator announces itself when the first operator runs
     _started = (device, mode)
     _cut_networks(tensor_parallel, device, mode)

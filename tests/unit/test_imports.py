@@ -34,7 +34,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("pipeline", "inference"),
     ("evaluation",),
     ("report",),
-    ("cli", "__main__"),
+    ("cli", "__main__", "msrun"),
 )
 MAY_IMPORT = {
     "mindspore": ("network", "backends", "calibration.stream", "inference"),
