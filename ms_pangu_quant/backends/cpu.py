@@ -24,7 +24,7 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend
-from ms_pangu_quant.backends.cut import Meeting, column_loader
+from ms_pangu_quant.backends.cut import Meeting, set_column_loader
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
 EXACT_INPUTS_W4 = 16384  # 128 * 8 * 16384 = 2^24
@@ -313,7 +313,7 @@ class W4A8DynamicLinear(LinearMethodBase):
         scale = Parameter(initializer("ones", (outputs, self.groups), ms.float32), name="group_scale", requires_grad=False)
         for name, parameter in (("weight", weight), ("group_scale", scale)):
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
-            parameter.weight_loader = column_loader(layer, parameter.weight_loader)
+            set_column_loader(layer, parameter)
             layer.insert_param_to_cell(name, parameter)
 
     def _unpack(self, packed):

@@ -9,7 +9,6 @@ MindFormers' own linear methods, which Ascend keeps, scale each rank's part of a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mindspore as ms
@@ -41,17 +40,18 @@ class Meeting:
         return bias if self.size == 1 else layer.bias
 
 
-def column_loader(layer: Any, default: Callable[..., None]) -> Callable[..., None]:
-    """A loader of [out, columns] parameters with several inputs in a column; MindFormers' own counts one."""
+def set_column_loader(layer: Any, parameter: Parameter) -> None:
+    """Let [out, columns] be loaded that has several inputs in a column, or one column for all; MindFormers' own loader of such
+    a layer counts a column for each input."""
     if not isinstance(layer, RowParallelLinear):
-        return default
+        return
 
     def load(parameter: Parameter, stored: Any) -> None:
-        width, (outputs, columns) = parameter.shape[1], stored.get_shape()
-        if (outputs, columns) not in ((parameter.shape[0], width), (parameter.shape[0], width * layer.tp_group.size)):
-            raise ValueError(f"{parameter.name}: got {[outputs, columns]}, wanted a multiple of {list(parameter.shape)}")
+        (outputs, width), columns = parameter.shape, stored.get_shape()[1]
+        if stored.get_shape()[0] != outputs or columns not in (width, width * layer.tp_group.size):
+            raise ValueError(f"{parameter.name}: got {stored.get_shape()}, one rank holds {[outputs, width]}")
         start = layer.tp_group.rank * width if columns != width else 0
         parameter.init_data()
         parameter.set_data(ms.from_numpy(np.ascontiguousarray(stored[:, start : start + width])))
 
-    return load
+    parameter.weight_loader = load

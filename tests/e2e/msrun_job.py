@@ -10,7 +10,7 @@ import numpy as np
 
 from ms_pangu_quant.network import ranks, runtime
 
-TENSORS = {"kv_cache_tokens": 1024}
+SIZES = {"kv_cache_tokens": 1024}
 PROMPTS = [[1, 17, 203, 77, 5, 141, 9, 60, 33], [1, 250, 4, 99], [1, *range(10, 50)]]
 NEW_TOKENS = 12
 
@@ -29,7 +29,7 @@ def quantize(output: Path) -> None:
     from ms_pangu_quant.recipe import load_recipe
 
     runtime.start()
-    reader, recipe = CheckpointReader(output.parent / "float"), load_recipe(output.parent / "recipe.yaml")
+    reader, recipe = CheckpointReader(output.parent / "float"), load_recipe(output.parent / "one.yaml")
     pipeline.quantize(reader, recipe, output, data=random_data(reader.config.vocab_size))
 
 
@@ -45,7 +45,7 @@ def random_data(vocab_size: int, sequences: int = 11):
 def load_cut(directory: Path):
     from ms_pangu_quant.inference.model import load
 
-    return load(directory, tensor_parallel=ranks.job_size(), **TENSORS)
+    return load(directory, tensor_parallel=ranks.job_size(), **SIZES)
 
 
 def answers(model) -> dict[str, np.ndarray]:
