@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,7 @@ class _Running:
             failed = failed or self._first_failure()
             if failed or self._stopped:
                 deadline = min(deadline, time.monotonic() + _GRACE)
-            time.sleep(0.1)
+            time.sleep(0.1 if len(self._workers) == self._job.local else 0.02)
         next(shown)
         self._kill_all()
         if self._stopped:
@@ -188,8 +189,9 @@ class _Running:
             return self._explain(*failed)
         if self._msrun.returncode:
             print("msrun: a process ended before its work was done", file=sys.stderr)
-            for name in ("scheduler.log", "msrun.log"):
-                _print_end(self._logs / name)
+            ranks = range(self._job.first_rank, self._job.first_rank + self._job.local)
+            for path in (*(self._job.log(self._logs, rank) for rank in ranks), self._logs / "msrun.log"):
+                _print_end(path)
         return 1 if self._msrun.returncode else 0
 
     def _stop(self, number: int, frame: object) -> None:
@@ -200,13 +202,11 @@ class _Running:
     def _find_workers(self) -> None:
         if len(self._workers) == self._job.local:
             return
-        try:
-            for child in psutil.Process(self._msrun.pid).children():
+        for child in _children(self._msrun.pid):
+            with suppress(psutil.Error, OSError, KeyError):  # it has ended, or has not begun
                 variables = child.environ()
-                if variables.get("MS_ROLE") == "MS_WORKER":
+                if variables["MS_ROLE"] == "MS_WORKER":
                     self._workers[int(variables["RANK_ID"])] = child.pid
-        except (psutil.Error, OSError, KeyError):  # they come and go
-            return
 
     def _first_failure(self) -> tuple[int, int] | None:
         """(rank, wait status) of a worker that has ended badly."""
@@ -300,6 +300,13 @@ def _print_end(path: Path, lines: int = 8) -> None:
         print(f"  {path.name}: {line.decode(errors='replace')}", file=sys.stderr)
 
 
+def _children(process: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(process).children()  # type: ignore[no-any-return]
+    except psutil.Error:
+        return []
+
+
 def _wait_status(process: int) -> int | None:
     """The status with which a process has ended that its parent has not waited for yet."""
     try:
@@ -310,10 +317,8 @@ def _wait_status(process: int) -> int | None:
 
 
 def _signal_group(leader: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, number)
-    except (ProcessLookupError, PermissionError):
-        return
 
 
 if __name__ == "__main__":

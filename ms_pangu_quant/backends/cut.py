@@ -41,8 +41,10 @@ class Meeting:
 
 
 def set_column_loader(layer: Any, parameter: Parameter) -> None:
-    """Let [out, columns] be loaded that has several inputs in a column, or one column for all; MindFormers' own loader of such
-    a layer counts a column for each input."""
+    """Let [out, columns] be loaded that has several inputs in a column, or one column for all of them.
+
+    MindFormers' own loader of a layer that is cut along its inputs counts a column for each.
+    """
     if not isinstance(layer, RowParallelLinear):
         return
 

@@ -94,6 +94,7 @@ rank = os.environ["RANK_ID"] if os.environ["MS_ROLE"] == "MS_WORKER" else "sched
 print("[INFO] DISTRIBUTED(1,7f,python):noise", flush=True)
 print("hello from", rank, flush=True)
 if rank == "1":
+    time.sleep(0.5)
     {}
 if "{}":
     time.sleep(60 if rank != "scheduler" else 0)
