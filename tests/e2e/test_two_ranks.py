@@ -6,6 +6,7 @@ One job here is in the default suite, and does as much as fits into one; the oth
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -27,7 +28,7 @@ SHAPE = {
     "bias": True,
     "hidden_size": 64,
     "intermediate_size": 192,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 256,
@@ -42,9 +43,9 @@ SHAPE = {
 MIXED = """
 scheme: w4a8_g32
 layers:
-  model.layers.0.*: w8a8
-  model.layers.1.*: w8a8_static
-  model.layers.2.self_attn.o_proj: float
+  model.layers.0.self_attn.*: w8a8
+  model.layers.0.mlp.*: w8a8_static
+  model.layers.1.self_attn.o_proj: float
 transforms: [smooth]
 rounding: gptq
 """
@@ -122,7 +123,7 @@ def test_one_rank_writes_one_checkpoint(folder):
 
 
 def test_a_network_cut_over_two_ranks_computes_what_a_whole_one_does(folder):
-    """Layers in W8A8 dynamic and static, W4A8 by group and float, one behind the other."""
+    """Of the layers that are cut along their inputs, one each is in W8A8 dynamic and static, W4A8 by group and float."""
     check_answers(folder, "one", 1e-4)
 
 
@@ -211,6 +212,30 @@ def test_a_killed_rank_ends_the_job_and_resume_gives_the_same_files(here):
     assert names == sorted(path.name for path in (here / "stopped").iterdir())
     for name in names:
         assert (here / "whole" / name).read_bytes() == (here / "stopped" / name).read_bytes(), name
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_on_another_node_ends_the_job_on_this_one(here):
+    """msrun knows only this node's ranks. The other's is started here as msrun would start it there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    arguments = [MINI, "--recipe", here.parent / "recipe.yaml", "--calibration", ASSETS / "calibration.jsonl"]
+    arguments += ["--output", "out"]
+    process = start("quantize", here, *arguments, job=["--local-workers", "1", "--master-port", port])
+    variables = {name: value for name, value in os.environ.items() if name != "LOCAL_DEFAULT_PATH"}
+    variables |= {"MS_ROLE": "MS_WORKER", "MS_NODE_ID": "1", "RANK_ID": "1", "MS_WORKER_NUM": "2", "RANK_SIZE": "2"}
+    variables |= {"MS_SCHED_HOST": "127.0.0.1", "MS_SCHED_PORT": port, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-m", "ms_pangu_quant", "quantize", *map(str, arguments)]
+    other = subprocess.Popen(line, cwd=here, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not process.stdout.readline().startswith("block 1/4"):
+        assert process.poll() is None
+    other.kill()
+    other.wait()
+    out, errors = process.communicate(timeout=90)
+    assert process.returncode == 2
+    assert "pangu-quant: error: rank 1 has ended before its work was done" in out
+    assert "Traceback" not in out + errors
 
 
 @pytest.mark.slow
