@@ -38,7 +38,7 @@ _CONTINUE = {
     "generate": "",
 }
 _NOISE = re.compile(rb"\[(INFO|WARNING)\] [A-Z_]+\(\d+,[0-9a-f]+,")  # MindSpore's libraries, at any log level
-_GRACE = 20.0  # seconds that msrun and its scheduler have to end after a rank has failed
+_GRACE = 5.0  # seconds for msrun to end the ranks after one has failed; it would then wait minutes for its scheduler
 _PORT = 8118  # msrun's own default
 
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import RankLostError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
@@ -200,8 +200,13 @@ class Model:
             self._compiled.add(phase)
         inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
-        out = self.network(ids, *inputs.values(), *(self._caches or ()))
-        return out.asnumpy().reshape(-1, self.config.vocab_size)
+        try:
+            out = self.network(ids, *inputs.values(), *(self._caches or ())).asnumpy()
+        except RuntimeError as error:
+            if self._cut > 1 and any(name in str(error) for name in ("AllReduce", "AllGather")):
+                raise RankLostError(f"the ranks that hold the model did not meet: {str(error).splitlines()[0]}") from None
+            raise
+        return out.reshape(-1, self.config.vocab_size)
 
     def _prompt_ids(self, prompt: Any, mode: str) -> list[int]:
         if isinstance(prompt, str):

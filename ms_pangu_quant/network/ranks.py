@@ -20,7 +20,7 @@ from multiprocessing.connection import Client, Connection, Listener
 from operator import add
 from typing import TypeVar
 
-from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.errors import BackendError, RankLostError
 
 ROLE = "MS_ROLE"  # msrun sets it: MS_SCHED in the process that brings the ranks together, MS_WORKER in each rank
 _GREETING = 256  # bytes of the message in which rank 0 says where it listens
@@ -91,8 +91,8 @@ class Ranks:
             raise _gone(number) from None
 
 
-def _gone(number: int) -> BackendError:
-    return BackendError(f"rank {number} has ended before its work was done; its log says why")
+def _gone(number: int) -> RankLostError:
+    return RankLostError(f"rank {number} has ended before its work was done; its log says why")
 
 
 ALONE = Ranks()

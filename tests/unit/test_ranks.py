@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.errors import BackendError, RankLostError
 from ms_pangu_quant.network import ranks
 from ms_pangu_quant.network.ranks import ALONE, Ranks
 from tests.unit.linked import at_once, linked
@@ -52,7 +52,7 @@ def test_a_rank_that_has_ended_is_named_by_those_that_wait_for_it(dead):
     job = linked(2)
     for link in job[dead].links:
         link.close()
-    with pytest.raises(BackendError, match=f"rank {dead} has ended"):
+    with pytest.raises(RankLostError, match=f"rank {dead} has ended"):
         job[1 - dead].gather(1)
 
 

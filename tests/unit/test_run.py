@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ms_pangu_quant.errors import BackendError, OutputError, RequestError
+from ms_pangu_quant.errors import OutputError, RankLostError, RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.samples import read_records
@@ -172,7 +172,7 @@ def test_a_stopped_job_goes_on_with_another_number_of_ranks(sizes, tmp_path):
     count = 0
     for size in sizes[:-1]:
         models, results = ranks_answer(linked(size), tmp_path / "job", left=3)
-        assert all(isinstance(result, (Killed, BackendError)) for result in results)
+        assert all(isinstance(result, (Killed, RankLostError)) for result in results)
         count += sum(model.asked for model in models)
     models, results = ranks_answer(linked(sizes[-1]), tmp_path / "job")
     assert results == [None] * sizes[-1]
