@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ms_pangu_quant.errors import BackendError, RankLostError
-from ms_pangu_quant.network import ranks
+from ms_pangu_quant.network import ranks, runtime
 from ms_pangu_quant.network.ranks import ALONE, Ranks
 from tests.unit.linked import at_once, linked
 
@@ -81,3 +81,20 @@ def test_a_process_that_msrun_did_not_start_is_one_of_one(monkeypatch):
     assert not ranks.in_job()
     assert ranks.job_size() == 1
     assert ranks.join() is ALONE
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted", "mode", "said"),
+    [
+        (1, 2, "graph", "got 2, wanted a divisor of the job's 1 ranks"),
+        (8, 3, "graph", "got 3, wanted a divisor of the job's 8 ranks"),
+        (8, 0, "graph", "got 0"),
+        (8, 4, "graph", "over all ranks, in graph mode"),
+        (2, 2, "pynative", "over all ranks, in graph mode"),
+    ],
+)
+def test_a_cut_that_the_job_or_the_cpu_does_not_allow_is_named(size, wanted, mode, said, monkeypatch):
+    monkeypatch.setattr(ranks, "_current", Ranks(0, size))
+    with pytest.raises(BackendError, match=said):
+        runtime._cut_networks(wanted, "cpu", mode)
+    assert runtime.tensor_parallel() == 1
