@@ -24,7 +24,7 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend
-from ms_pangu_quant.backends.cut import Meeting, set_column_loader
+from ms_pangu_quant.backends.cut import Meeting, ranks_of, set_column_loader
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
 EXACT_INPUTS_W4 = 16384  # 128 * 8 * 16384 = 2^24
@@ -231,10 +231,7 @@ class W8A8DynamicLinear(A8W8DynamicLinearMethod):
     def __init__(self, quant_config):
         super().__init__(quant_config)
         self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
-
-    def create_weights(self, layer, *arguments, **keywords):
-        self.meeting = Meeting(layer)
-        return super().create_weights(layer, *arguments, **keywords)
+        self.meeting = Meeting()
 
     def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
         inputs = self.input_size_per_partition
@@ -260,10 +257,7 @@ class W8A8StaticLinear(A8W8LinearMethod):
     def __init__(self, quant_config):
         super().__init__(quant_config)
         self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
-
-    def create_weights(self, layer, *arguments, **keywords):
-        self.meeting = Meeting(layer)
-        return super().create_weights(layer, *arguments, **keywords)
+        self.meeting = Meeting()
 
     def apply(self, layer, x, weight=None, bias=None):
         return self.scaled(self.meeting.total(self.sums(layer, x)), layer, bias)
@@ -295,16 +289,16 @@ class W4A8DynamicLinear(LinearMethodBase):
     def __init__(self, quant_config):
         self.group_size = int(quant_config.full_config.get("group_size") or 0)
         self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
+        self.meeting = Meeting()
         self.multiply_groups, self.outer_groups = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         byte = np.arange(256)
         self.codes_of_byte = Tensor(np.stack([byte % 16 - 8, byte // 16 - 8], axis=1).astype(np.float32))
 
     def create_weights(self, layer, input_size_per_partition, output_partition_sizes, params_dtype, **extra_weight_attrs):
         outputs = sum(output_partition_sizes)
-        self.meeting = Meeting(layer)
         self.input_size_per_partition, self.output_size_per_partition = input_size_per_partition, outputs
         self.groups = input_size_per_partition // self.group_size if self.group_size else 1
-        self.whole = self.groups * (self.meeting.size if self.group_size else 1) == 1  # one scale for each output channel
+        self.whole = self.groups * (ranks_of(layer) if self.group_size else 1) == 1  # one scale for each output channel
         # Rows of weight.reshape(out * groups, -1), groups first.
         self.by_group = Tensor(np.arange(outputs * self.groups, dtype=np.int32).reshape(outputs, self.groups).T)
         weight = Parameter(

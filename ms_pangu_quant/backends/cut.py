@@ -14,14 +14,26 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindformers.parallel_core.inference.tensor_parallel.layers import RowParallelLinear
-from mindspore import Parameter, ops
+from mindspore import Parameter, nn, ops
+
+
+def ranks_of(layer: Any) -> int:
+    """Ranks that each have a part of the layer's inputs."""
+    return layer.tp_group.size if isinstance(layer, RowParallelLinear) else 1
+
+
+def let_ranks_meet(network: nn.Cell) -> None:
+    """Give the layers of a network that has been built, and whose linear methods can use it, a meeting of their own."""
+    for _, layer in network.cells_and_names():
+        if ranks_of(layer) > 1 and hasattr(layer.quant_method, "meeting"):
+            layer.quant_method.meeting = Meeting(layer)
 
 
 class Meeting:
     """Where the ranks of a layer meet; of a layer that has all its inputs, nothing happens."""
 
-    def __init__(self, layer: Any) -> None:
-        self.size = layer.tp_group.size if isinstance(layer, RowParallelLinear) else 1
+    def __init__(self, layer: Any = None) -> None:
+        self.size = ranks_of(layer)
         if self.size > 1:
             layer.delay_allreduce = True  # MindFormers would add up what has been scaled
             self.gather, self.reduce = (kind(group=layer.tp_group.group) for kind in (ops.AllGather, ops.AllReduce))
