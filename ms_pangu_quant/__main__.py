@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
-from ms_pangu_quant.network import runtime
+from ms_pangu_quant.network import ranks, runtime
 
 _STOPS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 
@@ -24,6 +24,9 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     """Do one command, arguments as on the command line, and exit with its code."""
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)  # threads and child processes inherit it
     threading.Thread(target=_wait, daemon=True).start()
+    if os.environ.get(ranks.ROLE) == "MS_SCHED":
+        runtime.schedule()
+        sys.exit(0)
     from ms_pangu_quant.cli import main
 
     sys.exit(main(arguments))

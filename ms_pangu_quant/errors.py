@@ -18,6 +18,8 @@ class PanguQuantError(Exception):
     and what is longer than any path is cut in its middle.
     """
 
+    exit_code = 2
+
     def __init__(self, message: str) -> None:
         line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(message.split()))
         super().__init__(re.sub(rf"\S{{{_LONGEST},}}", lambda found: f"{found[0][:200]}...{found[0][-100:]}", line))
@@ -41,6 +43,12 @@ class OutputError(PanguQuantError):
 
 class BackendError(PanguQuantError):
     """This machine or this installation cannot run what was asked for."""
+
+
+class RankLostError(PanguQuantError):
+    """Another process of the job has ended, so that this one cannot go on. Its own error says what to mend."""
+
+    exit_code = 1
 
 
 class RequestError(PanguQuantError):

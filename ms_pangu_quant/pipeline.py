@@ -3,13 +3,21 @@
 The loop in quantize() is the whole method. Each block is looked at with the hidden states that the blocks before it,
 already quantized, produce; so every block's statistics are those it will meet when it is served, and its error is measured
 against what the float block would have made of the same input.
+
+Started by msrun, every rank runs this loop, on its share of the calibration sequences. What the ranks know of a block's
+inputs is merged, so that all transform it alike; each rounds some layers and hands them to the others; rank 0 writes.
+Different blocks cannot be rounded at the same time: the statistics of one come from those before it, rounded. In a process
+that is alone, each of these steps is nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import math
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.share import owners, rounding_cost, share_of
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -30,6 +39,7 @@ from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, read_block
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.network.ranks import ALONE, Ranks
 from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
@@ -85,50 +95,59 @@ def quantize(
     """
     check_data(reader.config, recipe, data)
     reader = recipe.rewritten(reader)
-    config, plan = reader.config, recipe.plan(reader.config)
+    config, plan, ranks = reader.config, recipe.plan(reader.config), runtime.job()
     described = stored_as.metadata(config, planned_kinds(plan), plan.group_size)
     fingerprint = {
         "checkpoint": checkpoint_hash(reader, on_bytes),
         "recipe": recipe.digest,
         "calibration data": data.sha256 if data else "none",
         "version of ms_pangu_quant": version("ms_pangu_quant"),
+        **({"number of ranks": str(ranks.size)} if ranks.size > 1 else {}),  # on which the order of sums depends
     }
     if recipe.assignment and recipe.assignment.checkpoint != fingerprint["checkpoint"]:
         raise RecipeError(
             f"{recipe.where}: the sensitivities are of another checkpoint; measure those of {reader.directory}"
         )
+    for what, value in fingerprint.items():
+        ranks.agree(what, value)
     begun_with = {**fingerprint, "format": stored_as.NAME}  # not in the report: an export makes the same one
-    with QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) as writer:
-        runner, hidden = _begin_stream(reader, data)
-        floats = _FloatModel(reader, data) if data and recipe.quantizer.needs_drift else None
-        start = writer.finished
+    opened = QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) if ranks.is_first else None
+    with opened or nullcontext() as writer:  # None where another rank writes
+        runner, hidden = _begin_stream(reader, data, ranks)
+        floats = _FloatModel(reader, data, ranks) if data and recipe.quantizer.needs_drift else None
+        reports = ranks.from_first(lambda: [BlockReport(**record) for record in writer.reports])
+        start = len(reports)
         for index in range(start):
-            on_block(BlockReport(**writer.reports[index]))
-            hidden = _replay(writer, stored_as, plan, config, index, runner, hidden)
+            on_block(reports[index])
+            hidden = _replay(writer, stored_as, plan, config, index, runner, hidden, ranks)
             if floats:
                 floats.advance(reader.block(index))
         for index in range(start, config.num_hidden_layers):
             block = reader.block(index)
-            stats, target = _observe(runner, block, hidden, recipe, index)
+            stats, target = _observe(runner, block, hidden, recipe, index, ranks)
             for transform in recipe.transforms:
                 block, stats = transform(block, stats, plan.of_block(index))
-            see = _served_input(runner, hidden, floats, recipe, index) if floats else _taken_from(stats)
-            block, linears, weight_error = _round_block(block, plan, recipe, see, index)
+            see = _served_input(runner, hidden, floats, recipe, index, ranks) if floats else _taken_from(stats)
+            block, linears, weight_error = _round_block(block, plan, recipe, see, index, ranks)
             if floats:
                 target = floats.advance(reader.block(index))
-            hidden, output_error = _advance(runner, block, linears, hidden, target)
+            hidden, output_error = _advance(runner, block, linears, hidden, target, ranks)
             notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
-            report = BlockReport(index, output_error, weight_error, notes)
-            writer.write_block(_stored_tensors(reader, stored_as, index, block, linears), asdict(report))
-            on_block(report)
-        reports = tuple(BlockReport(**record) for record in writer.reports)
-        files = {
-            **described,
-            REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, reports, writer.hashes()),
-        }
-        outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
-        after = writer.finish(outer, reader.directory, files)
-    return QuantizeResult(output, reports, reader.bytes, after, start)
+            reports.append(BlockReport(index, output_error, weight_error, notes))
+            if writer:
+                writer.write_block(_stored_tensors(reader, stored_as, index, block, linears), asdict(reports[-1]))
+            on_block(reports[-1])
+
+        def finish() -> int:
+            files = {
+                **described,
+                REPORT_FILE: _report(reader, fingerprint, recipe, plan, data, tuple(reports), writer.hashes()),
+            }
+            outer = {name: reader.files.entries[name] for name in layout.outer_shapes(config)}
+            return writer.finish(outer, reader.directory, files)
+
+        after = ranks.from_first(finish)
+    return QuantizeResult(output, tuple(reports), reader.bytes, after, start)
 
 
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:
@@ -145,31 +164,37 @@ def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> N
         )
 
 
-def _begin_stream(reader: CheckpointReader, data: TokenData | None) -> tuple[BlockRunner | None, Hidden | None]:
-    """The block runner and the embeddings of the calibration tokens; nothing without data."""
+def _begin_stream(
+    reader: CheckpointReader, data: TokenData | None, ranks: Ranks
+) -> tuple[BlockRunner | None, Hidden | None]:
+    """The block runner and the embeddings of this rank's calibration tokens; nothing without data."""
     if data is None:
         return None, None
     runtime.ensure_started()
     from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 
-    lengths = [len(sequence) for sequence in data.sequences]
-    states = embedding_rows(reader.files, np.concatenate(data.sequences))
-    return BlockRunner(reader.config, lengths), Hidden(states, lengths)
+    share = share_of([len(sequence) for sequence in data.sequences], ranks.rank, ranks.size)
+    sequences = data.sequences[share.begin : share.end]
+    lengths = [len(sequence) for sequence in sequences]
+    states = embedding_rows(reader.files, np.concatenate(sequences))
+    return BlockRunner(reader.config, lengths, share.first_row), Hidden(states, lengths)
 
 
 def _observe(
-    runner: BlockRunner | None, block: Block, hidden: Hidden | None, recipe: Recipe, index: int
+    runner: BlockRunner | None, block: Block, hidden: Hidden | None, recipe: Recipe, index: int, ranks: Ranks
 ) -> tuple[dict[str, InputStats], NDArray[np.float32] | None]:
+    """Statistics of what all ranks saw, and the float outputs of what this one did."""
     if runner is None or hidden is None:
         return {}, None
-    return runner.observe(block, hidden, gram=recipe.needs_gram, rows=recipe.needs_rows, where=f"block {index}")
+    seen, target = runner.observe(block, hidden, gram=recipe.needs_gram, rows=recipe.needs_rows, where=f"block {index}")
+    return {name: ranks.fold(seen.pop(name), InputStats.merge) for name in layout.INPUT_NAMES}, target
 
 
 class _FloatModel:
     """The float model on the calibration data, one block behind another, beside the quantized stream."""
 
-    def __init__(self, reader: CheckpointReader, data: TokenData) -> None:
-        self.runner, self.hidden = _begin_stream(reader, data)
+    def __init__(self, reader: CheckpointReader, data: TokenData, ranks: Ranks) -> None:
+        self.runner, self.hidden = _begin_stream(reader, data, ranks)
 
     def advance(self, block: Block) -> NDArray[np.float32]:
         """Hidden states after the block [tokens, hidden]."""
@@ -186,41 +211,68 @@ def _taken_from(stats: dict[str, InputStats]) -> _SeeInput:
     return lambda name, block, linears: stats.pop(name, None)
 
 
-def _served_input(runner: BlockRunner, hidden: Hidden, floats: _FloatModel, recipe: Recipe, index: int) -> _SeeInput:
+def _served_input(
+    runner: BlockRunner, hidden: Hidden, floats: _FloatModel, recipe: Recipe, index: int, ranks: Ranks
+) -> _SeeInput:
     """Statistics of the input as the layers rounded so far make it, beside the float model's."""
-    return lambda name, block, linears: runner.observe_input(
-        name,
-        block,
-        linears,
-        hidden,
-        floats.runner,
-        floats.hidden,
-        rows=recipe.activation_range.needs_rows,
-        where=f"block {index}",
-    )
+
+    def see(name: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> InputStats:
+        rows, where = recipe.activation_range.needs_rows, f"block {index}"
+        seen = runner.observe_input(name, block, linears, hidden, floats.runner, floats.hidden, rows=rows, where=where)
+        return ranks.fold(seen, InputStats.merge)
+
+    return see
 
 
 def _round_block(
-    block: Block, plan: Plan, recipe: Recipe, see: _SeeInput, index: int
+    block: Block, plan: Plan, recipe: Recipe, see: _SeeInput, index: int, ranks: Ranks
 ) -> tuple[Block, dict[str, QuantizedLinear], dict[str, float]]:
     """Round the planned layers, input after input; the returned block no longer holds their float weights."""
     linears: dict[str, QuantizedLinear] = {}
     error = {}
-    for input_name in layout.INPUT_NAMES:
-        schemes = {site: plan.scheme(index, site) for site in layout.sites_reading(input_name)}
-        seen = see(input_name, block, linears) if any(schemes.values()) else None
-        for site, scheme in schemes.items():
-            if scheme is None:
-                continue
+    for input_names in _together(recipe):
+        done: dict[str, tuple[QuantizedLinear, float]] = {}
+        for site, scheme, seen in _mine(input_names, block, plan, recipe, see, index, linears, ranks):
             quantized = recipe.quantizer(block.weight(site), scheme.weight, seen)
-            linears[site.name] = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen, recipe))
-            error[site.name] = relative_weight_error(quantized, block.weight(site))
+            linear = QuantizedLinear(scheme.kind, quantized, _input_scale(scheme, seen, recipe))
+            done[site.name] = linear, relative_weight_error(quantized, block.weight(site))
+        done = ranks.fold(done, operator.or_)
+        for site in (site for name in input_names for site in layout.sites_reading(name) if site.name in done):
+            linears[site.name], error[site.name] = done[site.name]
     rounded = {f"{name}.weight" for name in linears}
     return (
         Block(block.config, {name: value for name, value in block.tensors.items() if name not in rounded}),
         linears,
         error,
     )
+
+
+def _together(recipe: Recipe) -> list[tuple[str, ...]]:
+    """The inputs whose layers ranks may round at the same time: all, or one by one where an input is looked at as the
+    rounded layers before it make it."""
+    return [(name,) for name in layout.INPUT_NAMES] if recipe.quantizer.needs_drift else [tuple(layout.INPUT_NAMES)]
+
+
+def _mine(
+    input_names: tuple[str, ...],
+    block: Block,
+    plan: Plan,
+    recipe: Recipe,
+    see: _SeeInput,
+    index: int,
+    linears: Mapping[str, QuantizedLinear],
+    ranks: Ranks,
+) -> Iterator[tuple[layout.LinearSite, QuantScheme, InputStats | None]]:
+    """The layers this rank rounds, with the statistics of their input."""
+    planned = {name: [site for site in layout.sites_reading(name) if plan.scheme(index, site)] for name in input_names}
+    gram = recipe.quantizer.needs_gram
+    owner = owners(
+        {site.name: rounding_cost(*block.weight(site).shape, gram=gram) for sites in planned.values() for site in sites},
+        ranks.size,
+    )
+    for name, sites in planned.items():
+        seen = see(name, block, linears) if sites else None  # on every rank: it may take all of them
+        yield from ((site, plan.scheme(index, site), seen) for site in sites if owner[site.name] == ranks.rank)
 
 
 def _input_scale(scheme: QuantScheme, stats: InputStats | None, recipe: Recipe) -> float | None:
@@ -235,27 +287,33 @@ def _advance(
     linears: Mapping[str, QuantizedLinear],
     hidden: Hidden | None,
     target: NDArray[np.float32] | None,
+    ranks: Ranks,
 ) -> tuple[Hidden | None, float | None]:
     if runner is None or hidden is None or target is None:
         return None, None
     hidden = runner.advance(block, linears, hidden)
-    return hidden, relative_error(hidden.states, target)
+    return hidden, relative_error(hidden.states, target, ranks)
 
 
 def _replay(
-    writer: QuantizedWriter,
+    writer: QuantizedWriter | None,
     stored_as: Format,
     plan: Plan,
     config: ModelConfig,
     index: int,
     runner: BlockRunner | None,
     hidden: Hidden | None,
+    ranks: Ranks,
 ) -> Hidden | None:
     """Hidden states after a block that an earlier run wrote."""
     if runner is None or hidden is None:
         return None
-    files = TensorFiles(writer.output, only=writer.block_file(index))
-    block, linears = read_block(stored_as, files, config, planned_kinds(plan), plan.group_size, index)
+
+    def read() -> tuple[Block, dict[str, QuantizedLinear]]:
+        files = TensorFiles(writer.output, only=writer.block_file(index))
+        return read_block(stored_as, files, config, planned_kinds(plan), plan.group_size, index)
+
+    block, linears = ranks.from_first(read)
     return runner.advance(block, linears, hidden)
 
 
@@ -319,10 +377,9 @@ def _report(
     }
 
 
-def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
-    """||value - reference|| / ||reference||, Frobenius; 0 for two zero tensors."""
-    norm = float(np.linalg.norm(reference))
-    difference = float(np.linalg.norm(value - reference))
+def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32], ranks: Ranks = ALONE) -> float:
+    """||value - reference|| / ||reference||, Frobenius, over the rows of all ranks; 0 for two zero tensors."""
+    norm, difference = (math.hypot(*ranks.gather(float(np.linalg.norm(each)))) for each in (reference, value - reference))
     return difference / norm if norm else difference
 
 

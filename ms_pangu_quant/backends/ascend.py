@@ -28,6 +28,7 @@ from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import DynamicQuantExt, GroupedMatmulV4, WeightQuantBatchMatmul
 
 from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.backends.cut import set_column_loader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats import packing
 
@@ -65,6 +66,7 @@ class Int4Linear(LinearMethodBase):
         scale = Parameter(initializer("ones", (outputs, self.groups), ms.float32), name="group_scale", requires_grad=False)
         for name, parameter in (("weight", weight), ("group_scale", scale)):
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
+            set_column_loader(layer, parameter)
             layer.insert_param_to_cell(name, parameter)
 
     def check(self) -> None:

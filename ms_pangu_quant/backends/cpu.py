@@ -24,6 +24,7 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.backends.cut import Meeting, ranks_of, set_column_loader
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
 EXACT_INPUTS_W4 = 16384  # 128 * 8 * 16384 = 2^24
@@ -191,12 +192,14 @@ class CpuGPTModel(GPTModel):
         return output
 
 
-def per_token_codes(x, inputs):
+def per_token_codes(x, inputs, meeting=None):
     """Codes (as float32) [tokens, in] and scales [tokens, 1] of x [tokens, in]: scale = absmax / 127, half to even.
 
+    meeting  of the ranks that hold the other inputs of these tokens.
     A row of zeros gets scale 0 and codes 0; one with a NaN or an infinity gets a NaN code, so its outputs are all NaN.
     """
-    scale = ops.abs(x).max(-1, keepdims=True) / 127.0
+    absmax = ops.abs(x).max(-1, keepdims=True)
+    scale = (absmax if meeting is None else meeting.largest(absmax)) / 127.0
     divisor = ops.tile(ops.maximum(scale, TINY), (1, inputs))
     return ops.Rint()(x / divisor), scale
 
@@ -228,11 +231,21 @@ class W8A8DynamicLinear(A8W8DynamicLinearMethod):
     def __init__(self, quant_config):
         super().__init__(quant_config)
         self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
+        self.meeting = Meeting()
 
     def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
         inputs = self.input_size_per_partition
-        codes, token_scale = per_token_codes(x.reshape((-1, inputs)), inputs)
-        total = exact_product(codes, widened(layer.weight, codes), inputs, EXACT_INPUTS_W8, self.multiply)
+        codes, token_scale = per_token_codes(x.reshape((-1, inputs)), inputs, self.meeting)
+        return self.scaled(self.meeting.total(self.sums(layer, codes)), token_scale, layer, bias)
+
+    def sums(self, layer, codes):
+        """Integer products of this rank's inputs, in float32."""
+        return exact_product(
+            codes, widened(layer.weight, codes), self.input_size_per_partition, EXACT_INPUTS_W8, self.multiply
+        )
+
+    def scaled(self, total, token_scale, layer, bias):
+        bias = self.meeting.bias(layer, bias)
         out = total * self.outer(token_scale, layer.w_scale.astype(ms.float32).reshape((1, -1)))
         return out if bias is None else self.add_bias(out, bias)
 
@@ -244,8 +257,13 @@ class W8A8StaticLinear(A8W8LinearMethod):
     def __init__(self, quant_config):
         super().__init__(quant_config)
         self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
+        self.meeting = Meeting()
 
     def apply(self, layer, x, weight=None, bias=None):
+        return self.scaled(self.meeting.total(self.sums(layer, x)), layer, bias)
+
+    def sums(self, layer, x):
+        """Integer products of this rank's inputs and what is added to them, in float32."""
         inputs = self.input_size_per_partition
         x = x.reshape((-1, inputs))
         ones = ops.ones_like(x[:, :1])
@@ -253,7 +271,11 @@ class W8A8StaticLinear(A8W8LinearMethod):
         codes = ops.clamp(self.add_bias(codes, layer.input_offset.astype(ms.float32)), -128.0, 127.0)
         codes = codes + 0.0 * x  # clamp makes a NaN -128; so a row with a NaN or an infinity becomes NaN
         total = exact_product(codes, widened(layer.weight, codes), inputs, EXACT_INPUTS_W8, self.multiply)
-        out = self.add_bias(total, layer.quant_bias.astype(ms.float32)) * self.outer(ones, layer.deq_scale.reshape((1, -1)))
+        return self.add_bias(total, layer.quant_bias.astype(ms.float32))
+
+    def scaled(self, total, layer, bias):
+        bias = self.meeting.bias(layer, bias)
+        out = total * self.outer(ops.ones_like(total[:, :1]), layer.deq_scale.reshape((1, -1)))
         return out if bias is None else self.add_bias(out, bias)
 
 
@@ -267,6 +289,7 @@ class W4A8DynamicLinear(LinearMethodBase):
     def __init__(self, quant_config):
         self.group_size = int(quant_config.full_config.get("group_size") or 0)
         self.multiply, self.outer, self.add_bias = ops.MatMul(transpose_b=True), ops.MatMul(), ops.BiasAdd()
+        self.meeting = Meeting()
         self.multiply_groups, self.outer_groups = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
         byte = np.arange(256)
         self.codes_of_byte = Tensor(np.stack([byte % 16 - 8, byte // 16 - 8], axis=1).astype(np.float32))
@@ -275,6 +298,7 @@ class W4A8DynamicLinear(LinearMethodBase):
         outputs = sum(output_partition_sizes)
         self.input_size_per_partition, self.output_size_per_partition = input_size_per_partition, outputs
         self.groups = input_size_per_partition // self.group_size if self.group_size else 1
+        self.whole = self.groups * (ranks_of(layer) if self.group_size else 1) == 1  # one scale for each output channel
         # Rows of weight.reshape(out * groups, -1), groups first.
         self.by_group = Tensor(np.arange(outputs * self.groups, dtype=np.int32).reshape(outputs, self.groups).T)
         weight = Parameter(
@@ -283,28 +307,39 @@ class W4A8DynamicLinear(LinearMethodBase):
         scale = Parameter(initializer("ones", (outputs, self.groups), ms.float32), name="group_scale", requires_grad=False)
         for name, parameter in (("weight", weight), ("group_scale", scale)):
             set_weight_attrs(parameter, {"input_dim": 1, "output_dim": 0, **extra_weight_attrs})
+            set_column_loader(layer, parameter)
             layer.insert_param_to_cell(name, parameter)
 
     def _unpack(self, packed):
         return ops.gather(self.codes_of_byte, packed.astype(ms.int32), 0)
 
     def apply(self, layer, x, weight=None, bias=None):
+        inputs = self.input_size_per_partition
+        codes, token_scale = per_token_codes(x.reshape((-1, inputs)), inputs, self.meeting)
+        return self.scaled(self.meeting.total(self.sums(layer, codes)), token_scale, layer, bias)
+
+    def sums(self, layer, codes):
+        """Of this rank's inputs, in float32: integer products, or with groups their sum, each group's times its scale."""
         inputs, outputs, groups = self.input_size_per_partition, self.output_size_per_partition, self.groups
-        codes, token_scale = per_token_codes(x.reshape((-1, inputs)), inputs)
-        if groups == 1:
+        if self.whole:
             codes_w = self._unpack(ops.depend(layer.weight, codes)).reshape((outputs, inputs))
-            total = exact_product(codes, codes_w, inputs, EXACT_INPUTS_W4, self.multiply)
-            out = total * self.outer(token_scale, layer.group_scale.reshape((1, outputs)))
+            return exact_product(codes, codes_w, inputs, EXACT_INPUTS_W4, self.multiply)
+        size = inputs // groups
+        packed = ops.depend(layer.weight, codes).reshape((outputs * groups, size // 2))
+        packed = ops.gather(packed, self.by_group, 0)
+        codes_w = self._unpack(packed).reshape((groups, outputs, size))
+        row = ops.arange(codes.shape[0]) * groups + ops.arange(groups).expand_dims(1)  # [groups, tokens]
+        total = self.multiply_groups(ops.gather(codes.reshape((-1, size)), row, 0), codes_w)  # [groups, tokens, out]
+        scale = layer.group_scale.transpose((1, 0)).expand_dims(1)  # [groups, 1, out]
+        scale = self.outer_groups(ops.ones_like(total[:, :, :1]), scale)  # a broadcast is slower
+        return (total * scale).sum(0)
+
+    def scaled(self, total, token_scale, layer, bias):
+        bias = self.meeting.bias(layer, bias)
+        if self.whole:
+            out = total * self.outer(token_scale, layer.group_scale.reshape((1, -1)))
         else:
-            size = inputs // groups
-            packed = ops.depend(layer.weight, codes).reshape((outputs * groups, size // 2))
-            packed = ops.gather(packed, self.by_group, 0)
-            codes_w = self._unpack(packed).reshape((groups, outputs, size))
-            row = ops.arange(codes.shape[0]) * groups + ops.arange(groups).expand_dims(1)  # [groups, tokens]
-            total = self.multiply_groups(ops.gather(codes.reshape((-1, size)), row, 0), codes_w)  # [groups, tokens, out]
-            scale = layer.group_scale.transpose((1, 0)).expand_dims(1)  # [groups, 1, out]
-            scale = self.outer_groups(ops.ones_like(total[:, :, :1]), scale)  # a broadcast is slower
-            out = (total * scale).sum(0) * ops.tile(token_scale, (1, outputs))
+            out = total * ops.tile(token_scale, (1, self.output_size_per_partition))
         return out if bias is None else self.add_bias(out, bias)
 
 

@@ -135,6 +135,11 @@ def _prepare(method, layer, name: str) -> None:
     layer.weight.set_data(ms.from_numpy(np.empty(layer.weight.shape, ms.dtype_to_nptype(layer.weight.dtype))))
     method.kernel = operator(kernels(), name)
     method.no_bias = Tensor(np.zeros(1, np.float32))
+    # For a layer cut over ranks, whose token scales and sums need the other ranks: codes go in and sums come out.
+    method.code_kernel = operator(kernels(), "PanguW4A8Codes" if "W4" in name else "PanguW8A8Static")
+    inputs, outputs = method.input_size_per_partition, method.output_size_per_partition
+    method.no_factor, method.no_offset = Tensor(np.ones(inputs, np.float32)), Tensor(np.zeros(inputs, np.int8))
+    method.no_scale, method.no_sum = Tensor(np.ones((outputs, 1), np.float32)), Tensor(np.zeros(outputs, np.int32))
 
 
 class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
@@ -148,8 +153,14 @@ class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
         kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, outputs, inputs)
 
     def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
+        if self.meeting.size > 1:
+            return super().apply(layer, x, weight, bias)
         x = x.reshape((-1, self.input_size_per_partition))
         return self.kernel(x, layer.weight, layer.w_scale, self.no_bias if bias is None else bias)
+
+    def sums(self, layer, codes):
+        one, zero = self.no_scale.reshape(-1), self.no_sum
+        return self.code_kernel(codes, layer.weight, one, self.no_factor, self.no_offset, zero, self.no_bias)
 
 
 class W8A8StaticLinear(cpu.W8A8StaticLinear):
@@ -163,14 +174,22 @@ class W8A8StaticLinear(cpu.W8A8StaticLinear):
         kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, outputs, inputs)
 
     def apply(self, layer, x, weight=None, bias=None):
+        if self.meeting.size > 1:
+            return super().apply(layer, x, weight, bias)
+        return self._computed(layer, x, layer.deq_scale, self.no_bias if bias is None else bias)
+
+    def sums(self, layer, x):
+        return self._computed(layer, x, self.no_scale.reshape(-1), self.no_bias)
+
+    def _computed(self, layer, x, scale, bias):
         return self.kernel(
             x.reshape((-1, self.input_size_per_partition)),
             layer.weight,
-            layer.deq_scale,
+            scale,
             layer.input_scale,
             layer.input_offset,
             layer.quant_bias,
-            self.no_bias if bias is None else bias,
+            bias,
         )
 
 
@@ -186,8 +205,14 @@ class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
         functions.pangu_pack_scale(layer.group_scale.asnumpy().ctypes.data, outputs, self.groups)
 
     def apply(self, layer, x, weight=None, bias=None):
+        if self.meeting.size > 1:
+            return super().apply(layer, x, weight, bias)
         x = x.reshape((-1, self.input_size_per_partition))
         return self.kernel(x, layer.weight, layer.group_scale, self.no_bias if bias is None else bias)
+
+    def sums(self, layer, codes):
+        scale = self.no_scale if self.whole else layer.group_scale
+        return self.code_kernel(codes, layer.weight, scale, self.no_factor, self.no_offset)
 
 
 def _rope(**arguments):

@@ -15,6 +15,7 @@ from mindformers.parallel_core.inference.tensor_parallel.layers import Unquantiz
 from mindformers.parallel_core.inference.weights_utils import set_weight_attrs
 from mindspore import Parameter, nn, ops
 from mindspore.common.initializer import initializer
+from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import CpuGPTModel
 from ms_pangu_quant.backends.cpu_kernels.library import Library
@@ -28,7 +29,7 @@ class WordEmbeddings(nn.Cell):
         self.weight = Parameter(
             initializer("zeros", (vocab_size, hidden_size), ms.float32), name="weight", requires_grad=False
         )
-        self.narrow = False
+        self.narrow, self.rows, self.vocab_size = False, slice(None), vocab_size
         self.gather, self.kernel = ops.Gather(), operator(library, "PanguEmbedding")
 
     def construct(self, token_ids):
@@ -67,7 +68,9 @@ class TableGPTModel(CpuGPTModel):
             self.embedding = Embedding(library, self.vocab_size, self.config.hidden_size)
         tables = [self.embedding.word_embeddings] if pre_process else []
         if self.post_process:
-            self.output_layer.narrow = False
+            self.output_layer.narrow, self.output_layer.vocab_size = False, self.vocab_size
+            rows, rank = self.output_layer.output_size_per_partition, self.tp_rank
+            self.output_layer.rows = slice(rank * rows, (rank + 1) * rows)
             self.output_layer.quant_method = HeadMethod(library)
             tables.append(self.output_layer)
         if share_embeddings_and_output_weights:
@@ -84,16 +87,27 @@ def _set_loader(cells: Sequence[Any]) -> None:
 
 
 def _load(cells: Sequence[Any], old: Parameter, stored: Any) -> None:
-    """stored: an array, or a slice of a file, [vocab, hidden]; an array is used as it is, without a copy."""
+    """stored: an array, or a slice of a file, [vocab, hidden]; an array is used as it is, without a copy.
+
+    A cell that computes some rows of it, the head of one rank among several, has a copy of them.
+    """
     values = stored[:]
-    if tuple(values.shape) != tuple(old.shape):
-        raise CheckpointError(f"{old.name}: got {list(values.shape)}, the network wants {list(old.shape)}")
+    wanted = (cells[0].vocab_size, old.shape[1])
+    if tuple(values.shape) != wanted:
+        raise CheckpointError(f"{old.name}: got {list(values.shape)}, the network wants {list(wanted)}")
     narrow = str(values.dtype) == "bfloat16"
     values = values.view(np.uint16) if narrow else np.ascontiguousarray(values, np.float32)
-    dtype = ms.uint16 if narrow else ms.float32
-    table = Parameter(initializer("zeros", old.shape, dtype), name=old.name, requires_grad=False)
-    table.set_data(ms.from_numpy(values))
+    whole = _table(old.name, values)
     for cell in cells:
-        cell.weight, cell.narrow = table, narrow
-        cell.stored = values  # MindSpore points into it
+        part = values[cell.rows]
+        cell.weight = whole if len(part) == len(values) else _table("output_layer.weight", part.copy())
+        cell.narrow = narrow
     _set_loader(cells)
+
+
+def _table(name: str, values: NDArray[Any]) -> Parameter:
+    dtype = ms.uint16 if values.dtype == np.uint16 else ms.float32
+    table = Parameter(initializer("zeros", values.shape, dtype), name=name, requires_grad=False)
+    table.set_data(ms.from_numpy(values))
+    table.stored = values  # MindSpore points into it
+    return table

@@ -133,10 +133,11 @@ class StatsBuilder:
     four of them. Products of a piece are float32, their sum over pieces float64.
     """
 
-    def __init__(self, *, gram: bool, rows: int, where: str) -> None:
+    def __init__(self, *, gram: bool, rows: int, where: str, start: int = 0) -> None:
+        """start: place of the first row in the calibration data."""
         self._wants_gram, self._rows, self._where = gram, rows, where
         self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
-        self._seen = 0
+        self._seen = start
         self._total: InputStats | None = None
         self._gram: NDArray[np.float64] | None = None
         self._drift: NDArray[np.float64] | None = None

@@ -126,11 +126,17 @@ class BlockCell(nn.Cell):
 
 
 class BlockRunner:
-    """Runs float and quantized blocks of one checkpoint in the mode the process was started in."""
+    """Runs float and quantized blocks of one checkpoint in the mode the process was started in.
 
-    def __init__(self, config: ModelConfig, lengths: Sequence[int], *, also: Sequence[Sequence[int]] = ()) -> None:
-        """lengths, also: those of every Hidden that it will run, or of a longer one that begins with the same."""
-        self._config = config
+    lengths    tokens of each sequence it will be given.
+    also       those of every other Hidden that it will run, or of a longer one that begins with the same.
+    first_row  place of the first token in the calibration data, of which these sequences may be a part.
+    """
+
+    def __init__(
+        self, config: ModelConfig, lengths: Sequence[int], first_row: int = 0, *, also: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self._config, self._first_row = config, first_row
         self._max_tokens = self._batch_tokens()
         self._blocks = max(
             sum(blocks_for(length, BLOCK_SIZE) for length in batch)
@@ -144,7 +150,7 @@ class BlockRunner:
         self, block: Block, hidden: Hidden, *, gram: bool, rows: int, where: str
     ) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
         """Float outputs [tokens, hidden] of the block and the statistics of its linear layers' inputs."""
-        builders = {name: StatsBuilder(gram=gram, rows=rows, where=f"{where}: {name}") for name in layout.INPUT_NAMES}
+        builders = {name: self._builder(gram, rows, f"{where}: {name}") for name in layout.INPUT_NAMES}
         output = np.empty_like(hidden.states)
         for place, (states, *inputs) in self._run(block, {}, hidden):
             output[place] = states.asnumpy()
@@ -170,12 +176,15 @@ class BlockRunner:
                 float model's hidden states, at the same time.
         """
         place = layout.INPUT_NAMES.index(input_name)
-        builder = StatsBuilder(gram=True, rows=rows, where=f"{where}: {input_name}")
+        builder = self._builder(True, rows, f"{where}: {input_name}")
         served = self._run(block, linears, hidden, until=place)
         reference = floats._run(block, {}, float_hidden, until=place)
         for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
             builder.add(x.asnumpy(), y.asnumpy())
         return builder.finish()
+
+    def _builder(self, gram: bool, rows: int, where: str) -> StatsBuilder:
+        return StatsBuilder(gram=gram, rows=rows, where=where, start=self._first_row)
 
     def advance(
         self,

@@ -1,7 +1,7 @@
 """The command line, pangu-quant: one file for each command, gathered here.
 
 Results go to the standard output, progress and errors to the standard error. Exit codes: 0 done, 2 something the user can
-mend (one line says what), 130 interrupted, 143 terminated.
+mend (one line says what), 1 another process of the job has ended, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(args=None if arguments is None else list(arguments), standalone_mode=False)
     except PanguQuantError as error:
         err.print(f"pangu-quant: error: {error}", style="red", markup=False, soft_wrap=True)
-        return 2
+        return error.exit_code
     except BrokenPipeError:
         return 1
     except Exception as error:

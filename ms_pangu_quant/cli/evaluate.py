@@ -37,6 +37,7 @@ from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits
 from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.network import ranks, runtime
 
 RESULTS_FILE, SUMMARY_FILE, RUN_FILE = "results.jsonl", "summary.json", "run.json"
 
@@ -73,6 +74,9 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Makes draws repeatable.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers under way at a time; does not change them.")] = 16,
     as_json: AsJson = False,
+    tensor_parallel: Annotated[
+        int, typer.Option(min=1, help="Under msrun, ranks that hold one model together; by default each holds its own.")
+    ] = 1,
     device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
@@ -89,6 +93,8 @@ def evaluate_command(
         raise RequestError("evaluate: give one of --samples-only and --score-only")
     if samples is not None and not score_only:
         raise RequestError("evaluate: --samples goes with --score-only; a run's own samples are in its --output")
+    if score_only and ranks.in_job():
+        raise RequestError("evaluate: --score-only is the work of one process; start it without msrun")
     if score_only and directory is not None:
         raise RequestError(f"evaluate: --score-only needs no model; leave out {directory}")
     if not score_only:
@@ -97,7 +103,9 @@ def evaluate_command(
         settings = run.Settings(max_new_tokens, n, temperature, top_p, top_k, seed)
         wanted = _modes(modes)
         prompts = _prompts(prompt, chosen)
-        _generate(directory, chosen, wanted, prompts, settings, limit, output, batch_size, device, verbose)
+        _generate(directory, chosen, wanted, prompts, settings, limit, output, batch_size, tensor_parallel, device, verbose)
+    if not ranks.current().is_first:
+        return  # rank 0 scores and reports for all
     if not samples_only:
         limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=3.0 * cpu_seconds)
         _score(chosen, samples or output / run.SAMPLES_FILE, output, sandbox, limits, workers, as_json)
@@ -150,6 +158,7 @@ def _generate(
     limit: int | None,
     output: Path,
     batch_size: int,
+    tensor_parallel: int,
     device: str,
     verbose: bool,
 ) -> None:
@@ -160,18 +169,24 @@ def _generate(
     asked = [
         *run.questions(tasks, modes, prompts, lambda chat, mode: tokenizer.encode_chat(chat, mode=mode), settings, limit)
     ]
+    runtime.start(device, "graph", verbose=verbose, tensor_parallel=tensor_parallel)
+    job = ranks.current()
     provenance = of_checkpoint(directory, device)
+    job.agree("checkpoint", provenance["checkpoint_sha256"])
     config = open_checkpoint(directory).config
     answer_tokens = min(
         max(len(each.token_ids) for each in asked) + settings.max_new_tokens, config.max_position_embeddings
     )
+    cache_tokens = _cache_tokens(config, answer_tokens + 2 * BLOCK_SIZE, min(batch_size, len(asked)))
     model = load(
         directory,
         device,
-        kv_cache_tokens=_cache_tokens(config, answer_tokens + 2 * BLOCK_SIZE, min(batch_size, len(asked))),
+        kv_cache_tokens=min(job.gather(cache_tokens)),  # ranks that hold one model batch alike
+        tensor_parallel=tensor_parallel,
         verbose=verbose,
     )
-    write_json(output / RUN_FILE, provenance)
+    if job.is_first:
+        write_json(output / RUN_FILE, provenance)
     with _generation_progress(len(asked)) as (on_tokens, on_answer):
         run.answer(
             model,
@@ -179,6 +194,8 @@ def _generate(
             output,
             provenance["checkpoint_sha256"],
             settings,
+            ranks=job,
+            tensor_parallel=tensor_parallel,
             max_batch=batch_size,
             on_tokens=on_tokens,
             on_answer=on_answer,

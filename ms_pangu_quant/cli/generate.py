@@ -13,6 +13,7 @@ import typer
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Verbose, err
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.network import ranks
 
 
 def generate_command(
@@ -31,6 +32,9 @@ def generate_command(
     seed: Annotated[int, typer.Option(help="Makes a draw repeatable.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
     as_json: AsJson = False,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(min=1, help="Under msrun, ranks that hold the model together; all by default.")
+    ] = None,
     device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
@@ -46,12 +50,20 @@ def generate_command(
         except ValueError:
             raise RequestError(f"--token-ids: got {token_ids!r}, wanted numbers separated by commas") from None
     needed = max_new_tokens + max(map(len, prompts))  # a character is at least one byte, a token at least one too
-    model = load(directory, device, kv_cache_tokens=max(8192, 2 * needed), verbose=verbose)
+    model = load(
+        directory,
+        device,
+        kv_cache_tokens=max(8192, 2 * needed),
+        tensor_parallel=tensor_parallel or ranks.job_size(),
+        verbose=verbose,
+    )
     started = time.monotonic()
     answers = model.generate(
         prompts, max_new_tokens, mode=mode, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
     )
     seconds = time.monotonic() - started
+    if not ranks.current().is_first:
+        return
     for number, answer in enumerate(answers):
         if as_json:
             print(json.dumps(asdict(answer), ensure_ascii=False))

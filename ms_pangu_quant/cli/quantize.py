@@ -29,6 +29,7 @@ from ms_pangu_quant.cli.inspect import inspection, print_layers
 from ms_pangu_quant.cli.sensitivity import with_budget_spent
 from ms_pangu_quant.estimate import Estimate, estimate
 from ms_pangu_quant.formats.serving import check_served, facts_of
+from ms_pangu_quant.network import ranks, runtime
 from ms_pangu_quant.pipeline import BlockReport, check_data, planned_kinds, quantize
 from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe
 
@@ -95,8 +96,6 @@ def quantize_command(
         _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)
         return
     if data is not None:
-        from ms_pangu_quant.network import runtime
-
         runtime.start("cpu", "graph", verbose=verbose)
     started = time.monotonic()
     with progress_bars() as progress:
@@ -113,6 +112,8 @@ def quantize_command(
             on_block=on_block,
             on_bytes=lambda count: progress.advance(hashing, count),
         )
+    if not ranks.current().is_first:
+        return
     ratio = result.bytes_after / result.bytes_before
     out.print(
         f"{result.output}: {size(result.bytes_before)} -> {size(result.bytes_after)} ({ratio:.0%}), "

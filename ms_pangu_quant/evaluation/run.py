@@ -4,13 +4,18 @@ One stream of requests over all tasks and modes: a batch's slot is filled again 
 thought holds nobody up. Each answer is written when it ends; a run that was stopped goes on with what is missing. A drawn
 answer has its own stream of random numbers, named by task, mode, problem and sample, so that neither the batch size nor
 what was finished before can change it.
+
+Ranks of an msrun job answer a share of the questions each, and write into a file of their own; rank 0 brings all answers
+together. What is left of a job that was stopped is found by the next, with however many ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,14 +23,16 @@ from typing import TYPE_CHECKING, Any
 from ms_pangu_quant.errors import OutputError, RequestError
 from ms_pangu_quant.evaluation.lengths import periodic_tail
 from ms_pangu_quant.evaluation.prompts import Prompt
-from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
+from ms_pangu_quant.evaluation.samples import Journal, Record, line, read_records, write_records
 from ms_pangu_quant.evaluation.tasks import Problem
 from ms_pangu_quant.evaluation.tasks.task import Problems
+from ms_pangu_quant.network.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.model import Generation, Model
 
 SAMPLES_FILE = "samples.jsonl"
+_RANK_FILES = "samples.rank*.jsonl"
 Key = tuple[str, str, str, int]
 
 
@@ -103,34 +110,44 @@ def answer(
     model_id: str,
     settings: Settings,
     *,
+    ranks: Ranks = ALONE,
+    tensor_parallel: int = 1,
     max_batch: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> None:
     """Write the answers into `output`/samples.jsonl, in the questions' order once all are there.
 
-    on_answer  called for each answer, also for those that an earlier run has written.
+    ranks      of this job; every tensor_parallel of them hold one model together and answer the same questions.
+    on_answer  called for each answer of this rank, also for those that an earlier run has written.
     Raises     OutputError where the file has samples of another model, prompt or settings.
     """
     path = output / SAMPLES_FILE
     records = {question.key: question.identity(model_id, settings) for question in asked}
-    with Journal(path) as journal:
-        found, others = _written(path, records, model_id)
-        for _ in found:
+
+    def written() -> tuple[dict[Key, Record], list[Record]]:
+        _bring_together(path)
+        return _written(path, records, model_id)
+
+    found, others = ranks.from_first(written)
+    for _ in found:
+        on_answer()
+    missing = [question for question in asked if question.key not in found]
+    missing = missing[ranks.rank // tensor_parallel :: ranks.size // tensor_parallel]
+    new: dict[Key, Record] = {}
+    own = path if ranks.size == 1 else output / _RANK_FILES.replace("*", str(ranks.rank))
+    with nullcontext() if ranks.rank % tensor_parallel else Journal(own) as journal:
+
+        def add(question: Question, sample: Record) -> None:
+            new[question.key] = {**records[question.key], **sample}
+            if journal:
+                journal.append(new[question.key])
             on_answer()
-        missing = [question for question in asked if question.key not in found]
+
         room = model.config.max_position_embeddings
         for question in (each for each in missing if len(each.token_ids) >= room):
-            found[question.key] = {**records[question.key], **_too_long(question)}
-            journal.append(found[question.key])
-            on_answer()
-        fitting = [question for question in missing if question.key not in found]
-
-        def done(index: int, generation: Generation) -> None:
-            key = fitting[index].key
-            found[key] = {**records[key], **_sample(generation)}
-            journal.append(found[key])
-            on_answer()
+            add(question, _too_long(question))
+        fitting = [question for question in missing if question.key not in new]
 
         model.generate(
             [question.token_ids for question in fitting],
@@ -142,9 +159,26 @@ def answer(
             streams=[question.stream for question in fitting],
             max_batch=max_batch,
             on_tokens=on_tokens,
-            on_done=done,
+            on_done=lambda index, generation: add(fitting[index], _sample(generation)),
         )
-    write_records(path, [*others, *(found[question.key] for question in asked)])
+    found.update(ranks.fold(new, operator.or_))
+    if ranks.is_first:
+        write_records(path, [*others, *(found[question.key] for question in asked)])
+    ranks.meet()
+    if own != path:
+        own.unlink(missing_ok=True)
+
+
+def _bring_together(path: Path) -> None:
+    """Move what the ranks of a job that was stopped have written into the samples file."""
+    with Journal(path) as journal:
+        there = {line(record) for _, record in read_records(path)}
+        for file in sorted(path.parent.glob(_RANK_FILES)):
+            with Journal(file):  # drops a line that was cut short
+                for _, record in read_records(file):
+                    if line(record) not in there:
+                        journal.append(record)
+            file.unlink()
 
 
 def _written(path: Path, wanted: Mapping[Key, Record], model_id: str) -> tuple[dict[Key, Record], list[Record]]:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import RankLostError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
-from ms_pangu_quant.network import runtime
+from ms_pangu_quant.network import ranks, runtime
 
 BLOCK_SIZE = 16
 PREFILL_TOKENS = 512  # longer prompts are prefilled in pieces
@@ -47,6 +48,7 @@ def load(
     *,
     kv_cache_tokens: int = 8192,
     w4a8: str = "auto",
+    tensor_parallel: int = 1,
     verbose: bool = False,
 ) -> Model:
     """Load a Hugging Face openPangu-Embedded or Llama checkpoint, or a directory that pangu-quant wrote.
@@ -56,10 +58,12 @@ def load(
     kv_cache_tokens  tokens that all sequences under way may hold together.
     w4a8             how Ascend computes int4 weights: "grouped" in integers, "weight_only" with float activations, "auto"
                      in integers where the operator takes their groups; the CPU always computes in integers.
+    tensor_parallel  ranks of an msrun job that hold the network together, each a slice of its layers; all of them must
+                     then make the same calls, and all get the same answers.
     Raises           CheckpointError, BackendError.
     """
     reader = open_checkpoint(Path(path))
-    runtime.start(device, mode, verbose=verbose)
+    runtime.start(device, mode, verbose=verbose, tensor_parallel=tensor_parallel)
     return Model(reader, kv_cache_tokens, w4a8)
 
 
@@ -77,6 +81,10 @@ class Model:
         self._tokenizer: Tokenizer | None = None
         self._num_blocks = -(-kv_cache_tokens // BLOCK_SIZE)
         quantized = isinstance(reader, QuantizedReader)
+        self._cut = runtime.tensor_parallel()
+        if self._cut > 1:
+            check_cut(self.config, self._cut, *((reader.kinds, reader.group_size) if quantized else ()))
+        self._compiled: set[str] = set()
         self.network = build_network(
             self.config,
             kinds=reader.kinds if quantized else None,
@@ -90,7 +98,7 @@ class Model:
             self.config.num_hidden_layers,
             self._num_blocks,
             BLOCK_SIZE,
-            self.config.num_key_value_heads,
+            cache_heads(self.config, self._cut),
             self.config.head_dim,
         )
         if runtime.mode() == "graph":
@@ -187,10 +195,18 @@ class Model:
         from ms_pangu_quant.network.batch import packed_inputs
 
         self.network.set_phase(phase)
+        if self._cut == ranks.current().size > 1 and phase not in self._compiled:
+            ranks.current().meet()  # loading takes ranks different times, and MindSpore's collectives do not wait for long
+            self._compiled.add(phase)
         inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
-        out = self.network(ids, *inputs.values(), *(self._caches or ()))
-        return out.asnumpy().reshape(-1, self.config.vocab_size)
+        try:
+            out = self.network(ids, *inputs.values(), *(self._caches or ())).asnumpy()
+        except RuntimeError as error:
+            if self._cut > 1 and any(name in str(error) for name in ("AllReduce", "AllGather")):
+                raise RankLostError(f"the ranks that hold the model did not meet: {str(error).splitlines()[0]}") from None
+            raise
+        return out.reshape(-1, self.config.vocab_size)
 
     def _prompt_ids(self, prompt: Any, mode: str) -> list[int]:
         if isinstance(prompt, str):

@@ -25,6 +25,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, mutable
 
 from ms_pangu_quant.backends import Backend, current_backend
+from ms_pangu_quant.backends.cut import let_ranks_meet
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, ModelConfig
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import open_checkpoint
@@ -181,6 +182,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             pre_process=whole,
             quant_config=quant_config,
         )
+        let_ranks_meet(self.model)
 
     def construct(
         self,

@@ -20,20 +20,24 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 
 from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.network import ranks
 
 DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
 _ADDRESS_SPACE = 3 << 30  # with less, MindSpore fails in its own ways when it allocates; it can hang for ever
 _started: tuple[str, str] | None = None
+_tensor_parallel = 1
 _verbose = False
 _folder: str | None = None  # of the frameworks' logs
 
 
-def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) -> None:
-    """Prepare this process for `device` in `mode`.
+def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, tensor_parallel: int = 1) -> None:
+    """Prepare this process for `device` in `mode`; one that msrun has started joins its job.
 
-    A process keeps its first device; the mode may change between networks. Raises BackendError for an unknown name, when
-    the device is not there and when the process may not allocate what the frameworks need.
+    tensor_parallel  ranks that hold one network together, each a slice of its layers: those numbered from a multiple of it.
+    A process keeps its first device, and its networks their first cut; the mode may change between networks.
+    Raises BackendError for an unknown name, when the device is not there, if the ranks cannot be grouped so, and when the
+    process may not allocate what the frameworks need.
     """
     global _started, _verbose
     _verbose = _verbose or verbose
@@ -70,8 +74,40 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False) ->
 
         build_mf_context({"run_mode": "predict", "use_legacy": False})  # the registry looks up legacy names otherwise
         with _quiet_file_descriptor():
+            ranks.join()
             (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()  # the allocator announces itself when the first operator runs
     _started = (device, mode)
+    _cut_networks(tensor_parallel, device, mode)
+
+
+def _cut_networks(wanted: int, device: str, mode: str) -> None:
+    """Let every network built from now on be cut over groups of `wanted` ranks."""
+    global _tensor_parallel
+    size = ranks.current().size
+    if wanted < 1 or size % wanted:
+        raise BackendError(f"tensor_parallel: got {wanted}, wanted a divisor of the job's {size} ranks")
+    if wanted > 1 and device == "cpu" and (wanted != size or mode == "pynative"):
+        raise BackendError(
+            f"tensor_parallel {wanted} of {size} ranks in {mode} mode: on the CPU MindSpore's collectives work over all "
+            "ranks, in graph mode, or not at all"
+        )
+    if wanted == _tensor_parallel:
+        return
+    if _tensor_parallel > 1:
+        raise BackendError(f"this process cuts its networks over {_tensor_parallel} ranks; start another one for {wanted}")
+    from mindformers.parallel_core.inference import parallel_state
+    from mindspore.communication import GlobalComm
+
+    # Groups of ranks work on their own: to MindFormers they are separate instances, not data parallel ones.
+    parallel_state.initialize_model_parallel(wanted, num_virtual_instance=size // wanted)
+    if device == "cpu":
+        parallel_state.get_tensor_model_parallel_group()._group = GlobalComm.WORLD_COMM_GROUP
+    _tensor_parallel = wanted
+
+
+def tensor_parallel() -> int:
+    """Ranks over which each network is cut."""
+    return _tensor_parallel
 
 
 def ensure_started() -> None:
@@ -80,17 +116,28 @@ def ensure_started() -> None:
         start()
 
 
+def schedule() -> None:
+    """The whole life of the process that msrun starts beside the ranks: it lets them in, and ends with them."""
+    with _interrupt_held():
+        _quiet_environment(verbose=False)
+        import mindspore as ms
+
+    ms.set_device("CPU")
+    from mindspore.communication import init
+
+    init()
+
+
+def job() -> ranks.Ranks:
+    """The job this process belongs to; joins it if msrun has started the process."""
+    if ranks.in_job():
+        ensure_started()
+    return ranks.current()
+
+
 def _import_quietly(verbose: bool) -> None:
     """Import both frameworks with their logs sent to a folder that goes away with the process."""
-    if not verbose:
-        os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
-        os.environ.setdefault("TQDM_DISABLE", "1")  # MindFormers shows a bar for each weight file
-        warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
-    global _folder
-    if "LOCAL_DEFAULT_PATH" not in os.environ:
-        _folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log
-        os.environ["LOCAL_DEFAULT_PATH"] = _folder
-        atexit.register(remove_logs)
+    _quiet_environment(verbose)
     if not verbose:
         # MindFormers warns while it is being imported, through loggers that do not exist before.
         logging.disable(logging.WARNING)
@@ -101,6 +148,19 @@ def _import_quietly(verbose: bool) -> None:
     logging.disable(logging.NOTSET)
     if not verbose:
         get_logger().setLevel(logging.ERROR)
+
+
+def _quiet_environment(verbose: bool) -> None:
+    """What both frameworks read when they are imported."""
+    if not verbose:
+        os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
+        os.environ.setdefault("TQDM_DISABLE", "1")  # MindFormers shows a bar for each weight file
+        warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
+    global _folder
+    if "LOCAL_DEFAULT_PATH" not in os.environ:
+        _folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log
+        os.environ["LOCAL_DEFAULT_PATH"] = _folder
+        atexit.register(remove_logs)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.linear import FLOAT
 from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
 from ms_pangu_quant.formats.reader import QuantizedReader
+from ms_pangu_quant.network import runtime
 
 
 def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend) -> Iterator[tuple[str, ArraySlice]]:
@@ -30,8 +31,9 @@ def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend)
     for name in layout.outer_shapes(reader.config):
         entry = reader.files.entries[name]
         if backend.bfloat16_tables and name != layout.FINAL_NORM and entry.dtype == ml_dtypes.bfloat16:
-            # A few rows of an embedding are used at a time: mapped, only those are in memory.
-            yield name, ArraySlice(_map(entry) if name == layout.EMBEDDING and not tied else entry.read())
+            # A few rows of an embedding are used at a time, and a rank's rows of a head: mapped, only those are in memory.
+            mapped = runtime.tensor_parallel() > 1 or (name == layout.EMBEDDING and not tied)
+            yield name, ArraySlice(_map(entry) if mapped else entry.read())
         else:
             yield name, ArraySlice(reader.files.read_float32(name))
     kernels = library() if backend.bfloat16_tables else None

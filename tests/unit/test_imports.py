@@ -35,7 +35,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("pipeline", "inference", "measure"),
     ("evaluation",),
     ("report",),
-    ("cli", "__main__"),
+    ("cli", "__main__", "msrun"),
 )
 MAY_IMPORT = {
     "mindspore": ("network", "backends", "calibration.stream", "inference"),

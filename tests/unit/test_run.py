@@ -11,12 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ms_pangu_quant.errors import OutputError, RequestError
+from ms_pangu_quant.errors import OutputError, RankLostError, RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.samples import read_records
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.inference.model import Generation
+from tests.unit.linked import at_once, linked
 
 SETTINGS = run.Settings(max_new_tokens=50, samples=2, temperature=1.0, seed=3)
 
@@ -134,3 +135,56 @@ def test_a_sample_tells_thought_from_answer(tmp_path):
 def test_several_greedy_answers_are_refused():
     with pytest.raises(RequestError, match="would all be the same"):
         run.Settings(samples=2)
+
+
+# --- several ranks --------------------------------------------------------------------------------------------------
+
+
+def ranks_answer(job, folder, tensor_parallel=1, left=10**9):
+    """Each rank with a model of its own; one that is killed breaks its links, as a process does. Returns the models."""
+    models = [FakeModel(left) for _ in job]
+
+    def work(rank):
+        try:
+            run.answer(models[rank.rank], asked(), folder, "model", SETTINGS, ranks=rank, tensor_parallel=tensor_parallel)
+        finally:
+            for link in rank.links:
+                link.close()
+
+    return models, at_once(job, work)
+
+
+@pytest.mark.parametrize(("size", "tensor_parallel"), [(2, 1), (5, 1), (2, 2), (4, 2)])
+def test_the_samples_do_not_depend_on_the_number_of_ranks(size, tensor_parallel, tmp_path):
+    run.answer(FakeModel(), asked(), tmp_path / "one", "model", SETTINGS)
+    models, results = ranks_answer(linked(size), tmp_path / "job", tensor_parallel)
+    assert results == [None] * size
+    assert content(tmp_path / "job") == content(tmp_path / "one")
+    assert [path.name for path in (tmp_path / "job").iterdir()] == [run.SAMPLES_FILE]
+    shares = [model.asked for model in models[::tensor_parallel]]
+    assert sum(shares) == len(asked())
+    assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (2, 3), (1, 2), (3, 2, 1)])
+def test_a_stopped_job_goes_on_with_another_number_of_ranks(sizes, tmp_path):
+    run.answer(FakeModel(), asked(), tmp_path / "one", "model", SETTINGS)
+    count = 0
+    for size in sizes[:-1]:
+        models, results = ranks_answer(linked(size), tmp_path / "job", left=3)
+        assert all(isinstance(result, (Killed, RankLostError)) for result in results)
+        count += sum(model.asked for model in models)
+    models, results = ranks_answer(linked(sizes[-1]), tmp_path / "job")
+    assert results == [None] * sizes[-1]
+    assert count + sum(model.asked for model in models) == len(asked())
+    assert content(tmp_path / "job") == content(tmp_path / "one")
+    assert [path.name for path in (tmp_path / "job").iterdir()] == [run.SAMPLES_FILE]
+
+
+def test_a_line_that_a_rank_could_not_finish_is_asked_again(tmp_path):
+    run.answer(FakeModel(), asked(), tmp_path / "one", "model", SETTINGS)
+    ranks_answer(linked(2), tmp_path / "job", left=3)
+    torn = tmp_path / "job" / "samples.rank1.jsonl"
+    torn.write_bytes(torn.read_bytes()[:-20])
+    ranks_answer(linked(2), tmp_path / "job")
+    assert content(tmp_path / "job") == content(tmp_path / "one")

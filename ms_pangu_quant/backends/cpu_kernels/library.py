@@ -1,8 +1,8 @@
 """Builds the C++ kernels with this machine's compiler, once, and loads them.
 
 The library lies in the user's cache under a name made of a hash of its sources, its flags and the compiler, so a new
-version of any of them is a new file. It is compiled in a temporary folder beside it and renamed, so two processes may build
-at once. All instruction sets are in one library; the one that is used is chosen when it is loaded.
+version of any of them is a new file. It is compiled in a temporary folder beside it and renamed when it is whole, by one
+process at a time. All instruction sets are in one library; the one that is used is chosen when it is loaded.
 
 Environment:
   MS_PANGU_QUANT_KERNELS  auto (default): the best path of this CPU; vnni, avx2, portable: that one; off: plain operators.
@@ -14,6 +14,7 @@ Environment:
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -21,6 +22,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,11 +146,25 @@ def build() -> Path:
     if not file.exists():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
-                os.replace(_compile(command, Path(scratch)), file)
+            with _locked(folder):
+                if not file.exists():
+                    with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
+                        os.replace(_compile(command, Path(scratch)), file)
         except OSError as error:
             raise BuildError(f"{folder}: {error.strerror or error}; set MS_PANGU_QUANT_CACHE to another folder.") from None
     return file
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process of a machine compiles while the others, the ranks of a job, wait for its result."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with suppress(OSError):  # a file system without locks: each compiles for itself
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _compile(command: str, scratch: Path) -> Path:

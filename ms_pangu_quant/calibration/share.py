@@ -1,0 +1,40 @@
+"""What each rank of a job does of the work on a block: which calibration sequences it sees, which layers it rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ms_pangu_quant.errors import DataError
+
+
+@dataclass(frozen=True)
+class Share:
+    """sequences of the calibration data from `begin` to `end`; the first of their tokens is token first_row of them all."""
+
+    begin: int
+    end: int
+    first_row: int
+
+
+def share_of(lengths: Sequence[int], rank: int, size: int) -> Share:
+    """Neighbouring sequences, as many for each rank, since they lie in random order. lengths: tokens of every sequence."""
+    if len(lengths) < size:
+        raise DataError(f"calibration data: got {len(lengths)} sequences for {size} ranks, wanted one for each at least")
+    begin, end = (len(lengths) * number // size for number in (rank, rank + 1))
+    return Share(begin, end, sum(lengths[:begin]))
+
+
+def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
+    """Which rank does each task: the dearest first, always to the rank that has the least to do."""
+    load = [0.0] * size
+    owner = {}
+    for name in sorted(costs, key=lambda name: (-costs[name], name)):
+        owner[name] = load.index(min(load))
+        load[owner[name]] += costs[name]
+    return owner
+
+
+def rounding_cost(outputs: int, inputs: int, *, gram: bool) -> float:
+    """Roughly the multiplications of rounding a weight [outputs, inputs]; with a gram it is factorised first."""
+    return inputs**3 / 3 + outputs * inputs**2 if gram else float(outputs * inputs)

@@ -1,0 +1,50 @@
+"""Whether a model can be cut over ranks: MindFormers gives each whole heads, and equal parts of MLP and vocabulary.
+
+q, k, v, gate and up are cut along their outputs, o_proj and down_proj along their inputs. Each output channel keeps its
+scales; an input cut must fall between int4 groups, and between the bytes that hold two inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import BackendError
+
+CUT_ALONG_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def check_cut(config: ModelConfig, ranks: int, kinds: Mapping[str, str] | None = None, group_size: int = 0) -> None:
+    """Raises BackendError naming what `ranks` ranks cannot share.
+
+    kinds       "model.layers.0.self_attn.q_proj.weight" -> quantization kind; None for a float model.
+    group_size  inputs per int4 weight scale; 0 means one scale per output channel.
+    """
+    whole = {
+        "num_attention_heads": config.num_attention_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    for name, count in whole.items():
+        if count % ranks:
+            raise BackendError(f"tensor_parallel {ranks}: {name} is {count}, wanted a multiple of it; use fewer ranks")
+    heads = config.num_key_value_heads
+    if heads % ranks and ranks % heads:  # more ranks than key heads have copies of them
+        raise BackendError(f"tensor_parallel {ranks}: num_key_value_heads is {heads}, wanted a multiple or a divisor of it")
+    for site in layout.SITES:
+        is_int4 = any(kind.startswith("W4") and f".{site.name}.weight" in name for name, kind in (kinds or {}).items())
+        if site.name not in CUT_ALONG_INPUTS or not is_int4:
+            continue
+        inputs = layout.site_shape(config, site)[1] // ranks
+        if inputs % (group_size or 2):
+            unit = f"groups of {group_size}" if group_size else "two to a byte"
+            raise BackendError(
+                f"tensor_parallel {ranks}: {site.name} has {inputs} inputs on each rank and int4 weights in {unit} along "
+                "them, which a cut would split; use fewer ranks, or a recipe with smaller groups"
+            )
+
+
+def cache_heads(config: ModelConfig, ranks: int) -> int:
+    """Key and value heads whose cache one rank holds."""
+    return max(1, config.num_key_value_heads // ranks)

@@ -1,0 +1,131 @@
+"""calibration/share.py and checkpoint/cut.py: what each rank sees, rounds and holds."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ms_pangu_quant.calibration.share import owners, rounding_cost, share_of
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder, merge_all
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
+from ms_pangu_quant.errors import BackendError, DataError
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9))
+def test_shares_are_all_sequences_once_in_order_and_none_is_empty(lengths, size):
+    if len(lengths) < size:
+        with pytest.raises(DataError, match=f"{len(lengths)} sequences for {size} ranks"):
+            share_of(lengths, 0, size)
+        return
+    shares = [share_of(lengths, rank, size) for rank in range(size)]
+    assert shares[0].begin == 0
+    assert shares[-1].end == len(lengths)
+    for one, two in itertools.pairwise(shares):
+        assert one.end == two.begin
+    counts = [share.end - share.begin for share in shares]
+    assert min(counts) >= 1
+    assert max(counts) - min(counts) <= 1
+    assert [share.first_row for share in shares] == [sum(lengths[: share.begin]) for share in shares]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+def test_statistics_of_the_shares_merge_into_those_of_the_whole(size):
+    """The sampled rows and absolute maxima bit for bit; sums up to the order of float additions."""
+    draw = np.random.default_rng(1)
+    lengths = draw.integers(200, 900, 9).tolist()
+    x = draw.normal(size=(sum(lengths), 12)).astype(np.float32)
+    y = x + draw.normal(size=x.shape).astype(np.float32) / 8
+
+    def seen(begin, end):
+        builder = StatsBuilder(gram=True, rows=100, where="x", start=begin)
+        builder.add(x[begin:end], y[begin:end])
+        return builder.finish()
+
+    rows = [sum(lengths[: share_of(lengths, rank, size).begin]) for rank in range(size)] + [len(x)]
+    whole = seen(0, len(x))
+    merged = merge_all(seen(begin, end) for begin, end in itertools.pairwise(rows))
+    assert merged.tokens == whole.tokens
+    assert merged.absmax.tobytes() == whole.absmax.tobytes()
+    assert merged.sample.keys.tobytes() == whole.sample.keys.tobytes()
+    assert merged.sample.rows.tobytes() == whole.sample.rows.tobytes()
+    largest = np.abs(whole.gram).max()
+    for name in ("gram", "drift", "squares"):
+        assert np.abs(getattr(merged, name) - getattr(whole, name)).max() <= 1e-6 * largest
+    assert isinstance(merged, InputStats)
+
+
+def test_the_dearest_layers_are_rounded_by_different_ranks():
+    costs = {"down": rounding_cost(4096, 12800, gram=True), "gate": rounding_cost(12800, 4096, gram=True)}
+    costs |= {"up": costs["gate"], "o": rounding_cost(4096, 4096, gram=True)}
+    assert costs["down"] > 5 * costs["gate"] > 5 * costs["o"]
+    assert owners(costs, 2) == {"down": 0, "gate": 1, "up": 1, "o": 1}
+    assert set(owners(costs, 4).values()) == {0, 1, 2, 3}
+    assert set(owners(costs, 1).values()) == {0}
+    assert owners({}, 3) == {}
+
+
+def test_owners_do_not_depend_on_the_order_in_which_layers_are_named():
+    costs = {"a": 3.0, "b": 3.0, "c": 1.0}
+    assert owners(costs, 2) == owners(dict(reversed(costs.items())), 2)
+
+
+def config(**changed):
+    raw = {
+        "model_type": "PanguEmbedded",
+        "bias": True,
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 1024,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig.from_dict({**raw, **changed}, where="test")
+
+
+def kinds(kind, *sites):
+    return {
+        f"model.layers.0.{site.name}.weight": kind if site.name in sites or not sites else "FLOAT" for site in layout.SITES
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "ranks", "said"),
+    [
+        ({"num_attention_heads": 4}, 8, "num_attention_heads is 4"),
+        ({"intermediate_size": 770}, 4, "intermediate_size is 770"),
+        ({"vocab_size": 1023}, 2, "vocab_size is 1023"),
+        ({"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 32}, 2, "num_key_value_heads is 3"),
+    ],
+)
+def test_sizes_that_ranks_cannot_share_are_named(changed, ranks, said):
+    with pytest.raises(BackendError, match=said):
+        check_cut(config(**changed), ranks)
+
+
+def test_key_heads_are_copied_where_there_are_more_ranks():
+    check_cut(config(), 8)
+    assert [cache_heads(config(), ranks) for ranks in (1, 2, 4, 8)] == [2, 1, 1, 1]
+
+
+def test_an_int4_group_that_a_cut_would_split_is_named():
+    check_cut(config(), 2, kinds("W4A8_DYNAMIC"), 128)  # 128 inputs of o_proj and 384 of down_proj on each rank
+    with pytest.raises(BackendError, match=r"o_proj has 64 inputs on each rank .* groups of 128"):
+        check_cut(config(), 4, kinds("W4A8_DYNAMIC"), 128)
+    with pytest.raises(BackendError, match=r"down_proj has 192 inputs on each rank .* groups of 128"):
+        check_cut(config(), 4, kinds("W4A8_DYNAMIC", "mlp.down_proj"), 128)
+    check_cut(config(), 4, kinds("W8A8", "mlp.down_proj", "self_attn.o_proj"), 128)  # int8 has no groups
+    check_cut(config(), 4, kinds("W4A8_DYNAMIC", "mlp.up_proj"), 128)  # cut along its outputs
+    odd = config(intermediate_size=774, num_attention_heads=2)
+    with pytest.raises(BackendError, match="two to a byte"):
+        check_cut(odd, 2, kinds("W4A8_DYNAMIC"), 0)
+    check_cut(dataclasses.replace(odd), 1, kinds("W4A8_DYNAMIC"), 0)
