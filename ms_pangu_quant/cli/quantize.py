@@ -90,7 +90,7 @@ def quantize_command(
         runtime.start("cpu", "graph", verbose=verbose)
     started = time.monotonic()
     with progress_bars() as progress:
-        hashing = progress.add_task("hashing", total=sum(path.stat().st_size for path in reader.files.files), kind="bytes")
+        hashing = progress.add_task("hashing", total=reader.bytes, kind="bytes")
         blocks = progress.add_task("blocks", total=reader.config.num_hidden_layers, kind="count", start=False)
         on_block = _block_printer(progress, blocks, reader.config.num_hidden_layers)
         result = quantize(

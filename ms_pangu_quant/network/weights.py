@@ -31,7 +31,8 @@ def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend)
         entry = reader.files.entries[name]
         if backend.bfloat16_tables and name != layout.FINAL_NORM and entry.dtype == ml_dtypes.bfloat16:
             # A few rows of an embedding are used at a time: mapped, only those are in memory.
-            yield name, ArraySlice(_map(entry) if name == layout.EMBEDDING and not tied else entry.read())
+            mapped = name == layout.EMBEDDING and not tied and type(entry) is TensorEntry  # not one made of slices
+            yield name, ArraySlice(_map(entry) if mapped else entry.read())
         else:
             yield name, ArraySlice(reader.files.read_float32(name))
     kernels = library() if backend.bfloat16_tables else None
