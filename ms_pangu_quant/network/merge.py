@@ -37,9 +37,12 @@ def merge(
     on_file   (files written, files in all), after each.
     Raises    CheckpointError, OutputError.
     """
-    if output.exists() and any(output.iterdir()):
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write here ({error.strerror}); choose another --output") from None
+    if any(output.iterdir()):
         raise OutputError(f"{output}: is not empty; choose another --output")
-    output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".merging-", dir=output) as folder:
         weights = _unified(source, strategy, Path(folder), suffix) if strategy else source
         reader = CheckpointReader(_with_config(weights, start or source, Path(folder) / "read"))

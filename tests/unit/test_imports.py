@@ -31,7 +31,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("recipe", "estimate", "roofline"),
     ("network", "backends"),
     ("calibration.stream",),
-    ("pipeline", "inference"),
+    ("pipeline", "inference", "serving"),
     ("evaluation",),
     ("report",),
     ("cli", "__main__"),
