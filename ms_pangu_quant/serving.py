@@ -3,8 +3,8 @@
 vLLM calls register() in each of its processes, through the entry point vllm.general_plugins of setup.py. Neither vLLM nor
 MindSpore is imported before that, and nothing at all happens in a vLLM that is not vLLM-MindSpore's.
 
-What register() tells whom: transformers, what a config.json of model_type PanguEmbedded is; MindFormers, the network and its
-quantized layers; vLLM-MindSpore, that MindFormers has this architecture (its list was made before), and that the norms
+What register() tells whom: transformers, what a config.json of model_type PanguEmbedded is; MindFormers, the network and
+its quantized layers; vLLM-MindSpore, that MindFormers has this architecture (its list was made before), and that the norms
 are computed in float32, as everywhere in this package.
 
 Source: vllm_mindspore 0.5.1, model_executor/models/registry.py (mcore_support_list), model_executor/model_loader/utils.py

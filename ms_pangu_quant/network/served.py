@@ -1,8 +1,8 @@
 """The network as MindFormers' own callers call it: serving in PyNative mode, with one compiled construct.
 
-vLLM-MindSpore leaves the process in PyNative mode and expects a model to compile its own construct, with MindFormers' `jit`,
-to take MindFormers' arguments by name, and to describe their dynamic shapes in MindFormers' order. The rest of this package
-compiles whole cells instead (network/pangu.py). Same network, same weights, another door.
+vLLM-MindSpore leaves the process in PyNative mode and expects a model to compile its own construct with MindFormers'
+`jit`, to take MindFormers' arguments by name, and to describe their dynamic shapes in MindFormers' order. The rest of this
+package compiles whole cells instead (network/pangu.py). Same network, same weights, another door.
 Source: vllm_mindspore 0.5.1, model_executor/models/mf_models/mindformers.py; mindformers 1.9, models/qwen3.
 """
 
