@@ -21,7 +21,7 @@ setup(
             "backends/cpu_kernels/*.h",
             "report/templates/*",
         ],
-        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml"],
+        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "mindformers/*.yaml"],
     },
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in README.md.

@@ -185,25 +185,20 @@ def print_layers(found: dict[str, Any]) -> None:
 
 
 def print_graphs(found: dict[str, Any]) -> None:
-    """A table for each phase: what computes the linear layers with its types, then how often everything else occurs."""
+    """A line for each operator that multiplies or quantizes, with its types, then how often everything else occurs."""
     schemes = ", ".join(f"{count} {kind}" for kind, count in found["layers"].items())
-    out.print(f"{found['device']} operators of {found['directory']} (linear layers: {schemes}); ? is a dynamic size")
+    out.print(f"{found['device']} operators of {found['directory']}; linear layers: {schemes}; ? is a dynamic size")
     for phase, operators in found["phases"].items():
-        table = Table(
-            title=f"{phase}: {sum(each['count'] for each in operators)} operators", box=None, title_justify="left"
-        )
-        for column in ("operator", "times", "inputs", "outputs", "where"):
-            table.add_column(column, justify="right" if column == "times" else "left", overflow="fold")
+        out.print(f"\n{phase}: {sum(each['count'] for each in operators)} operators")
         others: Counter[str] = Counter()
         for each in operators:
             if not any(word in each["kind"].lower() for word in ("matmul", "quant", "custom", "attention")):
                 others[each["kind"]] += each["count"]
                 continue
-            types = (", ".join(each[side]) or "-" for side in ("inputs", "outputs"))
+            types = f"({', '.join(each['inputs'])}) -> {', '.join(each['outputs'])}"
             where = ", ".join(cell.removeprefix("decoder.layers.*.") for cell in each["cells"])
-            table.add_row(each["kind"], str(each["count"]), *types, where)
-        out.print(table)
-        out.print("and " + ", ".join(f"{count} {kind}" for kind, count in others.most_common()), soft_wrap=True)
+            out.print(f"{each['count']:4} {each['kind']} {types}  {where}", soft_wrap=True, markup=False)
+        out.print("     and " + ", ".join(f"{count} {kind}" for kind, count in others.most_common()), soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

@@ -84,7 +84,7 @@ def exported_operators(
 
 @dataclass(frozen=True)
 class OperatorCount:
-    """How often a kind of operator with these types occurs in a phase's graph, and the cells it does, "*" for the layer."""
+    """How often a kind of operator with these types occurs in a phase's graph, and in which cells; "*" for the layer."""
 
     kind: str
     inputs: tuple[str, ...]
@@ -98,28 +98,41 @@ def operator_counts(
 ) -> list[OperatorCount]:
     """The operators of a whole network's graph in one phase, equal ones counted, in the order of execution.
 
-    Of decoder layers with the same schemes one is built and stands for all; the vocabulary is small while the graph is
-    made and its size is put into the types afterwards.
+    Networks of one and of two layers are exported; their difference is a layer's part, and stands for every layer with the
+    same schemes. The vocabulary is small while the graph is made and its size is put into the types afterwards.
 
     phase  "prefill" or "decode".   kinds, build  as in build_network.
     """
-    vocabulary = _unused_size(config)
-    counts: Counter[tuple[str, tuple[str, ...], tuple[str, ...]]] = Counter()
-    cells: dict[tuple[str, tuple[str, ...], tuple[str, ...]], dict[str, None]] = {}
+    total: Counter[_Key] = Counter()
+    cells: dict[_Key, dict[str, None]] = {}
     for number, (schemes, layers) in enumerate(_alike(config, kinds).items()):
-        own = None if kinds is None else {f"{layout.block_prefix(0)}{name}": kind for name, kind in schemes}
-        for each in exported_operators(config, backend, phase=phase, vocab_size=vocabulary, kinds=own, **build):
-            inside = each.where.startswith("decoder.layers.0.")
-            if not inside and number:
-                continue  # counted with the first network
-            types = [
-                tuple(str(_resized(one, vocabulary, config.vocab_size)) for one in side)
-                for side in (each.inputs, each.outputs)
-            ]
-            key = (each.kind, types[0], types[1])
-            counts[key] += layers if inside else 1
-            cells.setdefault(key, {})[each.where.replace("decoder.layers.0.", "decoder.layers.*.")] = None
-    return [OperatorCount(*key, count, tuple(cells[key])) for key, count in counts.items()]
+        counts: list[Counter[_Key]] = []
+        for depth in (1, 2):
+            own = None
+            if kinds is not None:
+                own = {f"{layout.block_prefix(index)}{name}": kind for index in range(depth) for name, kind in schemes}
+            counts.append(Counter())
+            for key, where in _keys(config, backend, phase=phase, layers=depth, kinds=own, **build):
+                counts[-1][key] += 1
+                cells.setdefault(key, {})[re.sub(r"layers\.\d+", "layers.*", where)] = None
+        once = counts[0] if number == 0 else Counter()
+        each = layers - 1 if number == 0 else layers
+        for key in cells:
+            total[key] += once[key] + each * (counts[1][key] - counts[0][key])
+    return [OperatorCount(*key, total[key], tuple(where)) for key, where in cells.items()]
+
+
+_Key = tuple[str, tuple[str, ...], tuple[str, ...]]  # kind, types of the inputs, of the outputs
+
+
+def _keys(config: ModelConfig, backend: Backend, **export: Any) -> Iterator[tuple[_Key, str]]:
+    """Each operator as what equal ones have in common, and where it is."""
+    small = _unused_size(config)
+    for each in exported_operators(config, backend, vocab_size=small, **export):
+        inputs, outputs = (
+            tuple(str(_resized(one, small, config.vocab_size)) for one in side) for side in (each.inputs, each.outputs)
+        )
+        yield (each.kind, inputs, outputs), each.where
 
 
 def _alike(config: ModelConfig, kinds: Mapping[str, str] | None) -> Counter[tuple[tuple[str, str], ...]]:

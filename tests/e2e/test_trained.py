@@ -276,8 +276,15 @@ def test_slices_with_mindformers_metadata_quantize_to_the_same_bytes(write_check
                 piece = np.split(value, 2, axis)[rank]
                 origin[axis] = rank * piece.shape[axis]
             part[name] = np.ascontiguousarray(piece)
+            axes = ["tp" if each == axis else "None" for each in range(value.ndim)]
             metas[rank][name] = build_sharded_tensor(
-                name, ms.bfloat16, piece.shape, value.shape, [1 + (each == axis) for each in range(value.ndim)], origin
+                name,
+                ms.bfloat16,
+                piece.shape,
+                value.shape,
+                [1 + (each == "tp") for each in axes],
+                origin,
+                layout=ms.Layout((2,), ("tp",))(*axes),
             )
             mappings.append((file, rank, [rank], (name, tuple(origin))))
         save_file(part, folder / file)

@@ -61,7 +61,7 @@ def wheel(tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "method"),
-    [(None, "UnquantizedLinearMethod"), ("w8a8", "Dynamic"), ("w8a8_static", "A8W8"), ("w4a8", "W4A8")],
+    [(None, "UnquantizedLinearMethod"), ("w8a8", "Dynamic"), ("w8a8_static", "Static"), ("w4a8", "W4A8")],
 )
 def test_the_published_wheels_code_builds_loads_and_runs_the_network(recipe, method, wheel, quantized, tmp_path):
     directory = quantized(recipe) if recipe else MINI
