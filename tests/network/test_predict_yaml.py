@@ -1,9 +1,9 @@
-"""configs/mindformers: read by MindFormers' own parser, they build this package's network of the 1B's and the 7B's shape."""
+"""configs/mindformers: read by MindFormers' own parser, they give this package's network the 1B's and the 7B's shape."""
 
 import json
 
 import pytest
-from mindformers.models.auto import AutoConfig
+from mindformers.models.build_config import get_model_config
 from mindformers.tools.register.config import MindFormerConfig
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 
@@ -21,8 +21,10 @@ WANTED = {  # MindFormers' name of a field -> the value openPangu-Embedded's con
     "7b": {"hidden_size": 4096, "ffn_hidden_size": 12800, "num_layers": 34, "num_attention_heads": 32,
            "num_query_groups": 8, "kv_channels": 128, "rotary_base": 16e6, "vocab_size": 153376},
 }  # fmt: skip
-SAME = {"layernorm_epsilon": 1e-5, "add_qkv_bias": True, "add_bias_linear": True, "add_mlp_fc1_bias_linear": False,
-        "add_mlp_fc2_bias_linear": False, "normalization": "RMSNorm", "gated_linear_unit": True, "hidden_act": "silu"}  # fmt: skip
+SAME = {
+        "layernorm_epsilon": 1e-5, "add_qkv_bias": True, "add_bias_linear": True, "add_mlp_fc1_bias_linear": False,
+        "add_mlp_fc2_bias_linear": False, "normalization": "RMSNorm", "gated_linear_unit": True, "hidden_act": "silu",
+}  # fmt: skip
 
 
 def parts(file):
@@ -35,7 +37,7 @@ def test_there_is_one_for_each_size_and_scheme():
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_mindformers_makes_openpanguss_network_config_of_it(file, tmp_path):
+def test_mindformers_makes_the_models_network_config_of_it(file, tmp_path):
     size, scheme = parts(file)
     raw = load_tool("make_checkpoint").make_config(size)
     config = ModelConfig.from_dict(raw, where="test")
@@ -48,8 +50,8 @@ def test_mindformers_makes_openpanguss_network_config_of_it(file, tmp_path):
     assert (parsed.run_mode, parsed.use_legacy, parsed.load_ckpt_format) == ("predict", False, "safetensors")
     assert parsed.context.mode == 0
     assert parsed.model.model_config.quantization == "golden-stick"
-    parsed.pretrained_model_dir = str(tmp_path)
-    model_config = AutoConfig.from_pretrained(str(tmp_path), **parsed.model.model_config)
+    parsed.model.pretrained_model_dir = str(tmp_path)
+    model_config = get_model_config(parsed.model)
     assert type(model_config).__name__ == "PanguEmbeddedConfig"
     assert model_config.tie_word_embeddings == (size == "1b")
     network_class = MindFormerRegister.get_cls(MindFormerModuleType.MODELS, model_config.architectures[0])
