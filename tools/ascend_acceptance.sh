@@ -124,10 +124,10 @@ for name in float $recipes; do
     logits=$output/logits/$name
     step "$name-logits-cpu" "${made#environment}" \
         "$python" tools/logits.py save "$directory" --device cpu --data "$data" --output "$logits-cpu.npz"
-    step "$name-logits-$device" "environment $made" \
-        "$python" tools/logits.py save "$directory" --device "$device" --data "$data" --output "$logits-$device.npz"
-    step "$name-logits-compared" "$name-logits-cpu $name-logits-$device" \
-        saved "$logits.json" "$python" tools/logits.py compare "$logits-cpu.npz" "$logits-$device.npz" \
+    step "$name-logits-device" "environment $made" \
+        "$python" tools/logits.py save "$directory" --device "$device" --data "$data" --output "$logits-device.npz"
+    step "$name-logits-compared" "$name-logits-cpu $name-logits-device" \
+        saved "$logits.json" "$python" tools/logits.py compare "$logits-cpu.npz" "$logits-device.npz" \
         --kl "$kl" --agreement "$agreement"
     step "$name-generate" "environment $made" \
         pangu-quant generate "$directory" --device "$device" --max-new-tokens 64 --prompt "Write a Python function that adds two numbers."
