@@ -187,7 +187,10 @@ def print_layers(found: dict[str, Any]) -> None:
 def print_graphs(found: dict[str, Any]) -> None:
     """A line for each operator that multiplies or quantizes, with its types, then how often everything else occurs."""
     schemes = ", ".join(f"{count} {kind}" for kind, count in found["layers"].items())
-    out.print(f"{found['device']} operators of {found['directory']}; linear layers: {schemes}; ? is a dynamic size")
+    out.print(
+        f"{found['device']} operators of {found['directory']}; linear layers: {schemes}; ? is a dynamic size",
+        soft_wrap=True,
+    )
     for phase, operators in found["phases"].items():
         out.print(f"\n{phase}: {sum(each['count'] for each in operators)} operators")
         others: Counter[str] = Counter()
