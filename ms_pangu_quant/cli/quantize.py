@@ -63,6 +63,8 @@ def quantize_command(
     Example: pangu-quant quantize openPangu-7B --recipe w8a8 --calibration chats.jsonl --output openPangu-7B-w8a8
     """
     reader = CheckpointReader(checkpoint)
+    if reader.rows is not None:
+        err.print(f"{checkpoint}: MindFormers' training form, taken as: {reader.rows}", soft_wrap=True, markup=False)
     chosen = load_recipe(find_recipe(recipe))
     layout_on_disk = chosen_format(stored_as)
     if not allow_unserved:
