@@ -19,6 +19,7 @@ from ms_pangu_quant.cli.console import (
     Format,
     Verbose,
     chosen_format,
+    err,
     out,
     peak_memory,
     progress_bars,

@@ -142,6 +142,8 @@ def test_compare_inspect_and_generate_take_the_training_form(quantized, tmp_path
     assert main(["verify", str(quantized("w8a8")), "--against", str(folder)]) == 0
     assert main(["inspect", str(folder)]) == 0
     assert "q, k and v interleaved by key/value head" in capsys.readouterr().out
+    assert main(["quantize", str(folder), "--recipe", "w8a8_rtn", "--output", str(tmp_path / "out")]) == 0
+    assert "gate and up row by row" in capsys.readouterr().err
     answers = []
     for each in (MINI, folder):
         assert main(["generate", str(each), "--prompt", "1+1", "--max-new-tokens", "4"]) == 0
