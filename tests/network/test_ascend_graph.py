@@ -119,6 +119,14 @@ def test_attention_norm_and_rope_are_ascend_operators_and_nothing_falls_back_to_
     assert not [kind for kind in count if "Py" in kind]  # PyExecute, PyInterpret: what only the interpreter can run
 
 
+@pytest.mark.parametrize(("phase", "gathered"), [("prefill", 1), ("decode", 0), ("logits", 0)])
+def test_only_prefill_picks_each_sequences_last_token(phase, gathered):
+    """The phase "logits" is for comparing devices, position by position."""
+    kinds = [each.kind for each in exported("1b", "float", phase)]
+    assert kinds.count("CumsumExt") == gathered
+    assert kinds.count("FlashAttentionScore") == (phase != "decode")
+
+
 def test_a_mixed_network_has_each_layers_own_operators():
     runtime.start("cpu", "graph")
     from ms_pangu_quant.backends.ascend import BACKEND
