@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
@@ -69,17 +71,33 @@ def _unified(source: Path, strategy: Path, folder: Path, suffix: str | None) -> 
 
     merged = folder / "unified"
     try:
-        with runtime.quiet():
+        with runtime.quiet(), _not_waiting_for_memory():
             if strategy.is_dir():
                 ms.merge_pipeline_strategys(str(strategy), str(folder / "strategy.ckpt"))
                 strategy = folder / "strategy.ckpt"
             ms.unified_safetensors(
-                str(source), str(strategy), str(merged), file_suffix=suffix, choice_func=lambda name: _is_models(name)
+                str(source), str(strategy), str(merged), file_suffix=suffix, max_process_num=1, choice_func=_is_models
             )
     except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(f"{source}: MindSpore cannot merge it with {strategy} ({error})") from None
     (merged / "hyper_param.safetensors").unlink(missing_ok=True)  # step counts and what is no parameter of the network
     return merged
+
+
+@contextmanager
+def _not_waiting_for_memory() -> Iterator[None]:
+    """MindSpore sleeps after each file for as long as half of the machine's memory is in use, by whomever: perhaps for ever.
+
+    That is meant for its many processes; here one works on one file at a time.
+    """
+    from mindspore.parallel import transform_safetensors
+
+    asked = transform_safetensors.psutil
+    transform_safetensors.psutil = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(percent=0.0))
+    try:
+        yield
+    finally:
+        transform_safetensors.psutil = asked
 
 
 def _is_models(name: str) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import mindspore as ms
 import numpy as np
@@ -239,7 +240,9 @@ def write_strategy(path, tensors, ranks):
 
 
 @pytest.mark.parametrize("stages", [pytest.param(False, id="one strategy file"), pytest.param(True, id="a folder of them")])
-def test_slices_of_ranks_merged_by_mindspore_quantize_to_the_same_bytes(stages, write_checkpoint, tmp_path, capsys):
+def test_slices_of_ranks_merged_by_mindspore_quantize_to_the_same_bytes(
+    stages, write_checkpoint, tmp_path, capsys, monkeypatch
+):
     source = untied(tmp_path / "source", write_checkpoint)
     tensors = converted(source)
     tensors = {**tensors, **{f"adam_m.{name}": value for name, value in tensors.items()}}
@@ -255,6 +258,8 @@ def test_slices_of_ranks_merged_by_mindspore_quantize_to_the_same_bytes(stages, 
     (tmp_path / "strategy").mkdir()
     strategy = write_strategy(tmp_path / "strategy/ckpt_strategy_rank_0.ckpt", tensors, 2)
     command = ["merge", str(tmp_path / "sliced"), "--config", str(source), "--output", str(tmp_path / "merged")]
+    used = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(percent=90.0))  # MindSpore would wait for ever
+    monkeypatch.setattr("mindspore.parallel.transform_safetensors.psutil", used)
     command += ["--strategy", str(tmp_path / "strategy" if stages else strategy)]
     assert main(command) == 2
     assert "choose with --suffix" in capsys.readouterr().err
