@@ -86,7 +86,7 @@ def _unified(source: Path, strategy: Path, folder: Path, suffix: str | None) -> 
 
 @contextmanager
 def _not_waiting_for_memory() -> Iterator[None]:
-    """MindSpore sleeps after each file for as long as half of the machine's memory is in use, by whomever: perhaps for ever.
+    """MindSpore sleeps after each file for as long as half of the machine's memory is in use: perhaps for ever.
 
     That is meant for its many processes; here one works on one file at a time.
     """
