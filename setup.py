@@ -21,7 +21,7 @@ setup(
             "backends/cpu_kernels/*.h",
             "report/templates/*",
         ],
-        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "msrun/*.yaml"],
+        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "msrun/*.yaml", "mindformers/*.yaml"],
     },
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
@@ -52,5 +52,8 @@ setup(
         ],
         "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
     },
-    entry_points={"console_scripts": ["pangu-quant=ms_pangu_quant.__main__:run"]},
+    entry_points={
+        "console_scripts": ["pangu-quant=ms_pangu_quant.__main__:run"],
+        "vllm.general_plugins": ["pangu_embedded=ms_pangu_quant.serving:register"],
+    },
 )

@@ -23,7 +23,7 @@ from mindformers.parallel_core.inference.tensor_parallel.layers import LinearMet
 from mindformers.parallel_core.inference.transformer.flash_attention import FlashAttention
 from mindformers.parallel_core.inference.transformer.norm import RMSNorm
 from mindformers.parallel_core.inference.weights_utils import set_weight_attrs
-from mindspore import Parameter, Tensor, mutable, ops
+from mindspore import Parameter, Tensor, mint, mutable, ops
 from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import DynamicQuantExt, GroupedMatmulV4, WeightQuantBatchMatmul
 
@@ -180,6 +180,20 @@ def _warn_weight_only(quant_config, size: int) -> None:
         _log.warning("W4A8 with group size %d is computed as W4A16 here: int4 weights, activations not quantized", size)
 
 
+class AscendGPTModel(GPTModel):
+    """GPTModel that can also give logits after every token, which MindFormers' prefill does not."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.all_positions = False
+
+    def pre_gather_func(self, output, context_lens_tensor, seq_lens_tensor):
+        if self.is_prefill and not self.all_positions:
+            ends = mint.sub(mint.cumsum(mint.sub(seq_lens_tensor, context_lens_tensor), 0), 1)
+            output = self.gather(output, ends, 0)
+        return output
+
+
 def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
     return Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16)
 
@@ -198,7 +212,7 @@ BACKEND = Backend(
     mlp=None,
     core_attention=lambda num_blocks, block_size: FlashAttention,
     rope_name="rope",
-    gpt_model=GPTModel,
+    gpt_model=AscendGPTModel,
     linear_methods={"W8A8": A8W8LinearMethod, "W8A8_DYNAMIC": A8W8DynamicLinearMethod, "W4A8_DYNAMIC": int4_method},
     dtypes={
         "compute_dtype": "bfloat16",

@@ -68,7 +68,7 @@ class TensorEntry:
             raise CheckpointError(f"{self.file}: ends early; wanted {count} elements at byte {self.offset}")
         return data.reshape((max(stop - start, 0), *self.shape[1:]))
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         """The tensor's bytes, a few MiB at a time."""
         with open(self.file, "rb") as stream:
             stream.seek(self.offset)
@@ -111,11 +111,16 @@ class ComputedEntry:
         """Rows start:stop of the first axis, in the stored dtype."""
         return self.compute(widen(self.source.read(start, stop))).astype(self.dtype)
 
-    def chunks(self) -> Iterator[memoryview]:
+    def chunks(self) -> Iterator[bytes | memoryview]:
         """The tensor's bytes, a few MiB at a time."""
-        step = max(1, _CHUNK * self.shape[0] // max(self.nbytes, 1))
-        for start in range(0, self.shape[0], step):
-            yield np.ascontiguousarray(self.read(start, start + step)).reshape(-1).view(np.uint8).data
+        return row_chunks(self)
+
+
+def row_chunks(entry: TensorEntry | ComputedEntry) -> Iterator[memoryview]:
+    """The bytes of entry.read(), a few MiB of rows at a time."""
+    step = max(1, _CHUNK * entry.shape[0] // max(entry.nbytes, 1))
+    for start in range(0, entry.shape[0], step):
+        yield np.ascontiguousarray(entry.read(start, start + step)).reshape(-1).view(np.uint8).data
 
 
 class TensorFiles:
@@ -152,6 +157,7 @@ class TensorFiles:
                 self.entries[name] = entry
         if weight_map is not None:
             _check_index(index_path, weight_map, self.entries)
+        self._stored = self.entries
 
     @property
     def nbytes(self) -> int:
@@ -168,17 +174,25 @@ class TensorFiles:
         files.entries = {**self.entries, **entries}
         return files
 
+    def renamed(self, entries: Mapping[str, TensorEntry]) -> TensorFiles:
+        """The same files, their tensors under other names or taken apart: these, and no others."""
+        files = copy.copy(self)
+        files.entries = files._stored = dict(entries)
+        return files
+
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
-        """Hash of every tensor file's bytes, in name order; progress is called with the bytes just read."""
+        """Hash of every stored tensor's name, type, shape and bytes, in name order, whichever files they are in.
+
+        progress is called with the bytes just read.
+        """
         total = hashlib.sha256()
-        for file in self.files:
+        for name, entry in sorted(self._stored.items()):
             digest = hashlib.sha256()
-            with open(file, "rb") as stream:
-                while piece := stream.read(_CHUNK):
-                    digest.update(piece)
-                    if progress:
-                        progress(len(piece))
-            total.update(f"{file.name}:{digest.hexdigest()}\n".encode())
+            for piece in entry.chunks():
+                digest.update(piece)
+                if progress:
+                    progress(len(piece))
+            total.update(f"{name}:{entry.dtype}:{list(entry.shape)}:{digest.hexdigest()}\n".encode())
         return total.hexdigest()
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Iterable[str] = ()) -> None:

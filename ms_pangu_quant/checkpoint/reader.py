@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint import layout, slices, training
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
@@ -37,17 +37,24 @@ class Block:
 
 
 class CheckpointReader:
-    """A float checkpoint whose every tensor has been found and has the shape config.json implies."""
+    """A float checkpoint whose every tensor has been found and has the shape config.json implies.
+
+    rows  how the rows of fused tensors lie, if MindFormers' training saved the checkpoint; else None.
+    """
 
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError naming file, tensor, what was found and what was wanted."""
         self.directory = directory
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory; wanted a Hugging Face checkpoint directory")
+        training.check_directory(directory)
         self.config = ModelConfig.from_file(directory / "config.json")
         if is_quantized(directory, self.config):
             raise CheckpointError(f"{directory}: is quantized already; wanted the float checkpoint")
-        self.files = TensorFiles(directory)
+        self.files = slices.put_together(directory) or TensorFiles(directory)
+        self.rows: training.RowLayout | None = None
+        if training.is_trained(self.files):
+            self.files, self.config, self.rows = training.as_hugging_face(self.files, self.config)
         self.bytes = self.files.nbytes
         self._rewrite: Callable[[Block], Block] | None = None
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []

@@ -18,6 +18,7 @@ from ms_pangu_quant.cli.evaluate import evaluate_command
 from ms_pangu_quant.cli.export import export_command
 from ms_pangu_quant.cli.generate import generate_command
 from ms_pangu_quant.cli.inspect import inspect_command
+from ms_pangu_quant.cli.merge import merge_command
 from ms_pangu_quant.cli.quantize import quantize_command
 from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.sensitivity import sensitivity_command
@@ -39,6 +40,7 @@ app.command("sensitivity")(sensitivity_command)
 app.command("inspect")(inspect_command)
 app.command("verify")(verify_command)
 app.command("export")(export_command)
+app.command("merge")(merge_command)
 app.command("compare")(compare_command)
 app.command("generate")(generate_command)
 app.command("bench")(bench_command)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ms_pangu_quant.cli.console import AsJson, Directory, Verbose, err, out, progress_bars, size
+from ms_pangu_quant.cli.console import AsJson, Device, Directory, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
@@ -23,10 +23,11 @@ def bench_command(
     batch_sizes: Annotated[str, typer.Option(help="Sequences at once, separated by commas.")] = "1,2,4,8,16,32",
     new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps of each repetition.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions after one that warms up.")] = 5,
+    device: Device = "cpu",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure prefill and decode speed and memory on this CPU, beside the limits of the machine.
+    """Measure prefill and decode speed and memory, on the CPU beside the limits of the machine.
 
     Example: pangu-quant bench pangu-7b-w8a8 --against openPangu-Embedded-7B --prompt-lens 256,1024 --batch-sizes 1,8
     """
@@ -45,7 +46,7 @@ def bench_command(
     subjects = []
     for path, reader in zip(paths, readers, strict=True):
         kinds = reader.kinds if isinstance(reader, QuantizedReader) else None
-        model = load(path, kv_cache_tokens=cache, verbose=verbose)
+        model = load(path, device, kv_cache_tokens=cache, verbose=verbose)
         subjects.append(Subject("float" if kinds is None else "quantized", model, work_of(model, kinds)))
     if len({subject.model.config.hidden_size for subject in subjects}) > 1:
         raise CheckpointError(f"{directory} and {against} are not the same model's")
@@ -57,6 +58,7 @@ def bench_command(
             batches,
             new_tokens=new_tokens,
             repeats=repeats,
+            with_limits=device == "cpu",
             on_measured=lambda: progress.advance(task),
         )
     if as_json:
@@ -64,6 +66,8 @@ def bench_command(
     else:
         out.print(_table(rows))
     console = err if as_json else out
+    if limits is None:
+        return
     console.print(
         f"this machine: int8 {limits.int8 / 1e9:.0f} and float32 {limits.fp32 / 1e9:.0f} billion operations a second, "
         f"memory {limits.bandwidth / 1e9:.1f} GB/s; peak memory {size(2**30 * max(row['peak_rss_gib'] for row in rows))}",
@@ -96,7 +100,7 @@ def _table(rows: list[dict]) -> Table:
             f"{row['latency_ms']:.1f}",
             f"{row['spread']:.0%}",
             f"{row['tokens_per_s']:.1f}",
-            f"{row['limit_fraction']:.0%}",
+            "-" if row["limit_fraction"] is None else f"{row['limit_fraction']:.0%}",
             "-" if base is None or base is row else f"{base['latency_ms'] / row['latency_ms']:.2f}x",
         )
     return table

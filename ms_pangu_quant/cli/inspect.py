@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from dataclasses import asdict
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -12,6 +14,7 @@ import typer
 from rich.table import Table
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.cli.console import AsJson, Directory, out, size
 from ms_pangu_quant.errors import RequestError
@@ -24,15 +27,23 @@ def inspect_command(
     servable: Annotated[
         bool, typer.Option("--servable", help="Show which programs compute its schemes, in each format, and how.")
     ] = False,
+    graph: Annotated[
+        bool, typer.Option("--graph", help="Show the operators of the served network's prefill and decode graphs.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="Whose operators --graph shows: ascend or cpu. Neither is run.")] = "ascend",
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint directory holds: scheme, bits and error of each layer, and the totals.
 
     Example: pangu-quant inspect openPangu-7B-w8a8 --servable
     """
-    found = servability(directory) if servable else inspection(directory)
+    if servable and graph:
+        raise RequestError("--servable and --graph: two different tables; ask for one at a time")
+    found = servability(directory) if servable else graphs(directory, device) if graph else inspection(directory)
     if as_json:
         print(json.dumps(found, indent=2))
+    elif graph:
+        print_graphs(found)
     elif servable:
         print_servability(found)
     else:
@@ -69,6 +80,7 @@ def inspection(directory: Path) -> dict[str, Any]:
     return {
         "directory": str(directory),
         "quantized": quantized,
+        "trained_rows": str(reader.rows) if isinstance(reader, CheckpointReader) and reader.rows else None,
         "layers": layers,
         "output_error": [block["output_error"] for block in blocks],
         "bytes": reader.files.nbytes,
@@ -76,6 +88,26 @@ def inspection(directory: Path) -> dict[str, Any]:
         "bits_per_weight": bits / weights,
         "weights": weights,
     }
+
+
+def graphs(directory: Path, device: str) -> dict[str, Any]:
+    """What `inspect --graph --json` prints."""
+    if device not in ("ascend", "cpu"):
+        raise RequestError(f"--device: got {device!r}, wanted ascend or cpu")
+    reader = open_checkpoint(directory)
+    from ms_pangu_quant.network import runtime
+
+    runtime.start("cpu", "graph")
+    from ms_pangu_quant.network.graph import device_backend, operator_counts
+
+    quantized = isinstance(reader, QuantizedReader)
+    of_network = {"kinds": reader.kinds, "group_size": reader.group_size} if quantized else {}
+    phases = {
+        phase: [asdict(each) for each in operator_counts(reader.config, device_backend(device), phase=phase, **of_network)]
+        for phase in ("prefill", "decode")
+    }
+    kinds = dict(Counter(reader.kinds.values())) if quantized else {"FLOAT": 7 * reader.config.num_hidden_layers}
+    return {"directory": str(directory), "device": device, "layers": kinds, "phases": phases}
 
 
 def servability(directory: Path) -> dict[str, Any]:
@@ -141,6 +173,8 @@ def print_layers(found: dict[str, Any]) -> None:
         )
     if found["quantized"]:
         out.print(table)
+    if found["trained_rows"]:
+        out.print(f"MindFormers' training form, taken as: {found['trained_rows']}", soft_wrap=True)
     before = found["bytes_before"]
     sizes = f"{size(before)} -> {size(found['bytes'])}" if before else size(found["bytes"])
     out.print(
@@ -148,6 +182,26 @@ def print_layers(found: dict[str, Any]) -> None:
         + ("; errors are relative to the norm" if found["quantized"] else ", not quantized"),
         soft_wrap=True,
     )
+
+
+def print_graphs(found: dict[str, Any]) -> None:
+    """A line for each operator that multiplies or quantizes, with its types, then how often everything else occurs."""
+    schemes = ", ".join(f"{count} {kind}" for kind, count in found["layers"].items())
+    out.print(
+        f"{found['device']} operators of {found['directory']}; linear layers: {schemes}; ? is a dynamic size",
+        soft_wrap=True,
+    )
+    for phase, operators in found["phases"].items():
+        out.print(f"\n{phase}: {sum(each['count'] for each in operators)} operators")
+        others: Counter[str] = Counter()
+        for each in operators:
+            if not any(word in each["kind"].lower() for word in ("matmul", "quant", "custom", "attention")):
+                others[each["kind"]] += each["count"]
+                continue
+            types = f"({', '.join(each['inputs'])}) -> {', '.join(each['outputs'])}"
+            where = ", ".join(cell.removeprefix("decoder.layers.*.") for cell in each["cells"])
+            out.print(f"{each['count']:4} {each['kind']} {types}  {where}", soft_wrap=True, markup=False)
+        out.print("     and " + ", ".join(f"{count} {kind}" for kind, count in others.most_common()), soft_wrap=True)
 
 
 def _number(value: float | None) -> str:

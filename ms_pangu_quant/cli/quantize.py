@@ -20,6 +20,7 @@ from ms_pangu_quant.cli.console import (
     Verbose,
     calibration_data,
     chosen_format,
+    err,
     out,
     peak_memory,
     progress_bars,
@@ -72,6 +73,8 @@ def quantize_command(
     Example: pangu-quant quantize openPangu-7B --recipe w8a8 --calibration chats.jsonl --output openPangu-7B-w8a8
     """
     reader = CheckpointReader(checkpoint)
+    if reader.rows is not None:
+        err.print(f"{checkpoint}: MindFormers' training form, taken as: {reader.rows}", soft_wrap=True, markup=False)
     chosen = load_recipe(find_recipe(recipe))
     layout_on_disk = chosen_format(stored_as)
     data = None
@@ -99,7 +102,7 @@ def quantize_command(
         runtime.start("cpu", "graph", verbose=verbose)
     started = time.monotonic()
     with progress_bars() as progress:
-        hashing = progress.add_task("hashing", total=sum(path.stat().st_size for path in reader.files.files), kind="bytes")
+        hashing = progress.add_task("hashing", total=reader.bytes, kind="bytes")
         blocks = progress.add_task("blocks", total=reader.config.num_hidden_layers, kind="count", start=False)
         on_block = _block_printer(progress, blocks, reader.config.num_hidden_layers)
         result = quantize(

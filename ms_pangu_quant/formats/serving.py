@@ -87,14 +87,19 @@ ROWS: tuple[Row, ...] = (
         "ValueError: 'A8W4DynamicQuant is now only support for MOE'", f"{_MF}/a8dynw4.py",
     ),
     Row(
-        "mindformers", ("W8A8",), "vLLM-MindSpore", "0.5.1", INTEGER,
-        "its native models, of which openPangu is none; MindFormers' models as MindFormers does",
-        "vllm_mindspore/model_executor/layers/quantization/golden_stick/golden_stick.py",
+        "mindformers", _W8, "vLLM-MindSpore", "0.5.1", INTEGER,
+        "as MindFormers, with this package installed beside it; never run on an NPU, see docs/serving.md",
+        "ms_pangu_quant/serving.py",
     ),
     Row(
-        "mindformers", ("W8A8_DYNAMIC", *_W4), "vLLM-MindSpore", "0.5.1", REFUSES,
-        "its native table of methods has FLOAT and W8A8 only; MindFormers' models as MindFormers does",
-        "vllm_mindspore/model_executor/layers/quantization/golden_stick/golden_stick.py",
+        "mindformers", _W4, "vLLM-MindSpore", "0.5.1", INTEGER,
+        "GroupedMatmulV4, with this package installed beside it; never run on an NPU, see docs/serving.md",
+        "ms_pangu_quant/serving.py", group_sizes=(0, 256),
+    ),
+    Row(
+        "mindformers", _W4, "vLLM-MindSpore", "0.5.1", MEMORY,
+        "W4A16, with this package installed beside it; never run on an NPU, see docs/serving.md",
+        "ms_pangu_quant/serving.py",
     ),
     Row(
         "ascend", _W8, "vllm-ascend", "main of 2026-08", INTEGER,

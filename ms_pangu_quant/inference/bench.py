@@ -2,7 +2,7 @@
 
 Every repetition measures each model once, so a disturbance hits all of them alike and the ratios stay true. The limit of a
 phase is the time its multiplications take at the machine's peak or its weights take to be read from memory, whichever is
-longer; both peaks are measured in the same run. Prompts are random ids: speed does not depend on which.
+longer; both peaks are measured in the same run, on the CPU only. Prompts are random ids: speed does not depend on which.
 """
 
 from __future__ import annotations
@@ -100,17 +100,18 @@ def bench(
     new_tokens: int,
     repeats: int,
     seed: int = 0,
+    with_limits: bool = True,
     on_measured: Callable[[], None] = lambda: None,
-) -> tuple[list[dict[str, Any]], Limits]:
+) -> tuple[list[dict[str, Any]], Limits | None]:
     """Rows for each prompt length, batch size, phase and subject; on_measured is called len(subjects) times for each pair.
 
     latency_ms      median over repetitions: prefill until all first tokens are known; decode for one step of the batch.
     spread          (third - first quartile) / median of the latency.
-    limit_fraction  least possible time / latency.
+    limit_fraction  least possible time / latency; None without limits, which are this CPU's (with_limits).
     time_to_first_token_ms  prefill rows: until the first sequence's first token is known.
     """
     generator = np.random.default_rng(seed)
-    limits, rows = Limits.measure(), []
+    limits, rows = Limits.measure() if with_limits else None, []
     for prompt_len in prompt_lens:
         for batch in batch_sizes:
             vocab = subjects[0].model.config.vocab_size
@@ -125,12 +126,12 @@ def bench(
                         times.setdefault((subject.name, "decode"), []).extend(steps)
                     if repeat == repeats:
                         on_measured()
-            limits = limits.best(Limits.measure())
+            limits = limits and limits.best(Limits.measure())
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             for subject in subjects:
                 for phase, tokens in (("prefill", batch * prompt_len), ("decode", batch)):
-                    passes = len(list(_passes(prompts))) if phase == "prefill" else 1
-                    least = subject.work.seconds(limits, tokens, batch, passes)
+                    passes = len(list(_passes(prompts, subject.model))) if phase == "prefill" else 1
+                    least = subject.work.seconds(limits, tokens, batch, passes) if limits else None
                     row = _row(np.array(times[subject.name, phase]), tokens, least)
                     row = {"model": subject.name, "phase": phase, "batch_size": batch, "prompt_len": prompt_len, **row}
                     row["peak_rss_gib"] = peak / 2**30
@@ -151,7 +152,7 @@ def _answer(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     started = time.perf_counter()
     first = 0.0
     tokens = [0] * len(prompts)
-    for chosen in _passes(prompts):
+    for chosen in _passes(prompts, model):
         logits = model.forward(
             [prompts[index][start:end] for index, start, end in chosen],
             [start for _, start, _ in chosen],
@@ -174,8 +175,12 @@ def _answer(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     return prefill, first, steps
 
 
-def _passes(prompts: Sequence[Sequence[int]]):
-    """(sequence, start, end) pieces of each prefill pass, at most PREFILL_TOKENS tokens together."""
+def _passes(prompts: Sequence[Sequence[int]], model: Model):
+    """(sequence, start, end) pieces of each prefill pass, at most PREFILL_TOKENS tokens together; the whole batch at once
+    on a device that takes no prompt in pieces."""
+    if not model.network.backend.chunked_prefill:
+        yield [(index, 0, len(prompt)) for index, prompt in enumerate(prompts)]
+        return
     chosen, room = [], PREFILL_TOKENS
     for index, prompt in enumerate(prompts):
         start = 0
@@ -191,13 +196,13 @@ def _passes(prompts: Sequence[Sequence[int]]):
         yield chosen
 
 
-def _row(seconds: NDArray[np.float64], tokens: int, least: float) -> dict[str, float]:
+def _row(seconds: NDArray[np.float64], tokens: int, least: float | None) -> dict[str, float | None]:
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return {
         "latency_ms": 1e3 * float(median),
         "tokens_per_s": float(tokens / median),
         "spread": float((high - low) / median),
-        "limit_fraction": float(least / median),
+        "limit_fraction": None if least is None else float(least / median),
     }
 
 

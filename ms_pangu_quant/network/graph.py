@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mindspore as ms
 
-from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.backends import Backend, current_backend
+from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.pangu import build_network
@@ -50,6 +52,15 @@ class Operator:
     outputs: tuple[TensorType, ...]
 
 
+def device_backend(device: str) -> Backend:
+    """Whose cells to build a graph of, whatever device the process was started on: "ascend" or "cpu"."""
+    if device == "cpu":
+        return current_backend()
+    from ms_pangu_quant.backends.ascend import BACKEND
+
+    return BACKEND
+
+
 def exported_operators(
     config: ModelConfig, backend: Backend, *, phase: str, layers: int = 1, vocab_size: int | None = None, **build: Any
 ) -> list[Operator]:
@@ -69,6 +80,78 @@ def exported_operators(
     with tempfile.TemporaryDirectory(prefix="pangu-quant-") as folder, runtime.quiet():
         ms.export(network, *network.get_inputs(), file_name=f"{folder}/graph", file_format="MINDIR")
         return read_mindir(Path(folder) / "graph.mindir")
+
+
+@dataclass(frozen=True)
+class OperatorCount:
+    """How often a kind of operator with these types occurs in a phase's graph, and in which cells; "*" for the layer."""
+
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    count: int
+    cells: tuple[str, ...]
+
+
+def operator_counts(
+    config: ModelConfig, backend: Backend, *, phase: str, kinds: Mapping[str, str] | None = None, **build: Any
+) -> list[OperatorCount]:
+    """The operators of a whole network's graph in one phase, equal ones counted, in the order of execution.
+
+    Networks of one and of two layers are exported; their difference is a layer's part, and stands for every layer with the
+    same schemes. The vocabulary is small while the graph is made and its size is put into the types afterwards.
+
+    phase  "prefill" or "decode".   kinds, build  as in build_network.
+    """
+    total: Counter[_Key] = Counter()
+    cells: dict[_Key, dict[str, None]] = {}
+    for number, (schemes, layers) in enumerate(_alike(config, kinds).items()):
+        counts: list[Counter[_Key]] = []
+        for depth in (1, 2):
+            own = None
+            if kinds is not None:
+                own = {f"{layout.block_prefix(index)}{name}": kind for index in range(depth) for name, kind in schemes}
+            counts.append(Counter())
+            for key, where in _keys(config, backend, phase=phase, layers=depth, kinds=own, **build):
+                counts[-1][key] += 1
+                cells.setdefault(key, {})[re.sub(r"layers\.\d+", "layers.*", where)] = None
+        once = counts[0] if number == 0 else Counter()
+        each = layers - 1 if number == 0 else layers
+        for key in cells:
+            total[key] += once[key] + each * (counts[1][key] - counts[0][key])
+    return [OperatorCount(*key, total[key], tuple(where)) for key, where in cells.items()]
+
+
+_Key = tuple[str, tuple[str, ...], tuple[str, ...]]  # kind, types of the inputs, of the outputs
+
+
+def _keys(config: ModelConfig, backend: Backend, **export: Any) -> Iterator[tuple[_Key, str]]:
+    """Each operator as what equal ones have in common, and where it is."""
+    small = _unused_size(config)
+    for each in exported_operators(config, backend, vocab_size=small, **export):
+        inputs, outputs = (
+            tuple(str(_resized(one, small, config.vocab_size)) for one in side) for side in (each.inputs, each.outputs)
+        )
+        yield (each.kind, inputs, outputs), each.where
+
+
+def _alike(config: ModelConfig, kinds: Mapping[str, str] | None) -> Counter[tuple[tuple[str, str], ...]]:
+    """The schemes of a layer, (name in the layer, kind) of each weight -> how many layers have them."""
+    names = [f"{site.name}.weight" for site in layout.SITES]
+    return Counter(
+        tuple((name, (kinds or {}).get(f"{layout.block_prefix(index)}{name}", "")) for name in names)
+        for index in range(config.num_hidden_layers)
+    )
+
+
+def _unused_size(config: ModelConfig) -> int:
+    """A small number that no other size of the network is, not even a multiple of it."""
+    sizes = {value for value in vars(config).values() if isinstance(value, int)}
+    return next(size for size in (1009, 1013, 1019, 1021, 1031) if all(each % size for each in sizes if each))
+
+
+def _resized(tensor: TensorType, old: int, new: int) -> TensorType:
+    return TensorType(tensor.dtype, tuple(new if size == old else size for size in tensor.shape), tensor.name)
 
 
 def read_mindir(path: Path) -> list[Operator]:

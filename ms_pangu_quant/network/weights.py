@@ -33,6 +33,7 @@ def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend)
         if backend.bfloat16_tables and name != layout.FINAL_NORM and entry.dtype == ml_dtypes.bfloat16:
             # A few rows of an embedding are used at a time, and a rank's rows of a head: mapped, only those are in memory.
             mapped = runtime.tensor_parallel() > 1 or (name == layout.EMBEDDING and not tied)
+            mapped = mapped and type(entry) is TensorEntry  # not one made of slices
             yield name, ArraySlice(_map(entry) if mapped else entry.read())
         else:
             yield name, ArraySlice(reader.files.read_float32(name))

@@ -4,11 +4,14 @@ The expected operators are written from CANN's documentation of them, not from t
 """
 
 import functools
+import json
+from collections import Counter
 
 import pytest
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.cli import main
 from ms_pangu_quant.network import runtime
 
 SHAPES = {
@@ -116,6 +119,14 @@ def test_attention_norm_and_rope_are_ascend_operators_and_nothing_falls_back_to_
     assert not [kind for kind in count if "Py" in kind]  # PyExecute, PyInterpret: what only the interpreter can run
 
 
+@pytest.mark.parametrize(("phase", "gathered"), [("prefill", 1), ("decode", 0), ("logits", 0)])
+def test_only_prefill_picks_each_sequences_last_token(phase, gathered):
+    """The phase "logits" is for comparing devices, position by position."""
+    kinds = [each.kind for each in exported("1b", "float", phase)]
+    assert kinds.count("CumsumExt") == gathered
+    assert kinds.count("FlashAttentionScore") == (phase != "decode")
+
+
 @pytest.mark.parametrize(
     ("group_size", "int4"), [(0, "GroupedMatmulV4"), (256, "GroupedMatmulV4"), (128, "WeightQuantBatchMatmul")]
 )
@@ -136,3 +147,42 @@ def test_a_mixed_network_has_each_layers_own_operators(group_size, int4):
         "decoder.layers.0.mlp.linear_fc2": "QuantBatchMatmul",
         "output_layer": "MatMul",
     }
+
+
+@pytest.mark.parametrize("phase", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+def test_the_summary_of_a_deep_mixed_network_counts_what_its_whole_graph_holds(phase):
+    """One and two layers of each kind are exported for it, and here all of them."""
+    runtime.start("cpu", "graph")
+    from ms_pangu_quant.backends.ascend import BACKEND
+    from ms_pangu_quant.network.graph import exported_operators, operator_counts
+
+    raw = {"model_type": "PanguEmbedded", "num_hidden_layers": 5, "vocab_size": 1024, "max_position_embeddings": 512}
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = ModelConfig.from_dict({**raw, **shape}, where="test")
+    kinds = dict.fromkeys(layout.linear_names(config), "W8A8_DYNAMIC")
+    for index in (1, 4):
+        kinds.update({f"{layout.block_prefix(index)}{site.name}.weight": "W4A8_DYNAMIC" for site in layout.SITES[4:]})
+    found = operator_counts(config, BACKEND, phase=phase, kinds=kinds)
+    whole = exported_operators(config, BACKEND, phase=phase, layers=5, kinds=kinds)
+    wanted = Counter((each.kind, tuple(map(str, each.inputs)), tuple(map(str, each.outputs))) for each in whole)
+    assert {(each.kind, each.inputs, each.outputs): each.count for each in found} == dict(wanted)
+    grouped = [each for each in found if each.kind == "GroupedMatmulV4"]
+    assert [(each.count, each.cells) for each in grouped] == [
+        (2, ("decoder.layers.*.mlp.linear_fc1",)),
+        (2, ("decoder.layers.*.mlp.linear_fc2",)),
+    ]
+
+
+@pytest.mark.parametrize(("device", "kind"), [("ascend", "QuantBatchMatmul"), ("cpu", None)])
+def test_inspect_shows_the_graphs_of_a_directory(device, kind, quantized, capsys):
+    assert main(["inspect", str(quantized("w8a8")), "--graph", "--device", device, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"] == {"W8A8_DYNAMIC": 28}
+    assert set(found["phases"]) == {"prefill", "decode"}
+    for operators in found["phases"].values():
+        counts = Counter()
+        for each in operators:
+            counts[each["kind"]] += each["count"]
+        assert (counts[kind] == 16) if kind else (counts["QuantBatchMatmul"] == 0 and counts.total() > 20)
+    assert main(["inspect", str(quantized("w8a8")), "--graph", "--device", "tpu"]) == 2
+    assert "wanted ascend or cpu" in capsys.readouterr().err

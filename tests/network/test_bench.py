@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +11,7 @@ from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.formats.reader import QuantizedReader
-from ms_pangu_quant.inference.bench import Limits, Work, work_of
+from ms_pangu_quant.inference.bench import Limits, Work, _passes, work_of
 from ms_pangu_quant.inference.model import load
 from tests.conftest import MINI
 
@@ -33,6 +34,16 @@ def test_bench_has_a_row_for_each_model_phase_batch_and_length_and_its_figures_a
         assert 0 < row["limit_fraction"] < 1
         if row["phase"] == "prefill":
             assert 0 < row["time_to_first_token_ms"] <= row["latency_ms"]
+
+
+@pytest.mark.parametrize("chunked", [True, False])
+def test_a_device_that_takes_no_pieces_of_prompts_prefills_the_whole_batch_at_once(chunked):
+    model = SimpleNamespace(network=SimpleNamespace(backend=SimpleNamespace(chunked_prefill=chunked)))
+    passes = list(_passes([[0] * 300] * 3, model))
+    if chunked:
+        assert passes == [[(0, 0, 300), (1, 0, 212)], [(1, 212, 300), (2, 0, 300)]]
+    else:
+        assert passes == [[(0, 0, 300), (1, 0, 300), (2, 0, 300)]]
 
 
 def test_the_work_of_a_token_is_counted_from_the_weights_in_memory(quantized):

@@ -291,24 +291,42 @@ def test_check_asks_of_an_integer_tensor_whether_it_is_quantized_already(tmp_pat
         check(tmp_path, {"a": (2, 3)})
 
 
-def test_the_hash_covers_every_byte_and_every_name_and_reports_progress(sharded):
+def test_the_hash_covers_every_tensor_byte_and_reports_progress(sharded):
     directory, names = sharded
-    sizes = [(directory / name).stat().st_size for name in names]
     seen = []
     before = TensorFiles(directory).sha256(seen.append)
-    assert sum(seen) == sum(sizes)
-    assert TensorFiles(directory).sha256() == before
-    for name, size in zip(names, sizes, strict=True):
+    assert sum(seen) == TensorFiles(directory).nbytes
+    for name in names:
         data = bytearray((directory / name).read_bytes())
-        data[size - 1] ^= 1
+        data[-1] ^= 1
         (directory / name).write_bytes(data)
         assert TensorFiles(directory).sha256() != before
-        data[size - 1] ^= 1
+        data[-1] ^= 1
         (directory / name).write_bytes(data)
-    (directory / INDEX_FILE).unlink()
     assert TensorFiles(directory).sha256() == before
+
+
+def test_the_hash_is_of_the_tensors_and_not_of_how_they_are_spread_over_files(sharded, tmp_path):
+    directory, names = sharded
+    before = TensorFiles(directory).sha256()
+    (directory / INDEX_FILE).unlink()
     (directory / names[0]).rename(directory / "model-a.safetensors")
-    assert TensorFiles(directory).sha256() != before
+    assert TensorFiles(directory).sha256() == before
+    tensors = {name: entry.read() for name, entry in TensorFiles(directory).entries.items()}
+    name, value = next((name, value) for name, value in tensors.items() if value.ndim == 2)
+    others = {
+        "same": tensors,
+        "renamed": {f"{name}.x" if each == name else each: tensor for each, tensor in tensors.items()},
+        "reshaped": {**tensors, name: np.ascontiguousarray(value).reshape(value.shape[0] * 2, -1)},
+        "of another type": {**tensors, name: np.ascontiguousarray(value).view(np.int16)},
+    }
+    hashes = {}
+    for kind, changed in others.items():
+        (tmp_path / kind).mkdir()
+        save_file(changed, tmp_path / kind / "model.safetensors")
+        hashes[kind] = TensorFiles(tmp_path / kind).sha256()
+    assert hashes["same"] == before
+    assert len(set(hashes.values())) == len(hashes)
 
 
 def written_tensors():

@@ -32,7 +32,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("recipe", "estimate", "roofline", "sensitivity"),
     ("network", "backends"),
     ("calibration.stream",),
-    ("pipeline", "inference", "measure"),
+    ("pipeline", "inference", "measure", "serving"),
     ("evaluation",),
     ("report",),
     ("cli", "__main__", "msrun"),
