@@ -41,6 +41,14 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_INFINITY: dict[
+    np.dtype[Any], np.unsignedinteger[Any]
+] = {  # dtype -> its infinity's bits: those of a NaN are larger still, of a finite value smaller, but for the sign
+    _DTYPES["F64"]: np.uint64(0x7FF << 52),
+    _DTYPES["F32"]: np.uint32(0xFF << 23),
+    _DTYPES["F16"]: np.uint16(0x1F << 10),
+    _DTYPES["BF16"]: np.uint16(0xFF << 7),
+}
 
 
 @dataclass(frozen=True)
@@ -123,6 +131,15 @@ def row_chunks(entry: TensorEntry | ComputedEntry) -> Iterator[memoryview]:
         yield np.ascontiguousarray(entry.read(start, start + step)).reshape(-1).view(np.uint8).data
 
 
+def _finite(piece: bytes | memoryview, dtype: np.dtype[Any]) -> bool:
+    infinity = _INFINITY.get(dtype)
+    if infinity is None:
+        return True
+    bits = np.frombuffer(piece, infinity.dtype)
+    without_sign = infinity.dtype.type(np.iinfo(infinity.dtype).max >> 1)
+    return not bits.size or bool((bits & without_sign).max() < infinity)
+
+
 class TensorFiles:
     """All tensors of a directory: `entries` maps name -> where it lies, or how it is made."""
 
@@ -183,13 +200,19 @@ class TensorFiles:
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """Hash of every stored tensor's name, type, shape and bytes, in name order, whichever files they are in.
 
-        progress is called with the bytes just read.
+        progress is called with the bytes just read. Raises CheckpointError for a NaN or an infinity: rounding would turn it
+        into some code or other, and nothing later could tell.
         """
         total = hashlib.sha256()
         for name, entry in sorted(self._stored.items()):
             digest = hashlib.sha256()
             for piece in entry.chunks():
                 digest.update(piece)
+                if not _finite(piece, entry.dtype):
+                    raise CheckpointError(
+                        f"{entry.file}: {name} has a NaN or an infinity; wanted finite numbers: the checkpoint is damaged, "
+                        "or its training diverged"
+                    )
                 if progress:
                     progress(len(piece))
             total.update(f"{name}:{entry.dtype}:{list(entry.shape)}:{digest.hexdigest()}\n".encode())

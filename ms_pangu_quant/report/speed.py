@@ -80,7 +80,7 @@ def _problems(row: Any) -> Iterator[str]:
             yield f"has {field} {row.get(field)!r}"
     for field in _NUMBERS:
         value = row.get(field)
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             yield f"has {field} {value!r}"
     if row.get("latency_ms") == 0:
         yield "has latency_ms 0"
