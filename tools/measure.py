@@ -30,6 +30,7 @@ from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.evaluation.samples import write_json
+from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.recipe import find_recipe, load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,6 +154,8 @@ def _quantize(row: Row, setting: Setting, directory: Path) -> Record:
         for name in TOKENIZER_FILES:  # in the place of the words that the peer was given
             if (setting.checkpoint / name).exists():
                 shutil.copyfile(setting.checkpoint / name, output / name)
+        if not isinstance(open_checkpoint(output), QuantizedReader):
+            raise peers.PeerError(f"{row.tool} wrote a float checkpoint; did it ignore its settings?")
     return {**cost, "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors"))}
 
 

@@ -71,7 +71,7 @@ def llmcompressor_command(
     python: str, source: Path, output: Path, modifiers: Mapping[str, Any], data: Path | None
 ) -> list[str]:
     """modifiers  name of each llm-compressor modifier -> its arguments, in order.  data  rows of `token_ids`, or None."""
-    recipe = json.dumps({"stage": {"modifiers": modifiers}})  # JSON is YAML
+    recipe = json.dumps({"default_stage": {"default_modifiers": modifiers}})  # JSON is YAML
     return python_command(python, LLM_COMPRESSOR, SOURCE=source, OUTPUT=output, RECIPE=recipe, DATA=data or "")
 
 
