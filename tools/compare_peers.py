@@ -55,6 +55,7 @@ SMOOTH_08 = {"SmoothQuantModifier": {"smoothing_strength": 0.8}}
 SMOOTH_05 = {"SmoothQuantModifier": {"smoothing_strength": 0.5}}
 SPIN = {"SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_type": "hadamard"}}
 ITER_SMOOTH = {"type": "iter_smooth", "include": ["*"]}
+FLEX_SMOOTH = {"type": "flex_smooth_quant", "include": ["*"]}
 
 FLOAT = Row("float", "float", OURS, "the checkpoint as it is")
 W8A8, STATIC, GROUP, CHANNEL = "W8A8", "W8A8, static", "W4A8, groups of 128", "W4A8, per channel"
@@ -127,13 +128,10 @@ ROWS = (
         "SmoothQuant 0.8, GPTQ",
         {**SMOOTH_08, "GPTQModifier": W4A8_CHANNEL},
     ),
-    Row(
-        "slim_w4a8_iter",
-        CHANNEL,
-        MSMODELSLIM,
-        "iter_smooth, ssz",
-        [ITER_SMOOTH, linear_quant(bits=4, method="ssz")],
-    ),
+    Row("slim_w4a8_iter", CHANNEL, MSMODELSLIM, "iter_smooth, ssz", [ITER_SMOOTH, linear_quant(bits=4, method="ssz")]),
+    Row("slim_w4a8_flex", CHANNEL, MSMODELSLIM, "flex_smooth, ssz", [FLEX_SMOOTH, linear_quant(bits=4, method="ssz")]),
+    Row("slim_w4a8_gptq", CHANNEL, MSMODELSLIM, "iter_smooth, gptq", [ITER_SMOOTH, linear_quant(bits=4, method="gptq")]),
+    Row("slim_w4a8_quarot", CHANNEL, MSMODELSLIM, "quarot, ssz", [{"type": "quarot"}, linear_quant(bits=4, method="ssz")]),
 )
 
 

@@ -218,7 +218,7 @@ def _ours(command: str) -> list[str]:
 def run(command: Sequence[str], setting: Setting, log: Path) -> Record:
     """Run to its end, output into `log`; CPU time and peak memory of it and its children.
 
-    Raises PeerError with the last line of the log.
+    Raises PeerError with what the log says of the error.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     usage = log.with_suffix(".usage.json")
@@ -226,10 +226,16 @@ def run(command: Sequence[str], setting: Setting, log: Path) -> Record:
     with open(log, "wb") as file:
         done = subprocess.run(metered, cwd=ROOT, input=peers.ANSWERS.encode(), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise peers.PeerError(f"exit code {done.returncode}: {said[-1][:300] if said else 'no output'} ({log})")
+        raise peers.PeerError(f"exit code {done.returncode}: {_complaint(log)} ({log.name})")
     cost: Record = json.loads(usage.read_text())
     return cost
+
+
+def _complaint(log: Path) -> str:
+    """The last line of a log that names an error, or else its last line."""
+    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in said if "Error" in line]
+    return (named or said or ["no output"])[-1][:200].replace("|", "/")
 
 
 def last_json(log: Path) -> Record:
