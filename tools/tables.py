@@ -29,9 +29,10 @@ from measure import OURS, ROOT, Record, Row, Setting
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes
-from ms_pangu_quant.evaluation.statistics import Interval, wilson
+from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
+from ms_pangu_quant.evaluation.summary import scores
 from ms_pangu_quant.report.comparison import Comparison, compare
-from ms_pangu_quant.report.results import load_runs
+from ms_pangu_quant.report.results import Run, load_runs
 
 PAGE = ROOT / "docs/accuracy.md"
 MINI = ASSETS / "openpangu-mini"
@@ -89,29 +90,45 @@ def retention_table(records: Sequence[Record], setting: Setting) -> str:
         "lost / gained, p",
     ]
     lines = [titles, ["---"] * len(titles)]
-    found = paired(records, setting)
+    found, together = paired(records, setting)
     for record in records:
         row = record["row"]
         against = found.get(row["name"], {})
+        whole = percent(together[row["name"]]) if row["name"] in together else ""
         wanted = f">= {RETAINED[row['scheme']]:.0%}" if row["scheme"] in RETAINED and row["name"] in MAIN else ""
         kl = number(record["compare"]["kl_mean"]) if "compare" in record else "0"
         cells = [kept(record, mode, against.get(mode)) for mode in modes]
-        lines.append([row["scheme"], row["what"], *cells, wanted, kl, "; ".join(map(flipped, against.values()))])
+        lines.append([row["scheme"], row["what"], *cells, whole, wanted, kl, "; ".join(map(flipped, against.values()))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def paired(records: Sequence[Record], setting: Setting) -> dict[str, dict[str, Comparison]]:
-    """Row -> mode -> its answers against the float model's, of the rows whose answers are there."""
+def paired(records: Sequence[Record], setting: Setting) -> tuple[dict[str, dict[str, Comparison]], dict[str, Interval]]:
+    """Of the rows whose answers are there, against the float model's: row -> mode -> comparison, and row -> retention over
+    all modes, a problem's score being the share of the modes in which it is solved."""
     names = [record["row"]["name"] for record in records if record.get("evaluate")]
     if FLOAT.name not in names or len(names) < 2:
-        return {}
+        return {}, {}
     ordered = [FLOAT.name, *(name for name in names if name != FLOAT.name)]
     runs = load_runs([setting.work / name / "evaluation" for name in ordered], ordered)
     against: dict[str, dict[str, Comparison]] = {}
     for each in compare(runs, 0.9):
         if each.cell[0] == setting.task and each.cell[1] in setting.modes:
             against.setdefault(each.run.name, {})[each.cell[1]] = each
-    return against
+    solved = {run.name: shares(run, setting) for run in runs}
+    reference = solved.pop(FLOAT.name)
+    together = {}
+    for name, mine in solved.items():
+        shared = [problem for problem in reference if problem in mine]
+        found = retention([reference[problem] for problem in shared], [mine[problem] for problem in shared])
+        if found is not None:
+            together[name] = found.ratio
+    return against, together
+
+
+def shares(run: Run, setting: Setting) -> dict[str, float]:
+    """Problem -> share of the setting's modes in which it is solved; of problems judged in all of them."""
+    by_mode = [scores(run.results[setting.task, mode]) for mode in setting.modes]
+    return {key: float(np.mean([of[key] for of in by_mode])) for key in by_mode[0] if all(key in of for of in by_mode)}
 
 
 def kept(record: Record, mode: str, against: Comparison | None) -> str:

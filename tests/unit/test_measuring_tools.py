@@ -169,24 +169,36 @@ def test_the_page_has_markers_for_every_table_and_no_others(tools):
 
 
 def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, setting):
-    """Of 4 problems the float model passes a, b, c, the other b, c, d: the same share, one lost and one gained."""
-    for name, right in (("float", "abc"), ("w8a8", "bcd")):
+    """Of 4 problems the float model passes a, b, c and the other b, c, d: the same share, one lost and one gained. In the
+    other mode it passes all, and the other two of them: 5 of 7 together."""
+    for name, right in (
+        ("float", {"no_think": "abc", "slow_think": "abcd"}),
+        ("w8a8", {"no_think": "bcd", "slow_think": "ab"}),
+    ):
+        entries = [{"task": "mini", "mode": mode, "data_sha256": "x", "prompts": ["p"]} for mode in right]
+        results = [
+            {
+                "task": "mini",
+                "mode": mode,
+                "task_id": key,
+                "verdict": "pass" if key in right[mode] else "exception",
+                "tokens": 3,
+            }
+            for mode in right
+            for key in "abcd"
+        ]
         folder = tmp_path / "work" / name / "evaluation"
         folder.mkdir(parents=True)
-        entry = {"task": "mini", "mode": "no_think", "data_sha256": "x", "prompts": ["p"]}
-        (folder / "summary.json").write_text(json.dumps({"entries": [entry]}))
-        verdicts = {problem: "pass" if problem in right else "wrong_answer" for problem in "abcd"}
-        lines = (
-            {"task": "mini", "mode": "no_think", "task_id": key, "verdict": verdicts[key], "tokens": 3} for key in verdicts
-        )
-        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    evaluated = {"evaluate": {"no_think": {"passed": 3, "problems": 4}}}
+        (folder / "summary.json").write_text(json.dumps({"entries": entries}))
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
     rows = [tools.compare_peers.FLOAT, row_of(tools, "w8a8")]
-    records = [{**record_of(row, 0.1, **evaluated)} for row in rows]
-    shared = tools.tables.replace(setting(), modes=("no_think",))
-    *_, line = tools.tables.retention_table(records, shared).splitlines()
+    records = [record_of(row, 0.1, evaluate={"no_think": {"passed": 3, "problems": 4}}) for row in rows]
+    modes = ("no_think", "slow_think")
+    *_, line = tools.tables.retention_table(records, tools.tables.replace(setting(), modes=modes)).splitlines()
     assert "75.0%, 100.0% [" in line
-    assert "1/1 1.00" in line
+    assert ", 50.0% [" in line
+    assert f"| {5 / 7:.1%} [" in line
+    assert "1/1 1.00; 2/0 0.50" in line
 
 
 # --- other outliers, the same function --------------------------------------------------------------------------------
