@@ -208,7 +208,7 @@ def ratios(records: Sequence[Record]) -> str:
 
 def provenance(records: Sequence[Record]) -> str:
     """One line: what measured, and which versions were measured."""
-    commits = sorted({record["commit"] for record in records})
+    commits = sorted({record["commit"] for record in records if "failure" not in record}) or ["none: nothing was measured"]
     versions = sorted(
         {f"{record['row']['tool']} {record['tool_version']}" for record in records if record.get("tool_version")}
     )

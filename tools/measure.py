@@ -107,6 +107,16 @@ def measure(row: Row, setting: Setting, on_step: Callable[[str], None] = lambda 
             _keep(directory, record)
     except peers.PeerError as error:
         record["failure"] = str(error)
+        _keep(directory, record)  # to be told, and tried again by the next run
+    return record
+
+
+def recorded(row: Row, setting: Setting) -> Record:
+    """What the row's record has, without measuring anything or asking whether it is still of the same data."""
+    path = setting.work / row.name / "record.json"
+    if not path.exists():
+        return {"row": asdict(row), "failure": "not yet"}
+    record: Record = json.loads(path.read_text())
     return record
 
 
