@@ -168,8 +168,8 @@ def cells(record: Record, modes: Sequence[str]) -> list[str]:
     if "failure" in record:
         return [*found, f"not measured: {record['failure']}", *[""] * (len(modes) + 6)]
     compared, quantized = record.get("compare"), record.get("quantize")
-    if compared is None:  # the float model itself
-        found += ["0", "", "", ""]
+    if compared is None:
+        found += ["0" if row["settings"] is None else "", "", "", ""]
     else:
         found += [number(compared["kl_mean"]), number(compared["kl_se"], 1)]
         found += [f"{compared['top1_agreement']:.2%}", f"{compared['ppl_quantized']:.4f}"]

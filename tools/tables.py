@@ -81,14 +81,8 @@ def peers_table(records: Sequence[Record], setting: Setting) -> str:
 def retention_table(records: Sequence[Record], setting: Setting) -> str:
     """Paired with the float model's answers to the same problems."""
     modes = setting.modes
-    titles = [
-        "scheme",
-        "recipe",
-        *(f"{mode}: passed, retention [95 %]" for mode in modes),
-        "wanted",
-        "KL",
-        "lost / gained, p",
-    ]
+    titles = ["scheme", "recipe", *(f"{mode}: passed, retention [95 %]" for mode in modes)]
+    titles += ["retention, all modes", "wanted", "KL", "lost / gained, p"]
     lines = [titles, ["---"] * len(titles)]
     found, together = paired(records, setting)
     for record in records:
@@ -154,7 +148,8 @@ def flipped(against: Comparison) -> str:
     """Problems that only one of the two passed, and McNemar's exact p."""
     if against.flips is None:
         return ""
-    return f"{len(against.flips.lost)}/{len(against.flips.gained)} {against.flips.p:.2f}"
+    p = f"{against.flips.p:.2f}" if against.flips.p >= 0.01 else "< .01"
+    return f"{len(against.flips.lost)}/{len(against.flips.gained)} {p}"
 
 
 def kl_table(records: Sequence[Record], setting: Setting) -> str:

@@ -194,7 +194,8 @@ def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, sett
     rows = [tools.compare_peers.FLOAT, row_of(tools, "w8a8")]
     records = [record_of(row, 0.1, evaluate={"no_think": {"passed": 3, "problems": 4}}) for row in rows]
     modes = ("no_think", "slow_think")
-    *_, line = tools.tables.retention_table(records, tools.tables.replace(setting(), modes=modes)).splitlines()
+    titles, *_, line = tools.tables.retention_table(records, tools.tables.replace(setting(), modes=modes)).splitlines()
+    assert titles.count("|") == line.count("|")
     assert "75.0%, 100.0% [" in line
     assert ", 50.0% [" in line
     assert f"| {5 / 7:.1%} [" in line
