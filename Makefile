@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow lint mutate goldens clean
+.PHONY: install demo test test-slow lint mutate goldens tables clean
 
 install: $(VENV)/.installed
 
@@ -35,5 +35,9 @@ goldens: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[goldens]'
 	$(BIN)/python tools/make_goldens.py
 
+# The tables of docs/accuracy.md. Rows of other tools need TABLES='--llmcompressor-python PY --msmodelslim-python PY'.
+tables: install
+	$(BIN)/python tools/tables.py $(TABLES)
+
 clean:
-	rm -rf $(VENV) demo_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) demo_output accuracy_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

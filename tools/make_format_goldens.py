@@ -24,22 +24,25 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from make_checkpoint import make_config, write_checkpoint
+from peers import ANSWERS, as_llama, linear_quant, llmcompressor_command, msmodelslim_command, python_command
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/formats"
 MINI = ROOT / "ms_pangu_quant/assets/openpangu-mini"
 SEED = 7
-SCHEMES = {  # msModelSlim: (activation scope, symmetric activations, weight bits)
-    "w8a8_dynamic": ("per_token", True, 8),
-    "w4a8_dynamic": ("per_token", True, 4),
-    "w8a8": ("per_tensor", False, 8),
+SCHEMES = {  # msModelSlim
+    "w8a8_dynamic": linear_quant(),
+    "w4a8_dynamic": linear_quant(bits=4),
+    "w8a8": linear_quant(act="per_tensor", symmetric=False),
 }
+W8A8 = {"QuantizationModifier": {"targets": "Linear", "scheme": "W8A8", "ignore": ["lm_head"]}}  # llm-compressor
 RECIPES = ("w8a8_rtn", "w4a8_g128_rtn")
 
 TOKENIZER = """
@@ -50,15 +53,6 @@ made = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
 PreTrainedTokenizerFast(
     tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
 ).save_pretrained(DIRECTORY)
-"""
-
-LLM_COMPRESSOR = """
-from llmcompressor import oneshot
-from llmcompressor.modifiers.quantization import QuantizationModifier
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype="float32")
-oneshot(model=model, recipe=QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]))
-model.save_pretrained(OUTPUT, save_compressed=True)
 """
 
 TRANSFORMERS = """
@@ -90,17 +84,8 @@ def tiny_llama(directory: Path) -> Path:
     return directory
 
 
-def as_llama(directory: Path) -> None:
-    """Let transformers take an openPangu checkpoint for what it is: a Llama with biases."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text())
-    config.update(model_type="llama", architectures=["LlamaForCausalLM"], attention_bias=config["bias"], mlp_bias=False)
-    path.write_text(json.dumps(config))
-
-
-def run(python: str, program: str, **values: Any) -> None:
-    lines = [f"{name} = {str(value)!r}" for name, value in values.items()]
-    subprocess.run([python, "-c", "\n".join(lines) + program], check=True)
+def run(command: Sequence[str]) -> None:
+    subprocess.run(command, check=True, input=ANSWERS, text=True)
 
 
 def golden_of(written: Path, source: Path) -> dict[str, Any]:
@@ -116,48 +101,20 @@ def golden_of(written: Path, source: Path) -> dict[str, Any]:
 
 def msmodelslim(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
     source = tiny_llama(scratch / "tiny")
-    run(python, TOKENIZER, DIRECTORY=source)
+    run(python_command(python, TOKENIZER, DIRECTORY=source))
     rows = [{"inputs_pretokenized": text} for text in ("def add(a, b): return a + b", "The fox jumps over the dog.")]
     (scratch / "calib.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = {}
-    for name, (scope, symmetric, bits) in SCHEMES.items():
-        quantizer = {
-            "type": "linear_quant",
-            "qconfig": {
-                "act": {"scope": scope, "dtype": "int8", "symmetric": symmetric, "method": "minmax"},
-                "weight": {"scope": "per_channel", "dtype": f"int{bits}", "symmetric": True, "method": "minmax"},
-            },
-            "include": ["*"],
-            "exclude": ["*lm_head*"],
-        }
-        settings = {
-            "apiversion": "modelslim_v1",
-            "metadata": {
-                "config_id": name,
-                "score": 90,
-                "verified_model_types": ["default"],
-                "label": {"w_bit": bits, "a_bit": 8, "is_sparse": False, "kv_cache": False},
-            },
-            "spec": {
-                "runner": "layer_wise",
-                "process": [quantizer],
-                "save": [{"type": "ascendv1_saver", "part_file_size": 4}],
-                "dataset": str(scratch / "calib.jsonl"),
-            },
-        }
-        (scratch / f"{name}.yaml").write_text(json.dumps(settings))  # JSON is YAML
-        command = [str(Path(python).with_name("msmodelslim")), "quant", "--model_type", "default", "--device", "cpu"]
-        command += ["--model_path", str(source), "--save_path", str(scratch / name), "--trust_remote_code", "False"]
-        command += ["--config_path", str(scratch / f"{name}.yaml")]
-        subprocess.run(command, check=True, input="n\n" * 9, text=True)  # it asks about the settings
+    for name, processor in SCHEMES.items():
+        run(msmodelslim_command(python, source, scratch / name, [processor], scratch / "calib.jsonl"))
         made[f"msmodelslim_{name}"] = golden_of(scratch / name, source)
     return made
 
 
 def llmcompressor(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
     source = tiny_llama(scratch / "tiny")
-    run(python, TOKENIZER, DIRECTORY=source)
-    run(python, LLM_COMPRESSOR, DIRECTORY=source, OUTPUT=scratch / "out")
+    run(python_command(python, TOKENIZER, DIRECTORY=source))
+    run(llmcompressor_command(python, source, scratch / "out", W8A8, None))
     return {"llmcompressor_w8a8": golden_of(scratch / "out", source)}
 
 
@@ -175,8 +132,10 @@ def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
         stored_as = FORMATS["compressed-tensors"]
         quantize(CheckpointReader(MINI), load_recipe(find_recipe(recipe)), output, stored_as=stored_as)
         golden[f"sha256_{recipe}"] = (output / "SHA256SUMS").read_text()
-        as_llama(output)
-        run(python, TRANSFORMERS, DIRECTORY=output, IDS=scratch / "ids.npy", OUTPUT=scratch / "logits.npy")
+        config = json.loads((output / "config.json").read_text())
+        (output / "config.json").write_text(json.dumps(as_llama(config, biases=config["bias"])))
+        ids_and_logits = {"IDS": scratch / "ids.npy", "OUTPUT": scratch / "logits.npy"}
+        run(python_command(python, TRANSFORMERS, DIRECTORY=output, **ids_and_logits))
         golden[f"logits_{recipe}"] = np.load(scratch / "logits.npy")
     return {"compressed_tensors": golden}
 

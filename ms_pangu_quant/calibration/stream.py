@@ -55,7 +55,7 @@ class BlockCell(nn.Cell):
     """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out.
 
     rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
-              with the factor that `factors` [inputs] has for it.
+              with the factor that `grids` [2, inputs] has for it in its first row and the zero point in its second.
     online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
     until     place in layout.INPUT_NAMES of the only output wanted: nothing behind it is computed. None: the whole block.
     """
@@ -69,18 +69,19 @@ class BlockCell(nn.Cell):
         self.until = until
         self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
 
-    def _round(self, x, place, factors):
+    def _round(self, x, place, grids):
         if self.rounding[place] == "":
             return x
         if self.rounding[place] == "dynamic":
             codes, scale = per_token_codes(x, x.shape[-1])
             return codes * ops.tile(scale, (1, x.shape[-1]))
-        return ops.clamp(ops.Rint()(x * factors[place]), -128.0, 127.0) / factors[place]
+        factor, zero_point = grids[0, place], grids[1, place]
+        return (ops.clamp(ops.Rint()(x * factor) + zero_point, -128.0, 127.0) - zero_point) / factor
 
     def construct(
         self,
         hidden,
-        factors,
+        grids,
         positions,
         batch_valid_length,
         context_lens_tensor,
@@ -94,7 +95,7 @@ class BlockCell(nn.Cell):
         attention_input = self.layer.input_layernorm(hidden)
         if self.until == 0:
             return (attention_input,)
-        query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, factors))
+        query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, grids))
         query, key = attention.rotary_emb(query, key, cos, sin, batch_valid_length)
         attention_output = attention.core_attention(
             query=query,
@@ -109,19 +110,19 @@ class BlockCell(nn.Cell):
         )
         if self.until == 1:
             return (attention_output,)
-        residual = hidden + attention.linear_proj(self._round(attention_output, 1, factors))
+        residual = hidden + attention.linear_proj(self._round(attention_output, 1, grids))
         mlp_input = self.layer.pre_mlp_layernorm(residual)
         if self.until == 2:
             return (mlp_input,)
         gate, up = ops.function.array_func.split_ext(
-            mlp.linear_fc1(self._round(mlp_input, 2, factors)), (self.inner, self.inner), -1
+            mlp.linear_fc1(self._round(mlp_input, 2, grids)), (self.inner, self.inner), -1
         )
         mlp_hidden = up * mlp.activation_func(gate)
         if self.hadamard is not None:
             mlp_hidden = self.hadamard(mlp_hidden)
         if self.until == 3:
             return (mlp_hidden,)
-        output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, factors))
+        output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, grids))
         return output, attention_input, attention_output, mlp_input, mlp_hidden
 
 
@@ -207,13 +208,13 @@ class BlockRunner:
             tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
             until,
         )
-        factors = Tensor(np.array([linear.input_scale or 1.0 if linear else 1.0 for linear in readers], np.float32))
+        grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
         self._network.load_tensors(_float_tensors(block, linears))
         for rows, lengths in hidden.batches(self._max_tokens):
             free = iter(range(self._blocks))
             tables = [[next(free) for _ in range(blocks_for(length, BLOCK_SIZE))] for length in lengths]
             inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
-            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), factors, *inputs.values())
+            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), grids, *inputs.values())
 
     def _cell(self, rounding: tuple[str, ...], until: int | None) -> BlockCell:
         if (rounding, until) not in self._cells:
@@ -224,7 +225,7 @@ class BlockRunner:
                 mask_shape, mask_dtype = self._network.backend.dynamic_mask
                 cell.set_inputs(
                     Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
-                    Tensor(shape=[len(rounding)], dtype=ms.float32),
+                    Tensor(shape=[2, len(rounding)], dtype=ms.float32),
                     vector,
                     vector,
                     vector,
@@ -248,6 +249,11 @@ class BlockRunner:
 def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:
     """A quantized layer that reads this input, which is rounded for all of them."""
     return next((linears[site.name] for site in layout.sites_reading(input_name) if site.name in linears), None)
+
+
+def _grid(linear: QuantizedLinear | None) -> tuple[float, float]:
+    """(factor, zero point) of a layer's static input; what it says of another kind of layer is not looked at."""
+    return (1.0, 0.0) if linear is None else (linear.input_scale or 1.0, linear.input_offset)
 
 
 def _float_tensors(block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, ArraySlice]]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.network import runtime
 
@@ -89,12 +89,6 @@ def _final_states(
     runner = BlockRunner(reader.config, hidden.lengths)
     for index in range(reader.config.num_hidden_layers):
         block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
-        shifted = [name for name, linear in linears.items() if linear.input_offset]
-        if shifted:
-            raise RequestError(
-                f"{reader.directory}: {layout.block_prefix(index)}{shifted[0]} has a zero point on its input, which this "
-                "comparison does not round with; load the checkpoint and compare its logits"
-            )
         hidden = runner.advance(block, linears, hidden)
         on_block()
     return final_norm(reader, hidden.states)

@@ -1,0 +1,245 @@
+"""tools/peers.py, measure.py, compare_peers.py, tables.py, rescale_outliers.py: what can be checked without quantizing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tokenizers import Tokenizer
+
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.errors import OutputError
+
+NAMES = ("peers", "measure", "compare_peers", "rescale_outliers", "tables")
+
+
+@pytest.fixture
+def tools(root, monkeypatch):
+    """The tools as modules; they import each other as files of one folder do."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(root / "tools"))
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
+    for name in {*NAMES, "make_checkpoint"} - before:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """(shell commands) -> something to pass as a peer's Python: it knows its version, and does this for a program."""
+
+    def make(does: str) -> str:
+        path = tmp_path / "python"
+        path.write_text(f'#!/bin/sh\ncase "$2" in *importlib.metadata*) echo 1.2.3; exit;; esac\n{does}\n')
+        path.chmod(0o755)
+        return str(path)
+
+    return make
+
+
+@pytest.fixture
+def setting(tools, mini, root, tmp_path):
+    assets = root / "ms_pangu_quant/assets"
+    return lambda **pythons: tools.measure.Setting(
+        mini, assets / "calibration.jsonl", assets / "validation.jsonl", tmp_path / "work", pythons=pythons
+    )
+
+
+def row_of(tools, name):
+    return next(row for row in tools.compare_peers.ROWS if row.name == name)
+
+
+# --- what the peers are given ----------------------------------------------------------------------------------------
+
+
+def test_the_peers_get_the_checkpoint_as_a_float32_llama_with_the_same_values(tools, mini, tmp_path):
+    tools.peers.write_source(mini, tmp_path / "source")
+    reader, copy = CheckpointReader(mini), CheckpointReader(tmp_path / "source")
+    assert json.loads((tmp_path / "source/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert copy.config.attention_bias
+    assert copy.files.entries.keys() == reader.files.entries.keys()
+    for name, entry in copy.files.entries.items():
+        assert entry.dtype == np.float32
+        np.testing.assert_array_equal(entry.read(), reader.files.read_float32(name))
+
+
+def test_words_of_the_peers_tokenizer_are_the_token_ids(tools, mini, tmp_path):
+    tools.peers.write_source(mini, tmp_path / "source")
+    sequences = [np.array([1, 1023, 0, 77, 4], np.int32), np.array([500, 5], np.int32)]
+    tools.peers.write_calibration(sequences, tmp_path / "data")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "source/tokenizer.json"))
+    words = [json.loads(line)["inputs_pretokenized"] for line in (tmp_path / "data/words.jsonl").open()]
+    ids = [json.loads(line)["token_ids"] for line in (tmp_path / "data/token_ids.jsonl").open()]
+    assert [tokenizer.encode(text).ids for text in words] == ids == [sequence.tolist() for sequence in sequences]
+
+
+# --- a row that cannot be measured -----------------------------------------------------------------------------------
+
+
+def test_a_row_without_its_tool_says_which_option_is_missing(tools, setting):
+    record = tools.measure.measure(row_of(tools, "llmc_w8a8_rtn"), setting())
+    assert "--llmcompressor-python" in record["failure"]
+    record = tools.measure.measure(row_of(tools, "slim_w8a8"), setting(msmodelslim=sys.executable))
+    assert "no package msmodelslim" in record["failure"]
+
+
+def test_missing_tools_give_exit_code_3_and_a_table_that_says_so(tools, tmp_path, capsys):
+    only = ["--only", "llmc_w8a8_rtn", "slim_w8a8"]
+    assert tools.compare_peers.main([*only, "--work", str(tmp_path / "work"), "--modes", ""]) == 3
+    assert capsys.readouterr().out.count("not measured: ") == 2
+    assert len(json.loads((tmp_path / "work/peers.json").read_text())["rows"]) == 2
+
+
+def test_a_peer_that_fails_is_quoted(tools, setting, interpreter):
+    python = interpreter("echo something; echo 'RuntimeError: needs a | here' >&2; echo 'TIP: none'; exit 7")
+    record = tools.measure.measure(row_of(tools, "llmc_w8a8_rtn"), setting(**{"llm-compressor": python}))
+    assert record["failure"] == "exit code 7: RuntimeError: needs a / here (quantize.log)"
+    assert "quantize" not in record
+
+
+def test_a_peer_that_writes_a_float_checkpoint_has_not_quantized(tools, setting, interpreter, tmp_path):
+    """As llm-compressor does, without a word, where it finds no modifiers under the names it looks for."""
+    work = tmp_path / "work"
+    python = interpreter(f"cp -r {work}/peers/float32 {work}/llmc_w8a8_rtn/checkpoint")
+    record = tools.measure.measure(row_of(tools, "llmc_w8a8_rtn"), setting(**{"llm-compressor": python}))
+    assert "wrote a float checkpoint" in record["failure"]
+
+
+def test_cpu_time_and_memory_are_those_of_the_process_and_not_of_others(tools, setting, tmp_path):
+    program = (
+        "x = bytearray(300 << 20)\nimport time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
+    )
+    cost = tools.measure.run([sys.executable, "-S", "-c", program], setting(), tmp_path / "log")
+    assert 300 << 20 <= cost["peak_bytes"] < 400 << 20
+    assert 0.4 <= cost["cpu_seconds"] < 2
+    idle = tools.measure.run([sys.executable, "-S", "-c", "pass"], setting(), tmp_path / "log")
+    assert idle["cpu_seconds"] < 0.4
+    assert idle["peak_bytes"] < 100 << 20
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+def record_of(row, kl, **more):
+    compared = {"kl_mean": kl, "kl_se": kl / 10, "top1_agreement": 0.991, "ppl_quantized": 1.43}
+    quantized = {"cpu_seconds": 12.3, "peak_bytes": 1 << 30, "bytes": 1 << 21}
+    return {"row": asdict(row), "commit": "abc", "compare": compared, "quantize": quantized, **more}
+
+
+def test_the_ratio_is_our_best_over_the_best_of_the_others(tools):
+    rows = [row_of(tools, name) for name in ("w4a8_g128", "w4a8_g128_rtn", "llmc_w4a8_rtn", "llmc_w4a8_gptq", "w8a8")]
+    records = [record_of(row, kl) for row, kl in zip(rows, (0.0007, 0.04, 0.05, 0.007, 0.1), strict=True)]
+    records.append({**record_of(row_of(tools, "llmc_w4a8_awq"), 1e-9), "failure": "no"})
+    *_, line = tools.compare_peers.ratios(records).splitlines()
+    assert line == ("| W4A8, groups of 128 | `w4a8_g128`: 0.0007 | llm-compressor, SmoothQuant 0.8, GPTQ: 0.007 | 0.100 |")
+
+
+def test_a_table_has_a_cell_under_every_title(tools):
+    row = row_of(tools, "w8a8")
+    records = [record_of(row, 1e-5), record_of(row, 0.1, failure="no"), {"row": asdict(row)}]
+    records.append(record_of(row, 0.1, evaluate={"no_think": {"passed": 150, "problems": 200}}))
+    lines = tools.compare_peers.table(records, ("no_think", "slow_think")).splitlines()
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    assert "| 75.0% |  |" in lines[-1]
+
+
+def test_a_table_is_written_between_its_markers_and_nowhere_else(tools):
+    page = "a\n<!-- table: one -->\nold | \\1\n<!-- end -->\nb\n<!-- table: two -->\nkept\n<!-- end -->\n"
+    once = tools.tables.replaced(page, "one", r"new \g<0>")
+    assert once == page.replace("old | \\1", r"new \g<0>")
+    assert tools.tables.replaced(once, "one", r"new \g<0>") == once
+    with pytest.raises(ValueError, match="three"):
+        tools.tables.replaced(page, "three", "")
+
+
+def test_the_page_has_markers_for_every_table_and_no_others(tools):
+    page = tools.tables.PAGE.read_text()
+    assert [table.name for table in tools.tables.TABLES] == [
+        line.split()[2] for line in page.splitlines() if line.startswith("<!-- table: ")
+    ]
+    for table in tools.tables.TABLES:
+        assert len({row.name for row in table.rows}) == len(table.rows)
+
+
+def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, setting):
+    """Of 4 problems the float model passes a, b, c and the other b, c, d: the same share, one lost and one gained. In the
+    other mode it passes all, and the other two of them: 5 of 7 together."""
+    for name, right in (
+        ("float", {"no_think": "abc", "slow_think": "abcd"}),
+        ("w8a8", {"no_think": "bcd", "slow_think": "ab"}),
+    ):
+        entries = [{"task": "mini", "mode": mode, "data_sha256": "x", "prompts": ["p"]} for mode in right]
+        results = [
+            {
+                "task": "mini",
+                "mode": mode,
+                "task_id": key,
+                "verdict": "pass" if key in right[mode] else "exception",
+                "tokens": 3,
+            }
+            for mode in right
+            for key in "abcd"
+        ]
+        folder = tmp_path / "work" / name / "evaluation"
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text(json.dumps({"entries": entries}))
+        (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
+    rows = [tools.compare_peers.FLOAT, row_of(tools, "w8a8")]
+    records = [record_of(row, 0.1, evaluate={"no_think": {"passed": 3, "problems": 4}}) for row in rows]
+    modes = ("no_think", "slow_think")
+    titles, *_, line = tools.tables.retention_table(records, tools.tables.replace(setting(), modes=modes)).splitlines()
+    assert titles.count("|") == line.count("|")
+    assert "75.0%, 100.0% [" in line
+    assert ", 50.0% [" in line
+    assert f"| {5 / 7:.1%} [" in line
+    assert "1/1 1.00; 2/0 0.50" in line
+
+
+# --- other outliers, the same function --------------------------------------------------------------------------------
+
+
+def sizes(tools, block):
+    for input_name in layout.INPUT_NAMES:
+        size = tools.rescale_outliers.producer_size(block, input_name)
+        yield input_name, size / np.median(size)
+
+
+def test_flattening_leaves_no_channel_that_stands_out_and_the_bits_of_the_output(tools, mini, forward, tmp_path):
+    tools.rescale_outliers.write(mini, tmp_path / "flat", None)
+    before, after = CheckpointReader(mini), CheckpointReader(tmp_path / "flat")
+    hidden = np.random.default_rng(0).normal(size=(9, 256)).astype(np.float32)
+    for index in range(4):
+        assert all(ratio.max() > 10 for _, ratio in sizes(tools, before.block(index)))
+        assert all(ratio.max() < 2 for _, ratio in sizes(tools, after.block(index)))
+        np.testing.assert_array_equal(forward(after.block(index), hidden)[0], forward(before.block(index), hidden)[0])
+
+
+def test_a_factor_doubles_the_norms_outliers_alone_and_leaves_the_bits_of_the_output(tools, mini, forward, tmp_path):
+    tools.rescale_outliers.write(mini, tmp_path / "x128", 2.0)
+    before, after = CheckpointReader(mini), CheckpointReader(tmp_path / "x128")
+    hidden = np.random.default_rng(0).normal(size=(9, 256)).astype(np.float32)
+    for index in range(4):
+        for norm in layout.NORMS:
+            one, two = before.block(index)[f"{norm}.weight"], after.block(index)[f"{norm}.weight"]
+            assert sorted(np.unique(two / one)) == [1, 2]
+            assert (two != one).sum() == 4
+        np.testing.assert_array_equal(
+            after.block(index)["self_attn.o_proj.weight"], before.block(index)["self_attn.o_proj.weight"]
+        )
+        np.testing.assert_array_equal(forward(after.block(index), hidden)[0], forward(before.block(index), hidden)[0])
+    for path in Path(mini).glob("token*"):
+        assert (tmp_path / "x128" / path.name).read_bytes() == path.read_bytes()
+    assert load_file(tmp_path / "x128/model.safetensors").keys() == load_file(mini / "model.safetensors").keys()
+
+
+def test_a_factor_out_of_the_dtypes_range_is_refused(tools, mini, tmp_path):
+    with pytest.raises(OutputError, match="out of bfloat16's range"), np.errstate(over="ignore"):
+        tools.rescale_outliers.write(mini, tmp_path / "out", 2.0**127)
+    assert not (tmp_path / "out").exists()

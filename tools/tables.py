@@ -1,0 +1,250 @@
+#!/usr/bin/env python3
+"""Measure and write every table of docs/accuracy.md, between its markers.
+
+A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
+same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
+on with what is missing; delete WORK, or a row's folder in it, to measure again. See compare_peers.py for the other tools'
+environments; rows of theirs that are not there say so.
+
+exit code  0 every row was measured, 3 some were not, 2 the request cannot be done
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import compare_peers
+import make_checkpoint
+import numpy as np
+import rescale_outliers
+from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, STATIC, W8A8, number, passed
+from measure import OURS, ROOT, Record, Row, Setting, recorded
+
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import PanguQuantError
+from ms_pangu_quant.evaluation.samples import write_bytes
+from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
+from ms_pangu_quant.evaluation.summary import scores
+from ms_pangu_quant.report.comparison import Comparison, compare
+from ms_pangu_quant.report.results import Run, load_runs
+
+PAGE = ROOT / "docs/accuracy.md"
+MINI = ASSETS / "openpangu-mini"
+MODES = ("no_think", "slow_think", "auto_think")
+RETAINED = {W8A8: 0.99, STATIC: 0.98, GROUP: 0.98, CHANNEL: 0.97}  # what each scheme is to keep of pass@1
+LAYERS_1B = {"layers": 2, "vocab_size": 8192}  # the 1B's layers, two of them, and a small vocabulary
+
+
+def recipes(*names: str, scheme: dict[str, str] | None = None) -> tuple[Row, ...]:
+    """Rows of this project's recipes, by name."""
+    schemes = {"w8a8": W8A8, "w8a8_static": STATIC, "w4a8_g128": GROUP, "w4a8": CHANNEL, "w4a8_rtn": CHANNEL}
+    schemes |= scheme or {}
+    return tuple(Row(name, schemes.get(name, ""), OURS, f"`{name}`", name) for name in names)
+
+
+MAIN = ("w8a8", "w8a8_static", "w4a8_g128", "w4a8")
+PAPER = tuple(
+    Row(name, scheme, OURS, f"`{name}`", name)
+    for name, scheme in (
+        ("paper_w8a8", "W8A8"),
+        ("paper_w4a8", "W4A8"),
+        ("paper_w4a8_smooth", "W4A8 + SmoothQuant"),
+        ("paper_w4a8_hadamard", "W4A8 + Hadamard"),
+    )
+)
+AGAINST_PEERS_1B = ("llmc_w8a8_gptq", "slim_w8a8_iter", "llmc_w4a8_gptq", "llmc_w4a8_channel", "slim_w4a8_iter")
+
+
+@dataclass(frozen=True)
+class Table:
+    """folder  below WORK; tables of one folder have the same checkpoint and data.
+    render  (records, setting) -> Markdown.
+    """
+
+    name: str
+    folder: str
+    rows: Sequence[Row]
+    modes: Sequence[str]
+    render: Callable[[Sequence[Record], Setting], str]
+
+
+def peers_table(records: Sequence[Record], setting: Setting) -> str:
+    return f"{compare_peers.table(records, setting.modes)}\n\n{compare_peers.ratios(records)}"
+
+
+def retention_table(records: Sequence[Record], setting: Setting) -> str:
+    """Paired with the float model's answers to the same problems."""
+    modes = setting.modes
+    titles = ["scheme", "recipe", *(f"{mode}: passed, retention [95 %]" for mode in modes)]
+    titles += ["retention, all modes", "wanted", "KL", "lost / gained, p"]
+    lines = [titles, ["---"] * len(titles)]
+    found, together = paired(records, setting)
+    for record in records:
+        row = record["row"]
+        against = found.get(row["name"], {})
+        whole = percent(together[row["name"]]) if row["name"] in together else ""
+        wanted = f">= {RETAINED[row['scheme']]:.0%}" if row["scheme"] in RETAINED and row["name"] in MAIN else ""
+        kl = number(record["compare"]["kl_mean"]) if "compare" in record else "0"
+        cells = [kept(record, mode, against.get(mode)) for mode in modes]
+        lines.append([row["scheme"], row["what"], *cells, whole, wanted, kl, "; ".join(map(flipped, against.values()))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def paired(records: Sequence[Record], setting: Setting) -> tuple[dict[str, dict[str, Comparison]], dict[str, Interval]]:
+    """Of the rows whose answers are there, against the float model's: row -> mode -> comparison, and row -> retention over
+    all modes, a problem's score being the share of the modes in which it is solved."""
+    names = [record["row"]["name"] for record in records if record.get("evaluate")]
+    if FLOAT.name not in names or len(names) < 2:
+        return {}, {}
+    ordered = [FLOAT.name, *(name for name in names if name != FLOAT.name)]
+    runs = load_runs([setting.work / name / "evaluation" for name in ordered], ordered)
+    against: dict[str, dict[str, Comparison]] = {}
+    for each in compare(runs, 0.9):
+        if each.cell[0] == setting.task and each.cell[1] in setting.modes:
+            against.setdefault(each.run.name, {})[each.cell[1]] = each
+    solved = {run.name: shares(run, setting) for run in runs}
+    reference = solved.pop(FLOAT.name)
+    together = {}
+    for name, mine in solved.items():
+        shared = [problem for problem in reference if problem in mine]
+        found = retention([reference[problem] for problem in shared], [mine[problem] for problem in shared])
+        if found is not None:
+            together[name] = found.ratio
+    return against, together
+
+
+def shares(run: Run, setting: Setting) -> dict[str, float]:
+    """Problem -> share of the setting's modes in which it is solved; of problems judged in all of them."""
+    by_mode = [scores(run.results[setting.task, mode]) for mode in setting.modes]
+    return {key: float(np.mean([of[key] for of in by_mode])) for key in by_mode[0] if all(key in of for of in by_mode)}
+
+
+def kept(record: Record, mode: str, against: Comparison | None) -> str:
+    """Share that passed; retention with its interval, or for the float model the Wilson interval of the share."""
+    share = passed(record, mode)
+    if against is not None and against.retention is not None:
+        return f"{share}, {percent(against.retention.ratio)}"
+    entry = record.get("evaluate", {}).get(mode)
+    if entry is None:
+        return share
+    return f"{share} {bounds(wilson(entry['passed'], entry['problems']))}"
+
+
+def percent(interval: Interval) -> str:
+    return f"{interval.value:.1%} {bounds(interval)}"
+
+
+def bounds(interval: Interval) -> str:
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
+def flipped(against: Comparison) -> str:
+    """Problems that only one of the two passed, and McNemar's exact p."""
+    if against.flips is None:
+        return ""
+    p = f"{against.flips.p:.2f}" if against.flips.p >= 0.01 else "< .01"
+    return f"{len(against.flips.lost)}/{len(against.flips.gained)} {p}"
+
+
+def kl_table(records: Sequence[Record], setting: Setting) -> str:
+    return compare_peers.table(records, ())
+
+
+TABLES = (
+    Table("peers", "mini", compare_peers.ROWS, ("no_think", "slow_think"), peers_table),
+    Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_rtn")), MODES, retention_table),
+    Table("paper", "mini", (replace(FLOAT, scheme="FP16 of the paper, here bfloat16"), *PAPER), MODES, retention_table),
+    Table("outliers_x128", "x128", recipes(*MAIN, "w4a8_rtn"), (), kl_table),
+    Table("outliers_none", "none", recipes(*MAIN, "w4a8_rtn"), (), kl_table),
+    Table(
+        "layers_1b",
+        "layers_1b",
+        (
+            *recipes(*MAIN, "w4a8_rtn"),
+            *(row for row in compare_peers.ROWS if row.name in AGAINST_PEERS_1B),
+        ),
+        (),
+        peers_table,
+    ),
+)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
+    """Makes the folder's checkpoint and data if they are not there."""
+    work = chosen.work / table.folder
+    checkpoint, calibration, texts = MINI, ASSETS / "calibration.jsonl", ASSETS / "validation.jsonl"
+    if table.folder in ("x128", "none"):
+        checkpoint = work / "float_checkpoint"
+        if not (checkpoint / "config.json").exists():
+            rescale_outliers.write(MINI, checkpoint, 2.0 if table.folder == "x128" else None)
+    if table.folder == "layers_1b":
+        checkpoint, calibration, texts = random_checkpoint(work)
+    setting = compare_peers.setting_of(chosen, checkpoint, calibration, texts, work)
+    return replace(setting, modes=table.modes)
+
+
+def random_checkpoint(work: Path) -> tuple[Path, Path, Path]:
+    """(checkpoint, calibration data, held-out data) of the 1B's layer shape; weights and token ids are random."""
+    checkpoint, calibration, texts = work / "float_checkpoint", work / "calibration.jsonl", work / "texts.jsonl"
+    if not texts.exists():
+        config = make_checkpoint.make_config("1b", eos_token_id=2, **LAYERS_1B)
+        if not (checkpoint / "config.json").exists():
+            make_checkpoint.write_checkpoint(checkpoint, config, seed=0)
+        vocabulary = ModelConfig.from_file(checkpoint / "config.json").vocab_size
+        draw = np.random.default_rng(0)
+        for path, rows, length in ((calibration, 128, 128), (texts, 32, 128)):
+            ids = draw.integers(3, vocabulary, (rows, length))
+            write_bytes(path, b"".join(json.dumps({"token_ids": row.tolist()}).encode() + b"\n" for row in ids))
+    return checkpoint, calibration, texts
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def replaced(page: str, name: str, text: str) -> str:
+    """The page with another text between <!-- table: NAME --> and <!-- end -->. Raises ValueError without the markers."""
+    pattern = re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(<!-- end -->)", re.DOTALL)
+    if not pattern.search(page):
+        raise ValueError(f"no markers <!-- table: {name} --> and <!-- end -->")
+    return pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[table.name for table in TABLES], help="these tables alone")
+    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to write them into")
+    parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
+    compare_peers.add_options(parser)
+    chosen = parser.parse_args(arguments)
+    failed = False
+    try:
+        for table in TABLES:
+            if chosen.only and table.name not in chosen.only:
+                continue
+            setting = setting_of(table, chosen)
+            if chosen.as_is:
+                records = [recorded(row, setting) for row in table.rows]
+            else:
+                records = compare_peers.measure_all(table.rows, setting)
+            records = [{**record, "row": vars(row)} for record, row in zip(records, table.rows, strict=True)]
+            failed = failed or any("failure" in record for record in records)
+            text = f"{table.render(records, setting)}\n\n{compare_peers.provenance(records)}"
+            page = chosen.page.read_text(encoding="utf-8")
+            write_bytes(chosen.page, replaced(page, table.name, text).encode())
+    except (PanguQuantError, make_checkpoint.MakeCheckpointError, ValueError, OSError) as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 2
+    return 3 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
