@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,16 @@ class Layer:
 
     def insert_param_to_cell(self, name, parameter):
         setattr(self, name, parameter)
+
+
+def test_the_kernels_use_every_cpu_although_mindspore_sets_the_variable_that_says_one():
+    import ctypes
+
+    runtime.start()
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    assert getenv(b"OMP_NUM_THREADS") == b"1"  # if MindSpore no longer does, library.py need not look elsewhere
+    assert library().threads == int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def linear_cell(methods, kind, outputs, inputs, group, parameters):

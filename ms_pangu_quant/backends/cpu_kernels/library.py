@@ -185,7 +185,14 @@ def _load(file: Path) -> Library:
         function.argtypes, function.restype = arguments, None
     functions.pangu_peak.argtypes, functions.pangu_peak.restype = (ctypes.c_int,), ctypes.c_double
     functions.pangu_bandwidth.argtypes, functions.pangu_bandwidth.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_double
+    functions.pangu_threads(_threads())
     return Library(file, functions, PATHS[functions.pangu_best_isa()])
+
+
+def _threads() -> int:
+    """What the user asked for; 0 for one each CPU. MindSpore sets OMP_NUM_THREADS to 1 for this process in C, unseen here."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(text) if text.isdecimal() else 0
 
 
 def _source_hash() -> str:
