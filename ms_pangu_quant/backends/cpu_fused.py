@@ -1,4 +1,4 @@
-"""The CPU backend with C++ kernels: the same cells as cpu.py, one operator each.
+"""The CPU backend with C++ kernels: the same cells as cpu.py, one operator each (a quantized block: one, cpu_block.py).
 
 Linear layers give the bits of the plain ones: integer sums are exact and the float operations after them are the same, in
 the same order. Norm, rope, SwiGLU and attention agree up to float32 rounding. Weights are packed in place when they have
@@ -18,7 +18,8 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend, cpu
-from ms_pangu_quant.backends.cpu_kernels.library import Library, library
+from ms_pangu_quant.backends.cpu_block import Block
+from ms_pangu_quant.backends.cpu_kernels.library import kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.errors import BackendError
@@ -26,14 +27,6 @@ from ms_pangu_quant.errors import BackendError
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
 LARGEST_SHARE = 32  # query heads to one key head: rows of a tile in layer.h
 LARGEST_INPUT = 65536  # partial sums of an integer product fit int32
-
-
-def kernels() -> Library:
-    """The library, which was there when the backend was chosen."""
-    found = library()
-    if found is None:
-        raise BackendError("the CPU kernels were switched off after the network's backend had been chosen")
-    return found
 
 
 class RMSNorm(cpu.RMSNorm):
@@ -128,13 +121,14 @@ class PagedAttention(nn.Cell):
 
 
 def _prepare(method, layer, name: str) -> None:
-    """What every linear method needs: its kernel, and what stands for a missing bias."""
+    """What every linear method needs: its kernel, and what stands for missing parameters."""
     if method.input_size_per_partition > LARGEST_INPUT:
         raise BackendError(f"{layer.weight.name}: {method.input_size_per_partition} inputs, wanted at most {LARGEST_INPUT}")
     # Memory that no one has touched: MindFormers' initializer would fill it, at the speed of its reading from disk.
     layer.weight.set_data(ms.from_numpy(np.empty(layer.weight.shape, ms.dtype_to_nptype(layer.weight.dtype))))
     method.kernel = operator(kernels(), name)
-    method.no_bias = Tensor(np.zeros(1, np.float32))
+    method.none, method.no_offset = Tensor(np.zeros(1, np.float32)), Tensor(np.zeros(1, np.int8))
+    method.no_sum = Tensor(np.zeros(1, np.int32))
 
 
 class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
@@ -149,7 +143,11 @@ class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
 
     def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
         x = x.reshape((-1, self.input_size_per_partition))
-        return self.kernel(x, layer.weight, layer.w_scale, self.no_bias if bias is None else bias)
+        return self.kernel(x, layer.weight, layer.w_scale, self.none if bias is None else bias)
+
+    def block_parameters(self, layer):
+        bias = layer.bias if layer.has_bias else self.none
+        return layer.weight, layer.w_scale, self.none, self.no_offset, self.no_sum, bias
 
 
 class W8A8StaticLinear(cpu.W8A8StaticLinear):
@@ -170,8 +168,12 @@ class W8A8StaticLinear(cpu.W8A8StaticLinear):
             layer.input_scale,
             layer.input_offset,
             layer.quant_bias,
-            self.no_bias if bias is None else bias,
+            self.none if bias is None else bias,
         )
+
+    def block_parameters(self, layer):
+        bias = layer.bias if layer.has_bias else self.none
+        return layer.weight, layer.deq_scale, layer.input_scale, layer.input_offset, layer.quant_bias, bias
 
 
 class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
@@ -187,7 +189,11 @@ class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
 
     def apply(self, layer, x, weight=None, bias=None):
         x = x.reshape((-1, self.input_size_per_partition))
-        return self.kernel(x, layer.weight, layer.group_scale, self.no_bias if bias is None else bias)
+        return self.kernel(x, layer.weight, layer.group_scale, self.none if bias is None else bias)
+
+    def block_parameters(self, layer):
+        bias = layer.bias if layer.has_bias else self.none
+        return layer.weight, layer.group_scale, self.none, self.no_offset, self.no_sum, bias
 
 
 def _rope(**arguments):
@@ -203,6 +209,7 @@ rope_utils.ROPE_FUNCTION["pangu_cpu_fused_rope"] = _rope  # MindFormers' own tab
 BACKEND: Backend = replace(
     cpu.BACKEND,
     norm=RMSNorm,
+    layer=Block,
     mlp=SwiGLUMLP,
     core_attention=lambda num_blocks, block_size: ModuleSpec(
         module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}

@@ -131,6 +131,8 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
     spec.submodules.input_layernorm = backend.norm
     spec.submodules.pre_mlp_layernorm = backend.norm
+    if backend.layer is not None:
+        spec.module = backend.layer
     if backend.mlp is not None:
         spec.submodules.mlp.module = backend.mlp
     spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)

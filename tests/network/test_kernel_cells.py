@@ -139,6 +139,26 @@ def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, qua
     assert (fused.argmax(1) == plain.argmax(1)).mean() > 0.95
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "w8a8_static",
+        "w4a8_g128",
+        pytest.param("w8a8", marks=pytest.mark.slow),
+        pytest.param("w4a8", marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_as_one_operator_has_the_bits_of_its_cells(recipe, quantized):
+    whole, parts = (load(quantized(recipe), kv_cache_tokens=256) for _ in range(2))
+    for layer in parts.network.model.decoder.layers:
+        assert layer.whole
+        layer.whole = False
+    prompts, tables = [list(range(3, 20)), [7], list(range(40, 80))], [[0, 1], [2], [3, 4, 5]]
+    for pieces, contexts, phase in ((prompts, [0, 0, 0], "logits"), ([[9], [10], [11]], [17, 1, 40], "decode")):
+        ours, theirs = (model.forward(pieces, contexts, tables, phase=phase) for model in (whole, parts))
+        assert np.array_equal(ours, theirs)
+
+
 def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):
     model = load(quantized("w8a8"), kv_cache_tokens=2048)
     prompts = [list(range(3, 3 + length)) for length in (1, 17, 40, 5)]

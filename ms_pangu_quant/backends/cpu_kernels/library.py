@@ -31,7 +31,13 @@ SETTING = "MS_PANGU_QUANT_KERNELS"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
 # Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
-_UNITS = {"parallel.cc": (), "linear.cc": ("-ffp-contract=off",), "layer.cc": ("-ffp-contract=fast",), "limits.cc": ()}
+_UNITS = {
+    "parallel.cc": (),
+    "linear.cc": ("-ffp-contract=off",),
+    "layer.cc": ("-ffp-contract=fast",),
+    "limits.cc": (),
+    "block.cc": (),
+}
 _TIMEOUT = 600  # seconds for one source
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
@@ -96,6 +102,14 @@ def library() -> Library | None:
         raise BackendError(f"{SETTING}: this CPU has no {wanted}; its best path is {_built.best}")
     _built.functions.pangu_select(-1 if wanted == "auto" else PATHS.index(wanted))
     return _built
+
+
+def kernels() -> Library:
+    """The library, which was there when the backend was chosen."""
+    found = library()
+    if found is None:
+        raise BackendError("the CPU kernels were switched off after the network's backend had been chosen")
+    return found
 
 
 def failure() -> str | None:
@@ -190,7 +204,7 @@ def _load(file: Path) -> Library:
 
 
 def _threads() -> int:
-    """What the user asked for; 0 for one each CPU. MindSpore sets OMP_NUM_THREADS to 1 for this process in C, unseen here."""
+    """As the user asked; 0: one for each CPU. MindSpore sets OMP_NUM_THREADS to 1 in C; os.environ does not see it."""
     text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return int(text) if text.isdecimal() else 0
 
