@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 ENGINE = Path(__file__).with_name("peer_engine.py")
-# ||logits - reference|| / ||reference|| on a random checkpoint of the 1B shape stays well below these.
-LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.15, "int4": 0.6}
+# ||logits - reference|| / ||reference|| on a random checkpoint of the 1B shape stays below these; another function is 1 or
+# more away. "int8 tensor": PyTorch's dynamic int8 has one scale for all tokens of an activation.
+LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.15, "int8 tensor": 0.5, "int4": 0.6}
 
 
 class Engine:
@@ -94,7 +95,7 @@ def start_engines(arguments: argparse.Namespace) -> list[Engine]:
     ]  # the reference comes first
     wanted += [
         ("PyTorch bfloat16", "bfloat16", peers, ["torch", str(arguments.float), "bfloat16"]),
-        ("PyTorch int8 (quantize_dynamic)", "int8", peers, ["torch", str(arguments.float), "int8"]),
+        ("PyTorch int8 (quantize_dynamic)", "int8 tensor", peers, ["torch", str(arguments.float), "int8"]),
         ("llama.cpp Q8_0", "int8", peers, ["llama.cpp", str(files["Q8_0"])]),
         ("llama.cpp Q8_0, bfloat16 head", "int8", peers, ["llama.cpp", str(files["Q8_0+bf16"])]),
         ("llama.cpp Q4_0", "int4", peers, ["llama.cpp", str(files["Q4_0"])]),

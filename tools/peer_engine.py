@@ -170,6 +170,7 @@ def write_gguf(directory: str, file: str) -> None:
 
 def quantize_gguf(source: str, file: str, kind: str, threads: int) -> None:
     """llama.cpp's own quantizer. kind "Q8_0", "Q4_0", or one with "+bf16" for a table of embedding and head in bfloat16."""
+    import gguf
     import llama_cpp
 
     params = llama_cpp.llama_model_quantize_default_params()
@@ -177,7 +178,7 @@ def quantize_gguf(source: str, file: str, kind: str, threads: int) -> None:
     params.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[name]
     params.nthread = threads
     if table:
-        params.output_tensor_type = params.token_embedding_type = llama_cpp.GGML_TYPE_BF16
+        params.output_tensor_type = params.token_embedding_type = gguf.GGMLQuantizationType.BF16.value
     if llama_cpp.llama_model_quantize(source.encode(), file.encode(), ctypes.byref(params)):
         raise SystemExit(f"llama.cpp could not quantize {source} to {kind}")
 

@@ -39,7 +39,7 @@ def test_engines_take_turns_and_the_first_repetition_does_not_count():
     assert [row["phase"] for row in rows] == ["prefill", "decode"] * 2
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize("precision", tool.LARGEST_ERROR)
 def test_logits_further_away_than_the_precision_allows_end_the_run(precision, tmp_path):
     reference = np.ones(100, np.float32)
     limit = tool.LARGEST_ERROR[precision]
