@@ -25,7 +25,7 @@ import numpy as np
 ENGINE = Path(__file__).with_name("peer_engine.py")
 # ||logits - reference|| / ||reference|| on a random checkpoint of the 1B shape stays below these; another function is 1 or
 # more away. "int8 tensor": PyTorch's dynamic int8 has one scale for all tokens of an activation.
-LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.15, "int8 tensor": 0.5, "int4": 0.6}
+LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.15, "int8 tensor": 0.5, "int4": 0.8}
 
 
 class Engine:
