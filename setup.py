@@ -50,6 +50,8 @@ setup(
             "mypy>=1.14,<3",
             "types-PyYAML",
         ],
+        # What tools/bench_peers.py measures beside this project.
+        "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],
         "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
     },
     entry_points={

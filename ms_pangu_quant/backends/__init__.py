@@ -31,6 +31,7 @@ class Backend:
                        None where the attention cells own their cache.
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
+    layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
     """
 
     norm: type
@@ -45,6 +46,7 @@ class Backend:
     new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
     dynamic_mask: tuple[list[None], Any]
     bfloat16_tables: bool = False
+    layer: Callable[..., Any] | None = None
 
 
 def current_backend() -> Backend:

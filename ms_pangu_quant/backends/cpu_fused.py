@@ -1,4 +1,4 @@
-"""The CPU backend with C++ kernels: the same cells as cpu.py, one operator each.
+"""The CPU backend with C++ kernels: the same cells as cpu.py, one operator each (a quantized block: one, cpu_block.py).
 
 Linear layers give the bits of the plain ones: integer sums are exact and the float operations after them are the same, in
 the same order. Norm, rope, SwiGLU and attention agree up to float32 rounding. Weights are packed in place when they have
@@ -18,7 +18,8 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend, cpu
-from ms_pangu_quant.backends.cpu_kernels.library import Library, library
+from ms_pangu_quant.backends.cpu_block import Block
+from ms_pangu_quant.backends.cpu_kernels.library import kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.errors import BackendError
@@ -26,14 +27,6 @@ from ms_pangu_quant.errors import BackendError
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
 LARGEST_SHARE = 32  # query heads to one key head: rows of a tile in layer.h
 LARGEST_INPUT = 65536  # partial sums of an integer product fit int32
-
-
-def kernels() -> Library:
-    """The library, which was there when the backend was chosen."""
-    found = library()
-    if found is None:
-        raise BackendError("the CPU kernels were switched off after the network's backend had been chosen")
-    return found
 
 
 class RMSNorm(cpu.RMSNorm):
@@ -128,13 +121,14 @@ class PagedAttention(nn.Cell):
 
 
 def _prepare(method, layer, name: str) -> None:
-    """What every linear method needs: its kernel, and what stands for a missing bias."""
+    """What every linear method needs: its kernel, and what stands for missing parameters."""
     if method.input_size_per_partition > LARGEST_INPUT:
         raise BackendError(f"{layer.weight.name}: {method.input_size_per_partition} inputs, wanted at most {LARGEST_INPUT}")
     # Memory that no one has touched: MindFormers' initializer would fill it, at the speed of its reading from disk.
     layer.weight.set_data(ms.from_numpy(np.empty(layer.weight.shape, ms.dtype_to_nptype(layer.weight.dtype))))
     method.kernel = operator(kernels(), name)
-    method.no_bias = Tensor(np.zeros(1, np.float32))
+    # For a kernel that has no use for one of its inputs.
+    method.none, method.none_i8, method.none_i32 = (Tensor(np.zeros(1, kind)) for kind in (np.float32, np.int8, np.int32))
     # For a layer cut over ranks, whose token scales and sums need the other ranks: codes go in and sums come out.
     method.code_kernel = operator(kernels(), "PanguW4A8Codes" if "W4" in name else "PanguW8A8Static")
     inputs, outputs = method.input_size_per_partition, method.output_size_per_partition
@@ -156,11 +150,15 @@ class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
         if self.meeting.size > 1:
             return super().apply(layer, x, weight, bias)
         x = x.reshape((-1, self.input_size_per_partition))
-        return self.kernel(x, layer.weight, layer.w_scale, self.no_bias if bias is None else bias)
+        return self.kernel(x, layer.weight, layer.w_scale, self.none if bias is None else bias)
+
+    def block_parameters(self, layer):
+        bias = layer.bias if layer.has_bias else self.none
+        return layer.weight, layer.w_scale, self.none, self.none_i8, self.none_i32, bias
 
     def sums(self, layer, codes):
         one, zero = self.no_scale.reshape(-1), self.no_sum
-        return self.code_kernel(codes, layer.weight, one, self.no_factor, self.no_offset, zero, self.no_bias)
+        return self.code_kernel(codes, layer.weight, one, self.no_factor, self.no_offset, zero, self.none)
 
 
 class W8A8StaticLinear(cpu.W8A8StaticLinear):
@@ -176,10 +174,10 @@ class W8A8StaticLinear(cpu.W8A8StaticLinear):
     def apply(self, layer, x, weight=None, bias=None):
         if self.meeting.size > 1:
             return super().apply(layer, x, weight, bias)
-        return self._computed(layer, x, layer.deq_scale, self.no_bias if bias is None else bias)
+        return self._computed(layer, x, layer.deq_scale, self.none if bias is None else bias)
 
     def sums(self, layer, x):
-        return self._computed(layer, x, self.no_scale.reshape(-1), self.no_bias)
+        return self._computed(layer, x, self.no_scale.reshape(-1), self.none)
 
     def _computed(self, layer, x, scale, bias):
         return self.kernel(
@@ -191,6 +189,10 @@ class W8A8StaticLinear(cpu.W8A8StaticLinear):
             layer.quant_bias,
             bias,
         )
+
+    def block_parameters(self, layer):
+        bias = layer.bias if layer.has_bias else self.none
+        return layer.weight, layer.deq_scale, layer.input_scale, layer.input_offset, layer.quant_bias, bias
 
 
 class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
@@ -208,7 +210,11 @@ class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
         if self.meeting.size > 1:
             return super().apply(layer, x, weight, bias)
         x = x.reshape((-1, self.input_size_per_partition))
-        return self.kernel(x, layer.weight, layer.group_scale, self.no_bias if bias is None else bias)
+        return self.kernel(x, layer.weight, layer.group_scale, self.none if bias is None else bias)
+
+    def block_parameters(self, layer):
+        bias = layer.bias if layer.has_bias else self.none
+        return layer.weight, layer.group_scale, self.none, self.none_i8, self.none_i32, bias
 
     def sums(self, layer, codes):
         scale = self.no_scale if self.whole else layer.group_scale
@@ -228,6 +234,7 @@ rope_utils.ROPE_FUNCTION["pangu_cpu_fused_rope"] = _rope  # MindFormers' own tab
 BACKEND: Backend = replace(
     cpu.BACKEND,
     norm=RMSNorm,
+    layer=Block,
     mlp=SwiGLUMLP,
     core_attention=lambda num_blocks, block_size: ModuleSpec(
         module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}

@@ -22,7 +22,7 @@ from mindformers.parallel_core.inference.quantization.utils import get_quant_con
 from mindformers.parallel_core.inference.transformer.transformer_block import TransformerBlockSubmodules
 from mindformers.parallel_core.utils.model_mixin import ModelMixin
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
-from mindspore import Tensor, mutable
+from mindspore import Tensor, mutable, nn
 
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.backends.cut import let_ranks_meet
@@ -132,6 +132,8 @@ def layer_spec(
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
     spec.submodules.input_layernorm = backend.norm
     spec.submodules.pre_mlp_layernorm = backend.norm
+    if backend.layer is not None:
+        spec.module = backend.layer
     if backend.mlp is not None:
         spec.submodules.mlp.module = backend.mlp
     spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)
@@ -218,6 +220,16 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.add_flags_custom_mcore(is_prefill=phase != "decode")
         self.model.all_positions = phase == "logits"
         self.phase = phase
+
+    @property
+    def compile_phase(self) -> str:
+        return self._compile_phase
+
+    @compile_phase.setter
+    def compile_phase(self, value: str) -> None:
+        """MindSpore sets it at every call, in each of 500 cells, which takes milliseconds; here only when it changes."""
+        if value != self._compile_phase:
+            nn.Cell.compile_phase.fset(self, value)
 
     def set_dynamic_inputs(self, **kwargs):
         """One graph for every number of tokens, sequences and cache blocks."""

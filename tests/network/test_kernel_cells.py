@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -21,6 +23,16 @@ class Layer:
 
     def insert_param_to_cell(self, name, parameter):
         setattr(self, name, parameter)
+
+
+def test_the_kernels_use_every_cpu_although_mindspore_sets_the_variable_that_says_one():
+    import ctypes
+
+    runtime.start()
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    assert getenv(b"OMP_NUM_THREADS") == b"1"  # if MindSpore no longer does, library.py need not look elsewhere
+    assert library().threads == int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
 def linear_cell(methods, kind, outputs, inputs, group, parameters):
@@ -125,6 +137,26 @@ def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, qua
     # Norm and attention round differently, which moves an int8 code now and then.
     assert np.abs(fused - plain).max() < 2e-2 * np.abs(plain).max()
     assert (fused.argmax(1) == plain.argmax(1)).mean() > 0.95
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "w8a8_static",
+        "w4a8_g128",
+        pytest.param("w8a8", marks=pytest.mark.slow),
+        pytest.param("w4a8", marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_as_one_operator_has_the_bits_of_its_cells(recipe, quantized):
+    whole, parts = (load(quantized(recipe), kv_cache_tokens=256) for _ in range(2))
+    for layer in parts.network.model.decoder.layers:
+        assert layer.whole
+        layer.whole = False
+    prompts, tables = [list(range(3, 20)), [7], list(range(40, 80))], [[0, 1], [2], [3, 4, 5]]
+    for pieces, contexts, phase in ((prompts, [0, 0, 0], "logits"), ([[9], [10], [11]], [17, 1, 40], "decode")):
+        ours, theirs = (model.forward(pieces, contexts, tables, phase=phase) for model in (whole, parts))
+        assert np.array_equal(ours, theirs)
 
 
 def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):

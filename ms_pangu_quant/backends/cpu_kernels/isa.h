@@ -1,8 +1,8 @@
 // Vectors of 16 lanes that every compiler target can hold, and how one source is compiled for several instruction sets.
 //
-// A kernel's body is a header that is included once for each instruction set, in a namespace of its own, between
-// PANGU_BEGIN_x and PANGU_END. Standard headers come before, so that no inline function of theirs is compiled for an
-// instruction set the CPU may lack.
+// A kernel's body is a header that every_isa.h includes once for each instruction set, in a namespace of its own, with
+// PANGU_LEVEL 2 for AVX512-VNNI, 1 for AVX2, 0 for none in particular. Standard headers come before, so that no inline
+// function of theirs is compiled for an instruction set the CPU may lack. DISPATCH(call) is the call for this CPU's set.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -23,6 +23,12 @@
 #endif
 #define PANGU_BEGIN_VNNI PANGU_TARGET("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #define PANGU_BEGIN_AVX2 PANGU_TARGET("avx2,fma")
+
+#if PANGU_X86
+#define DISPATCH(call) (isa() == VNNI ? vnni::call : isa() == AVX2 ? avx2::call : portable::call)
+#else
+#define DISPATCH(call) portable::call
+#endif
 
 #define PANGU_INLINE inline __attribute__((always_inline))
 

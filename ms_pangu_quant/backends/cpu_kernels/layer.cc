@@ -11,35 +11,8 @@
 namespace pangu {
 namespace {
 
-#define PANGU_LEVEL 0
-namespace portable {
-#include "layer_body.h"
-}
-#undef PANGU_LEVEL
-#if PANGU_X86
-#define PANGU_LEVEL 1
-PANGU_BEGIN_AVX2
-namespace avx2 {
-#include "layer_body.h"
-}
-PANGU_END
-#undef PANGU_LEVEL
-#define PANGU_LEVEL 2
-PANGU_BEGIN_VNNI
-namespace vnni {
-#include "layer_body.h"
-}
-PANGU_END
-#undef PANGU_LEVEL
-#define DISPATCH(call)                                    \
-  switch (isa()) {                                        \
-    case VNNI: vnni::call; break;                         \
-    case AVX2: avx2::call; break;                         \
-    default: portable::call;                              \
-  }
-#else
-#define DISPATCH(call) portable::call
-#endif
+#define PANGU_BODY "layer_body.h"
+#include "every_isa.h"
 
 // f(row) for each of so many rows of so many floats; serially where threads would cost more than they save.
 template <class F>
@@ -58,11 +31,22 @@ void each_row(int64_t rows, int64_t floats, const F& f) {
 void write_cache(const Attention& a, int64_t head) {
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t block = a.slots[t] / a.block_size * a.kv_heads + head, offset = a.slots[t] % a.block_size;
-    const int64_t from = (t * a.kv_heads + head) * a.dim;
+    const int64_t from = t * a.key_stride + head * a.dim;
     float* keys = a.key_cache + block * a.dim * a.block_size + offset;
     for (int64_t e = 0; e < a.dim; e++) keys[e * a.block_size] = a.key[from + e];
     memcpy(a.value_cache + (block * a.block_size + offset) * a.width, a.value + from, a.dim * sizeof(float));
   }
+}
+
+}  // namespace
+
+bool valid(const Attention& a) {
+  int64_t tokens = 0;
+  for (int64_t b = 0; b < a.batch; b++) {
+    if (a.q_lens[b] < 1 || a.valid[b] < a.q_lens[b] || a.valid[b] > a.table_width * a.block_size) return false;
+    tokens += a.q_lens[b];
+  }
+  return tokens == a.tokens && a.block_size % kLanes == 0 && a.heads <= kTileRows * a.kv_heads;
 }
 
 void attention(const Attention& a) {
@@ -86,7 +70,14 @@ void attention(const Attention& a) {
   });
 }
 
-}  // namespace
+void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* y) {
+  DISPATCH(norm_row(x, weight, eps, count, y));
+}
+void rope(const float* x, const float* cosine, const float* sine, int64_t heads, int64_t dim, float* y) {
+  DISPATCH(rope_row(x, cosine, sine, heads, dim, y));
+}
+void swiglu(const float* gate, const float* up, int64_t count, float* y) { DISPATCH(swiglu_row(gate, up, count, y)); }
+
 }  // namespace pangu
 
 using namespace pangu;
@@ -98,7 +89,7 @@ OPERATOR(PanguRMSNorm) {
   const Arguments a(params, ndims, shapes);
   const int64_t n = a.last(0);
   each_row(a.rows(0), n, [&](int64_t m) {
-    DISPATCH(norm_row(a.data<float>(0) + m * n, a.data<float>(1), *a.data<float>(2), n, a.data<float>(3) + m * n));
+    rms_norm(a.data<float>(0) + m * n, a.data<float>(1), *a.data<float>(2), n, a.data<float>(3) + m * n);
   });
   return 0;
 }
@@ -109,8 +100,8 @@ OPERATOR(PanguRope) {
   const Arguments a(params, ndims, shapes);
   const int64_t n = a.last(0), dim = a.last(1);
   each_row(a.rows(0), n, [&](int64_t m) {
-    DISPATCH(rope_row(a.data<float>(0) + m * n, a.data<float>(1) + m * dim, a.data<float>(2) + m * dim, n / dim, dim,
-                      a.data<float>(3) + m * n));
+    rope(a.data<float>(0) + m * n, a.data<float>(1) + m * dim, a.data<float>(2) + m * dim, n / dim, dim,
+         a.data<float>(3) + m * n);
   });
   return 0;
 }
@@ -122,7 +113,7 @@ OPERATOR(PanguSwiGLU) {
   const int64_t n = a.last(0) / 2;
   each_row(a.rows(0), n, [&](int64_t m) {
     const float* x = a.data<float>(0) + 2 * m * n;
-    DISPATCH(swiglu_row(x, x + n, n, a.data<float>(1) + m * n));
+    swiglu(x, x + n, n, a.data<float>(1) + m * n);
   });
   return 0;
 }
@@ -144,12 +135,8 @@ OPERATOR(PanguAttention) {
   p.tokens = a.dim(0, 0), p.batch = a.dim(6, 0), p.table_width = a.dim(6, 1);
   p.kv_heads = a.dim(3, 1), p.dim = a.dim(3, 2), p.block_size = a.dim(3, 3), p.width = a.dim(4, 3);
   p.heads = a.last(0) / p.dim;
-  int64_t tokens = 0;
-  for (int64_t b = 0; b < p.batch; b++) {
-    if (p.q_lens[b] < 1 || p.valid[b] < p.q_lens[b] || p.valid[b] > p.table_width * p.block_size) return 1;
-    tokens += p.q_lens[b];
-  }
-  if (tokens != p.tokens || p.block_size % kLanes || p.heads > kTileRows * p.kv_heads) return 1;
+  p.query_stride = a.last(0), p.key_stride = a.last(1);
+  if (!valid(p)) return 1;
   attention(p);
   return 0;
 }

@@ -8,11 +8,12 @@ namespace pangu {
 // slots[t] = block * block_size + offset; table[b] lists the blocks of sequence b.
 struct Attention {
   const float *query, *key, *value;  // [tokens, heads * dim], [tokens, kv_heads * dim] twice
+  int64_t query_stride, key_stride;  // floats from token to token; value's is key's
   float* key_cache;                  // [blocks, kv_heads, dim, block_size]: 16 tokens side by side make one vector of scores
   float* value_cache;                // [blocks, kv_heads, block_size, width]; width: dim rounded up to 16
   const int32_t *slots, *table, *valid, *q_lens;
   float scale;
-  float* out;  // like query
+  float* out;  // [tokens, heads * dim]
   int64_t tokens, batch, table_width, heads, kv_heads, dim, width, block_size;
 };
 
@@ -21,5 +22,14 @@ struct AttentionTile {  // query tokens first..first+count-1 of sequence b, as s
 };
 
 constexpr int kTileRows = 32;  // query rows of a tile: tokens times the heads that share a key head
+
+// False where the lengths contradict each other or the cache, or a head is not what a tile holds.
+bool valid(const Attention& a);
+void attention(const Attention& a);
+
+// One row, for this CPU's instruction set.
+void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* y);
+void rope(const float* x, const float* cosine, const float* sine, int64_t heads, int64_t dim, float* y);
+void swiglu(const float* gate, const float* up, int64_t count, float* y);
 
 }  // namespace pangu

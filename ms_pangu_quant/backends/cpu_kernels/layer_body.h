@@ -1,5 +1,7 @@
 // Norm, rope, SwiGLU, attention, embedding and head for one instruction set; included by layer.cc (see isa.h).
-// PANGU_LEVEL as in linear_body.h. Sums over a row have 16 partial sums, always combined in the same order.
+// Sums over a row have 16 partial sums, always combined in the same order.
+
+#include "lanes_body.h"
 
 #if PANGU_LEVEL == 2
 constexpr int kRows = 4;  // rows a register tile holds
@@ -8,14 +10,6 @@ constexpr int kRows = 1;
 #endif
 #define EACH_ROW _Pragma("GCC unroll 4") for (int r = 0; r < R; r++)
 #define EACH_VECTOR _Pragma("GCC unroll 4") for (int j = 0; j < V; j++)
-
-PANGU_INLINE f32x16 load(const float* p) {
-  f32x16 v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-PANGU_INLINE void store(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
-PANGU_INLINE f32x16 splat(float x) { return x - f32x16{}; }
 
 PANGU_INLINE float sum_of(f32x16 v) {
 #if PANGU_LEVEL == 2
@@ -56,7 +50,7 @@ PANGU_INLINE f32x16 exp_of(f32x16 x) {
   return p * (f32x16)power;
 }
 
-PANGU_INLINE void rms_norm(const float* x, const float* weight, float eps, int64_t count, float* y) {
+PANGU_INLINE void norm_of(const float* x, const float* weight, float eps, int64_t count, float* y) {
   f32x16 a = {}, b = {};
   int64_t k = 0;
   for (; k + 32 <= count; k += 32) {
@@ -70,7 +64,7 @@ PANGU_INLINE void rms_norm(const float* x, const float* weight, float eps, int64
   for (k = 0; k < count; k++) y[k] = x[k] * (scale * weight[k]);
 }
 
-PANGU_INLINE void rope(const float* x, const float* cosine, const float* sine, int64_t heads, int64_t dim,
+PANGU_INLINE void rotate(const float* x, const float* cosine, const float* sine, int64_t heads, int64_t dim,
                        float* __restrict__ y) {
   const int64_t half = dim / 2;
   for (int64_t h = 0; h < heads; h++, x += dim, y += dim)
@@ -82,7 +76,7 @@ PANGU_INLINE void rope(const float* x, const float* cosine, const float* sine, i
 
 PANGU_INLINE f32x16 silu(f32x16 x) { return x / (splat(1.0f) + exp_of(-x)); }
 
-PANGU_INLINE void swiglu(const float* gate, const float* up, int64_t count, float* y) {
+PANGU_INLINE void gated(const float* gate, const float* up, int64_t count, float* y) {
   int64_t k = 0;
   for (; k + kLanes <= count; k += kLanes) store(y + k, load(up + k) * silu(load(gate + k)));
   if (k == count) return;
@@ -175,7 +169,7 @@ void attend(const Attention& a, const AttentionTile& tile, float* scratch) {
   for (int64_t i = 0; i < tile.count; i++)
     for (int64_t s = 0; s < share; s++) {
       const int64_t r = i * share + s;
-      const float* from = a.query + ((tile.token + i) * a.heads + tile.kv_head * share + s) * a.dim;
+      const float* from = a.query + (tile.token + i) * a.query_stride + (tile.kv_head * share + s) * a.dim;
       for (int64_t e = 0; e < a.dim; e++) q[r * a.dim + e] = from[e] * a.scale;
       position[r] = tile.position + i;
       top[r] = -__builtin_inff(), total[r] = 0;
@@ -274,9 +268,9 @@ void head(const float* x, int64_t rows, const uint16_t* w, int64_t inputs, int64
 
 // ---- one row each, out of line so that layer.cc can call them ------------------------------------------------------------
 
-void norm_row(const float* x, const float* weight, float eps, int64_t n, float* y) { rms_norm(x, weight, eps, n, y); }
+void norm_row(const float* x, const float* weight, float eps, int64_t n, float* y) { norm_of(x, weight, eps, n, y); }
 void rope_row(const float* x, const float* c, const float* s, int64_t heads, int64_t dim, float* y) {
-  rope(x, c, s, heads, dim, y);
+  rotate(x, c, s, heads, dim, y);
 }
-void swiglu_row(const float* gate, const float* up, int64_t n, float* y) { swiglu(gate, up, n, y); }
+void swiglu_row(const float* gate, const float* up, int64_t n, float* y) { gated(gate, up, n, y); }
 void embed_row(const uint16_t* row, int64_t n, float* y) { embed(row, n, y); }

@@ -34,7 +34,13 @@ SETTING = "MS_PANGU_QUANT_KERNELS"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
 # Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
-_UNITS = {"parallel.cc": (), "linear.cc": ("-ffp-contract=off",), "layer.cc": ("-ffp-contract=fast",), "limits.cc": ()}
+_UNITS = {
+    "parallel.cc": (),
+    "linear.cc": ("-ffp-contract=off",),
+    "layer.cc": ("-ffp-contract=fast",),
+    "limits.cc": (),
+    "block.cc": (),
+}
 _TIMEOUT = 600  # seconds for one source
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
@@ -99,6 +105,14 @@ def library() -> Library | None:
         raise BackendError(f"{SETTING}: this CPU has no {wanted}; its best path is {_built.best}")
     _built.functions.pangu_select(-1 if wanted == "auto" else PATHS.index(wanted))
     return _built
+
+
+def kernels() -> Library:
+    """The library, which was there when the backend was chosen."""
+    found = library()
+    if found is None:
+        raise BackendError("the CPU kernels were switched off after the network's backend had been chosen")
+    return found
 
 
 def failure() -> str | None:
@@ -202,7 +216,14 @@ def _load(file: Path) -> Library:
         function.argtypes, function.restype = arguments, None
     functions.pangu_peak.argtypes, functions.pangu_peak.restype = (ctypes.c_int,), ctypes.c_double
     functions.pangu_bandwidth.argtypes, functions.pangu_bandwidth.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_double
+    functions.pangu_threads(_threads())
     return Library(file, functions, PATHS[functions.pangu_best_isa()])
+
+
+def _threads() -> int:
+    """As the user asked; 0: one for each CPU. MindSpore sets OMP_NUM_THREADS to 1 in C; os.environ does not see it."""
+    text = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(text) if text.isdecimal() else 0
 
 
 def _source_hash() -> str:

@@ -10,35 +10,8 @@
 namespace pangu {
 namespace {
 
-#define PANGU_LEVEL 0
-namespace portable {
-#include "limits_body.h"
-}
-#undef PANGU_LEVEL
-#if PANGU_X86
-#define PANGU_LEVEL 1
-PANGU_BEGIN_AVX2
-namespace avx2 {
-#include "limits_body.h"
-}
-PANGU_END
-#undef PANGU_LEVEL
-#define PANGU_LEVEL 2
-PANGU_BEGIN_VNNI
-namespace vnni {
-#include "limits_body.h"
-}
-PANGU_END
-#undef PANGU_LEVEL
-#endif
-
-double compute(bool integers, int64_t rounds, float* sink) {
-#if PANGU_X86
-  if (isa() == VNNI) return integers ? vnni::int8_loop(rounds, sink) : vnni::fp32_loop(rounds, sink);
-  if (isa() == AVX2) return integers ? avx2::int8_loop(rounds, sink) : avx2::fp32_loop(rounds, sink);
-#endif
-  return integers ? portable::int8_loop(rounds, sink) : portable::fp32_loop(rounds, sink);
-}
+#define PANGU_BODY "limits_body.h"
+#include "every_isa.h"
 
 // Calls f(piece) for one piece a thread, and returns (sum of what it returns) / seconds; the best of `repeats`.
 template <class F>
@@ -69,7 +42,10 @@ EXPORT int pangu_threads(int wanted);
 EXPORT double pangu_peak(int integers) {
   const int threads = pangu_threads(0);
   std::vector<float> sink(16 * threads, 0.0f);
-  return best_rate(threads, 10, [&](int64_t piece) { return compute(integers, 400000, &sink[16 * piece]); });
+  return best_rate(threads, 10, [&](int64_t piece) { 
+    float* to = &sink[16 * piece];
+    return integers ? DISPATCH(int8_loop(400000, to)) : DISPATCH(fp32_loop(400000, to));
+   });
 }
 
 // Bytes a second read from memory, from a buffer of `megabytes` for each thread, larger than any cache.

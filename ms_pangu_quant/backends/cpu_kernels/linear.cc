@@ -12,27 +12,8 @@
 namespace pangu {
 namespace {
 
-#define PANGU_LEVEL 0
-namespace portable {
-#include "linear_body.h"
-}
-#undef PANGU_LEVEL
-#if PANGU_X86
-#define PANGU_LEVEL 1
-PANGU_BEGIN_AVX2
-namespace avx2 {
-#include "linear_body.h"
-}
-PANGU_END
-#undef PANGU_LEVEL
-#define PANGU_LEVEL 2
-PANGU_BEGIN_VNNI
-namespace vnni {
-#include "linear_body.h"
-}
-PANGU_END
-#undef PANGU_LEVEL
-#endif
+#define PANGU_BODY "linear_body.h"
+#include "every_isa.h"
 
 constexpr int64_t kRowsAtOnce = 512;  // bounds the scratch memory of a long prefill
 
@@ -42,28 +23,9 @@ struct Scratch {
   std::vector<float> scale;
 };
 
-void quantize_row(const Linear& p, const float* x, int8_t* codes, int64_t stride, int32_t* sums, float* scale) {
-#if PANGU_X86
-  if (isa() == VNNI) return vnni::quantize_row(p, x, codes, stride, sums, scale);
-  if (isa() == AVX2) return avx2::quantize_row(p, x, codes, stride, sums, scale);
-#endif
-  portable::quantize_row(p, x, codes, stride, sums, scale);
-}
+}  // namespace
 
-template <class Codes>
-Codes view(const Scratch& s, int64_t stride) {
-  return {s.codes.data(), stride, s.sums.data(), s.scale.data()};
-}
-
-void panel(const Linear& p, const Scratch& s, int64_t stride, int64_t rows, int64_t index, int32_t* kept) {
-#if PANGU_X86
-  if (isa() == VNNI) return vnni::panel(p, view<vnni::Codes>(s, stride), rows, index, kept);
-  if (isa() == AVX2) return avx2::panel(p, view<avx2::Codes>(s, stride), rows, index, kept);
-#endif
-  portable::panel(p, view<portable::Codes>(s, stride), rows, index, kept);
-}
-
-void linear(Linear p) {
+void linear(Linear p, const InputRow& input) {
   static thread_local Scratch scratch;
   Scratch& s = scratch;  // the caller's, whichever thread reads it below
   const int64_t groups = p.groups();
@@ -75,20 +37,27 @@ void linear(Linear p) {
     p.rows = all - first < kRowsAtOnce ? all - first : kRowsAtOnce;
     s.codes.resize(p.rows * stride), s.sums.resize(p.rows * groups), s.scale.resize(p.rows);
     const auto quantize = [&](int64_t m) {
-      quantize_row(p, p.x + m * p.inputs, s.codes.data() + m * stride, stride, s.sums.data() + m * groups, &s.scale[m]);
+      static thread_local std::vector<float> room;
+      if (room.size() < static_cast<size_t>(p.inputs)) room.resize(p.inputs);
+      const float* x = input(first + m, room.data());
+      DISPATCH(quantize_row(p, x, s.codes.data() + m * stride, stride, s.sums.data() + m * groups, &s.scale[m]));
     };
     if (p.rows * p.inputs < 16384)
       for (int64_t m = 0; m < p.rows; m++) quantize(m);
     else
       parallel_for(p.rows, quantize);
+    const Codes codes{s.codes.data(), stride, s.sums.data(), s.scale.data()};
     parallel_for(panels, [&](int64_t index) {
       static thread_local std::vector<int32_t> kept;
       if (kept.size() < static_cast<size_t>(p.rows * kPanel)) kept.resize(p.rows * kPanel);
-      panel(p, s, stride, p.rows, index, kept.data());
+      DISPATCH(panel(p, codes, p.rows, index, kept.data()));
     });
-    p.x += p.rows * p.inputs, p.y += p.rows * p.outputs;
+    p.y += p.rows * p.outputs;
+    if (p.residual) p.residual += p.rows * p.outputs;
   }
 }
+
+namespace {
 
 // Reorders each panel of 64 rows of a matrix in place; `pack` writes a panel's n rows of `bytes` from its copy.
 template <class Pack>
@@ -100,6 +69,10 @@ void repack(uint8_t* data, int64_t outputs, int64_t bytes, const Pack& pack) {
     copy.assign(panel, panel + n * bytes);
     pack(copy.data(), panel, n);
   });
+}
+
+InputRow rows_of(const float* x, int64_t inputs) {
+  return [x, inputs](int64_t m, float*) { return x + m * inputs; };
 }
 
 }  // namespace
@@ -180,10 +153,10 @@ EXPORT void pangu_transpose_w4(const uint8_t* stored, uint8_t* out, int64_t outp
 OPERATOR(PanguW8A8Dynamic) {
   const Arguments a(params, ndims, shapes);
   Linear p{};
-  p.x = a.data<float>(0), p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.bias = a.bias(3, a.dim(1, 0));
+  p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.bias = a.bias(3, a.dim(1, 0));
   p.y = a.data<float>(4);
   p.bits = 8, p.rows = a.rows(0), p.inputs = p.group = a.dim(1, 1), p.outputs = a.dim(1, 0);
-  linear(p);
+  linear(p, rows_of(a.data<float>(0), p.inputs));
   return 0;
 }
 SHAPE_OF_LINEAR(PanguW8A8Dynamic)
@@ -192,11 +165,11 @@ SHAPE_OF_LINEAR(PanguW8A8Dynamic)
 OPERATOR(PanguW8A8Static) {
   const Arguments a(params, ndims, shapes);
   Linear p{};
-  p.x = a.data<float>(0), p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.input_scale = a.data<float>(3);
+  p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.input_scale = a.data<float>(3);
   p.input_offset = a.data<int8_t>(4), p.sum_bias = a.data<int32_t>(5), p.bias = a.bias(6, a.dim(1, 0));
   p.y = a.data<float>(7);
   p.bits = 8, p.rows = a.rows(0), p.inputs = p.group = a.dim(1, 1), p.outputs = a.dim(1, 0);
-  linear(p);
+  linear(p, rows_of(a.data<float>(0), p.inputs));
   return 0;
 }
 SHAPE_OF_LINEAR(PanguW8A8Static)
@@ -205,10 +178,10 @@ SHAPE_OF_LINEAR(PanguW8A8Static)
 OPERATOR(PanguW4A8Dynamic) {
   const Arguments a(params, ndims, shapes);
   Linear p{};
-  p.x = a.data<float>(0), p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.bias = a.bias(3, a.dim(1, 0));
+  p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.bias = a.bias(3, a.dim(1, 0));
   p.y = a.data<float>(4);
   p.bits = 4, p.rows = a.rows(0), p.inputs = 2 * a.dim(1, 1), p.outputs = a.dim(1, 0), p.group = p.inputs / a.dim(2, 1);
-  linear(p);
+  linear(p, rows_of(a.data<float>(0), p.inputs));
   return 0;
 }
 SHAPE_OF_LINEAR(PanguW4A8Dynamic)

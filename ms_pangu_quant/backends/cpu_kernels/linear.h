@@ -11,19 +11,20 @@
 // int32 up to 65536 inputs.
 #pragma once
 #include <cstdint>
+#include <functional>
 
 namespace pangu {
 
 constexpr int kPanel = 64;
 
 struct Linear {
-  const float* x;         // [rows, inputs]
   const uint8_t* weight;  // packed
   int bits;               // 8 or 4
   int64_t rows, inputs, outputs;
   int64_t group;          // inputs with a common scale; inputs: one scale for each output
   const float* scale;     // dynamic: [outputs], or in panels [groups][n]; static: the factor on the integer sum [outputs]
   const float* bias;      // [outputs] or null
+  const float* residual;  // [rows, outputs], added last, or null
   float* y;               // [rows, outputs]
   // Static activations: code = clamp(round(x * input_scale[k]) + input_offset[k]). Null: dynamic, scale = absmax / 127.
   const float* input_scale;
@@ -35,5 +36,17 @@ struct Linear {
   int64_t segment_bytes(int64_t width) const { return width * group * bits / 8; }
   int64_t padded_group() const { return (group + 7) / 8 * 8; }
 };
+
+struct Codes {
+  const int8_t* codes;  // [rows][stride]; every segment begins at a multiple of padded_group and ends in zeros
+  int64_t stride;
+  const int32_t* sums;  // [rows][groups]: of the codes of a segment
+  const float* scale;   // [rows]
+};
+
+// Row m of the input, which may be computed into `room`, as long as the row.
+using InputRow = std::function<const float*(int64_t m, float* room)>;
+
+void linear(Linear p, const InputRow& input);
 
 }  // namespace pangu

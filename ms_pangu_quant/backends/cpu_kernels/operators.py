@@ -5,6 +5,10 @@ Only the combination of a C++ InferShape, a constant output type and reg_info wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
 import mindspore as ms
 from mindspore import ops
 from mindspore.ops import CustomRegOp, DataType
@@ -27,16 +31,39 @@ _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
 }
 
 
+_BLOCK = (_F32, _F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32, _F32, _F32, _F32)  # before the linear layers
+
+
 def operator(library: Library, name: str) -> ops.Custom:
     """One kernel; every output is float32."""
+    return _operator(library, name, [_INPUTS[name]])
+
+
+def block_operator(library: Library) -> ops.Custom:
+    """PanguBlock, for each combination of int8 and packed int4 weights; MindSpore knows one registration of a name."""
+    rest = (_F32, _F32, _I8, _I32, _F32)
+    return _operator(
+        library,
+        "PanguBlock",
+        [
+            _BLOCK + tuple(dtype for weight in weights for dtype in (weight, *rest))
+            for weights in product((_I8, _U8), repeat=4)
+        ],
+    )
+
+
+def _operator(library: Library, name: str, types: Sequence[tuple[Any, ...]]) -> ops.Custom:
+    """types: the input dtypes it takes."""
     registration = CustomRegOp(name)
-    for index in range(len(_INPUTS[name])):
+    for index in range(len(types[0])):
         registration = registration.input(index, f"x{index}")
-    registration = registration.output(0, "y").dtype_format(*_INPUTS[name], _F32).target("CPU")
+    registration = registration.output(0, "y")
+    for inputs in types:
+        registration = registration.dtype_format(*inputs, _F32)
     return ops.Custom(
         f"{library.file}:{name}",
         out_shape=None,
         out_dtype=ms.float32,
         func_type="aot",
-        reg_info=registration.get_op_info(),
+        reg_info=registration.target("CPU").get_op_info(),
     )

@@ -5,7 +5,6 @@
 
 #include <atomic>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
 #include <thread>
 
@@ -24,11 +23,10 @@ inline void relax() {
 #endif
 }
 
+std::atomic<int> wanted_threads{0};  // survives fork(); 0: one for each CPU
+
 int allowed_threads() {
-  if (const char* text = getenv("OMP_NUM_THREADS")) {
-    const int wanted = atoi(text);
-    if (wanted > 0) return wanted;
-  }
+  if (const int wanted = wanted_threads.load()) return wanted;
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
   const unsigned found = std::thread::hardware_concurrency();
@@ -170,5 +168,8 @@ EXPORT int pangu_select(int isa) {
   pangu::selected.store(isa <= pangu::kBest ? isa : -1);
   return pangu::isa();
 }
-EXPORT int pangu_threads(int wanted) { return pangu::pool(wanted).threads(); }  // 0 asks
+EXPORT int pangu_threads(int wanted) {  // 0 asks
+  if (wanted > 0) pangu::wanted_threads.store(wanted);
+  return pangu::pool(wanted).threads();
+}
 }

@@ -6,7 +6,7 @@ namespace pangu {
 
 // Calls f(i) for i in 0..count-1 on all threads, each i once. What f(i) computes must not depend on who computes it: then
 // results do not depend on the number of threads. A call from inside f, or while another caller holds the pool, runs
-// serially. Threads: OMP_NUM_THREADS if set, else the CPUs this process may run on.
+// serially. Threads: as pangu_threads() was told, else one for each CPU this process may run on.
 template <class F>
 void parallel_for(int64_t count, const F& f);
 

@@ -1,0 +1,109 @@
+// A whole decoder block of quantized linear layers as one operator. The operators it replaces spend more time in MindSpore's
+// executor than in the kernels when a few tokens are decoded, and carry their results through memory when many are prefilled.
+// Each step is the function the operator of its own calls, so the bits are the same.
+#include <cstring>
+#include <vector>
+
+#include "layer.h"
+#include "linear.h"
+#include "operator.h"
+#include "parallel.h"
+
+namespace pangu {
+namespace {
+
+constexpr int kLinearInputs = 6;  // weight, scale, input_scale, input_offset, sum_bias, bias; of one element: there is none
+
+// The linear layer whose parameters begin at input i, without rows, residual and y.
+Linear linear_at(const Arguments& a, const char** dtypes, int i) {
+  Linear p{};
+  p.bits = strcmp(dtypes[i], "uint8") == 0 ? 4 : 8;
+  p.weight = a.data<uint8_t>(i), p.scale = a.data<float>(i + 1);
+  p.outputs = a.dim(i, 0), p.inputs = a.dim(i, 1) * 8 / p.bits;
+  p.group = p.bits == 4 ? p.inputs / a.dim(i + 1, 1) : p.inputs;
+  if (a.dim(i + 2, 0) == p.inputs) {
+    p.input_scale = a.data<float>(i + 2), p.input_offset = a.data<int8_t>(i + 3), p.sum_bias = a.data<int32_t>(i + 4);
+  }
+  p.bias = a.bias(i + 5, p.outputs);
+  return p;
+}
+
+void run(Linear p, int64_t rows, const InputRow& input, const float* residual, float* y) {
+  p.rows = rows, p.residual = residual, p.y = y;
+  linear(p, input);
+}
+
+float* floats(std::vector<float>& v, int64_t count) {
+  if (v.size() < static_cast<size_t>(count)) v.resize(count);
+  return v.data();
+}
+
+// Rotates the first `heads` heads of each row in place.
+void rotate(float* x, int64_t rows, int64_t stride, int64_t heads, int64_t dim, const float* cosine, const float* sine) {
+  const auto row = [&](int64_t m) {
+    static thread_local std::vector<float> room;
+    float* y = floats(room, heads * dim);
+    rope(x + m * stride, cosine + m * dim, sine + m * dim, heads, dim, y);
+    memcpy(x + m * stride, y, heads * dim * sizeof(float));
+  };
+  if (rows < 16)
+    for (int64_t m = 0; m < rows; m++) row(m);
+  else
+    parallel_for(rows, row);
+}
+
+}  // namespace
+}  // namespace pangu
+
+using namespace pangu;
+
+extern "C" {
+
+// x [tokens, hidden], cos, sin [tokens, dim], key_cache, value_cache (both written), slot_mapping, block_tables,
+// batch_valid_length, q_seq_lens, attention scale [1], eps [1], weights of the two norms [hidden], and the linear layers of
+// query, key and value together, of the attention's output, of gate and up together, and down -> like x
+OPERATOR(PanguBlock) {
+  const Arguments a(params, ndims, shapes);
+  constexpr int kFirst = 13;
+  const Linear qkv = linear_at(a, dtypes, kFirst), out = linear_at(a, dtypes, kFirst + kLinearInputs);
+  const Linear gate_up = linear_at(a, dtypes, kFirst + 2 * kLinearInputs);
+  const Linear down = linear_at(a, dtypes, kFirst + 3 * kLinearInputs);
+  const int64_t tokens = a.dim(0, 0), hidden = a.dim(0, 1);
+  const float *x = a.data<float>(0), eps = *a.data<float>(10);
+  static thread_local std::vector<float> scratch[4];
+  float* packed = floats(scratch[0], tokens * qkv.outputs);
+  float* context = floats(scratch[1], tokens * out.inputs);
+  float* middle = floats(scratch[2], tokens * hidden);
+  float* inner = floats(scratch[3], tokens * gate_up.outputs);
+
+  Attention p{};
+  p.key_cache = a.data<float>(3), p.value_cache = a.data<float>(4);
+  p.slots = a.data<int32_t>(5), p.table = a.data<int32_t>(6), p.valid = a.data<int32_t>(7), p.q_lens = a.data<int32_t>(8);
+  p.scale = *a.data<float>(9), p.tokens = tokens, p.batch = a.dim(6, 0), p.table_width = a.dim(6, 1);
+  p.kv_heads = a.dim(3, 1), p.dim = a.dim(3, 2), p.block_size = a.dim(3, 3), p.width = a.dim(4, 3);
+  p.heads = out.inputs / p.dim;
+  p.query = packed, p.key = packed + p.heads * p.dim, p.value = p.key + p.kv_heads * p.dim;
+  p.query_stride = p.key_stride = qkv.outputs, p.out = context;
+  if (qkv.outputs != (p.heads + 2 * p.kv_heads) * p.dim || gate_up.outputs != 2 * down.inputs || !valid(p)) return 1;
+
+  const auto normed = [&](const float* from, int weight) -> InputRow {
+    return [=, &a](int64_t m, float* room) {
+      rms_norm(from + m * hidden, a.data<float>(weight), eps, hidden, room);
+      return room;
+    };
+  };
+  run(qkv, tokens, normed(x, 11), nullptr, packed);
+  rotate(packed, tokens, qkv.outputs, p.heads + p.kv_heads, p.dim, a.data<float>(1), a.data<float>(2));
+  attention(p);
+  run(out, tokens, [&](int64_t m, float*) { return context + m * out.inputs; }, x, middle);
+  run(gate_up, tokens, normed(middle, 12), nullptr, inner);
+  const InputRow gated = [&](int64_t m, float* room) {
+    const float* gate = inner + m * gate_up.outputs;
+    swiglu(gate, gate + down.inputs, down.inputs, room);
+    return room;
+  };
+  run(down, tokens, gated, middle, a.data<float>(kFirst + 4 * kLinearInputs));
+  return 0;
+}
+SHAPE_OF(PanguBlock) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]); }
+}
