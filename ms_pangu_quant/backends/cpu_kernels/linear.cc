@@ -191,10 +191,10 @@ SHAPE_OF_LINEAR(PanguW4A8Dynamic)
 OPERATOR(PanguW4A8Codes) {
   const Arguments a(params, ndims, shapes);
   Linear p{};
-  p.x = a.data<float>(0), p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.input_scale = a.data<float>(3);
+  p.weight = a.data<uint8_t>(1), p.scale = a.data<float>(2), p.input_scale = a.data<float>(3);
   p.input_offset = a.data<int8_t>(4), p.y = a.data<float>(5);
   p.bits = 4, p.rows = a.rows(0), p.inputs = 2 * a.dim(1, 1), p.outputs = a.dim(1, 0), p.group = p.inputs / a.dim(2, 1);
-  linear(p);
+  linear(p, rows_of(a.data<float>(0), p.inputs));
   return 0;
 }
 SHAPE_OF_LINEAR(PanguW4A8Codes)
