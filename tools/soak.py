@@ -60,7 +60,7 @@ def main(
 ) -> None:
     """Evaluate again and again, each time many answers in one process, until the time is over.
 
-    Fails if the memory of a process in its last quarter is more than 5 % above that in its first (after a tenth of its time,
+    Fails if the memory of a process in its last quarter is over 5 % above that in its first (after a tenth of its time,
     in which it loads and compiles), if it opens more and more files, or if it leaves a process or a temporary file behind.
 
     Example: python tools/soak.py --minutes 30
