@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow lint mutate goldens tables clean
+.PHONY: install demo test test-slow lint mutate soak goldens tables clean
 
 install: $(VENV)/.installed
 
@@ -27,6 +27,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+soak: install
+	$(BIN)/python tools/soak.py
 
 mutate: install
 	$(BIN)/python tools/mutate.py
