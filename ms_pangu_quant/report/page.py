@@ -19,7 +19,9 @@ from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Cell, Run, cells
+from ms_pangu_quant.report.sensitivity import group_name
 from ms_pangu_quant.report.speed import Speed, cases
+from ms_pangu_quant.sensitivity import Sensitivity
 
 LEVEL = 0.05
 MOST_RUNS = 7
@@ -44,6 +46,7 @@ def write(
     output: Path,
     *,
     speeds: Sequence[Speed] = (),
+    sensitivity: Sensitivity | None = None,
     wanted: float = 0.9,
     title: str = "",
     examples: int = 6,
@@ -61,6 +64,8 @@ def write(
         "by_place": {(each.cell, each.run.name): each for each in comparisons},
         "speeds": speeds,
         "speed_cases": cases(speeds),
+        "sensitivity": sensitivity,
+        "group_name": group_name,
         "wanted": wanted,
         "level": LEVEL,
         "headlines": [*_headlines(runs, comparisons, wanted)],
@@ -69,26 +74,21 @@ def write(
         "verdicts": VERDICTS,
         "incomplete": [*_incomplete(runs)],
     }
-    drawn = _plots(runs, comparisons, speeds, wanted)
-    page = _environment(html=True).get_template("page.html.j2").render(**values, plots=drawn)
-    text = _environment(html=False).get_template("page.md.j2").render(**values)
-    paths = [output / "report.html", output / "report.md"]
-    for path, content in zip(paths, (page, text), strict=True):
-        write_bytes(path, content.encode("utf-8", "backslashreplace"))
-    return paths
-
-
-def _plots(
-    runs: Sequence[Run], comparisons: Sequence[Comparison], speeds: Sequence[Speed], wanted: float
-) -> dict[str, Markup | None]:
     drawn = {
         "scores": plots.scores(runs),
         "retention": plots.retention(runs, comparisons, wanted),
         "lengths": plots.lengths(runs),
         "block_errors": plots.block_errors(runs),
         "prefill": plots.prefill(runs, speeds),
+        "sensitivity": plots.sensitivity(sensitivity),
     }
-    return {name: Markup(svg) if svg else None for name, svg in drawn.items()}  # drawn here, from numbers and names
+    svg = {name: Markup(each) if each else None for name, each in drawn.items()}  # drawn here, from numbers and names
+    page = _environment(html=True).get_template("page.html.j2").render(**values, plots=svg)
+    text = _environment(html=False).get_template("page.md.j2").render(**values)
+    paths = [output / "report.html", output / "report.md"]
+    for path, content in zip(paths, (page, text), strict=True):
+        write_bytes(path, content.encode("utf-8", "backslashreplace"))
+    return paths
 
 
 def _headlines(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> Iterator[tuple[Run, str]]:

@@ -9,7 +9,9 @@ from typing import Any
 
 from ms_pangu_quant.report.comparison import Comparison
 from ms_pangu_quant.report.results import Cell, Run, cells
+from ms_pangu_quant.report.sensitivity import draw, label
 from ms_pangu_quant.report.speed import Speed, cases
+from ms_pangu_quant.sensitivity import Sensitivity
 
 _TEXT, _GRID = "#010101", "#020202"
 _SERIES = tuple(f"#0{number}0303" for number in range(1, 8))  # stand-ins, replaced by the page's variables
@@ -110,6 +112,15 @@ def prefill(runs: Sequence[Run], speeds: Sequence[Speed]) -> str | None:
     axes.minorticks_off()
     axes.set_xlabel(f"batch size, prompts of {shown[0][1]} tokens (dashed: float)")
     return _svg(figure, axes, None, "prefill latency, ms", [speed.name for speed in speeds], colors)
+
+
+def sensitivity(found: Sensitivity | None) -> str | None:
+    """KL of every group of layers alone."""
+    if found is None:
+        return None
+    figure, axes = _figure([])
+    names = draw(axes, found, _SERIES[1:])
+    return _svg(figure, axes, None, label(found), names, [*range(1, 1 + len(names))])
 
 
 def _means(run: Run, cell: Cell) -> tuple[float, float] | None:

@@ -21,6 +21,7 @@ from ms_pangu_quant.report.comparison import compare
 from ms_pangu_quant.report.page import write
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds
+from ms_pangu_quant.sensitivity import GroupSensitivity, Sensitivity
 
 MODES = ("slow_think", "no_think")
 PASSES = {  # result -> task -> mode -> which of 12 problems pass
@@ -274,3 +275,22 @@ def test_two_benches_need_two_names(tmp_path):
     assert [speed.name for speed in load_speeds([str(path), f"a={path}"])] == ["bench", "a"]
     with pytest.raises(DataError, match="are called the same"):
         load_speeds([f"a={path}", f"a={path}"])
+
+
+def test_the_sensitivity_of_every_group_is_told_and_drawn(three, tmp_path):
+    groups = tuple(
+        GroupSensitivity(block, group, {"w4a8": 0.1, "w8a8": 0.01}, {}, 10.0 ** -(2 + block), 1e-4)
+        for block in range(2)
+        for group in ("linear_qkv", "linear_fc2")
+    )
+    found = Sensitivity(("w4a8", "w8a8"), groups, {"w4a8": 0.03, "w8a8": 0.0003}, {"checkpoint": "c", "method": "m"})
+    found.save(tmp_path / "s.json")
+    arguments = ["report", *map(str, three), "--output", str(tmp_path / "out"), "--sensitivity", str(tmp_path / "s.json")]
+    assert main(arguments) == 0
+    html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    assert "| 1 | q/k/v | 0.001 | 0.0001 |" in markdown
+    assert Page(html).open == []
+    assert Page(html).tags.count("svg") == 5
+    for text in (html, markdown):
+        assert "0.03 nats in w4a8" in text or "0.03 in w4a8" in text
+    assert main([*arguments[:-1], str(tmp_path / "out/report.md")]) == 2
