@@ -28,7 +28,8 @@ setup(
         "mindspore==2.9.0",
         "mindformers==1.9.0",
         "numpy>=1.26,<2",  # MindSpore 2.9 is built against the NumPy 1 ABI
-        "scipy>=1.10,<2",  # LAPACK's Cholesky in place; MindSpore needs SciPy too
+        "scipy>=1.11,<2",  # LAPACK's Cholesky in place, exact tests and intervals; MindSpore needs SciPy too
+        "threadpoolctl>=3.1,<4",  # factorisations whose result does not depend on the number of threads
         "safetensors>=0.5,<1",
         "ml_dtypes>=0.4,<1",  # bfloat16 for NumPy
         "datasets>=4.0,<5",  # 5.x needs a pyarrow that refuses NumPy 1
@@ -38,7 +39,6 @@ setup(
         "typer>=0.15,<1",
         "rich>=13.7,<16",
         "psutil>=5.9,<8",
-        "scipy>=1.11,<2",  # exact tests and intervals
         "matplotlib>=3.8,<4",  # the report's plots
     ],
     extras_require={

@@ -33,6 +33,7 @@ from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.refine import refine
+from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import TensorScheme
 
 BLOCK = 128
@@ -121,7 +122,8 @@ def factorise(gram: NDArray[np.float64], order: NDArray[np.intp], damping: float
         diagonal += damping * mean
         diagonal[diagonal == 0] = 1.0
         # LAPACK is column-major: the upper factor of the transpose is the lower factor of this array, in place.
-        _, failed = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)
+        with one_thread():
+            _, failed = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)
         if not failed:
             lower /= np.einsum("ii->i", lower).copy()
             return lower, damping
@@ -150,13 +152,16 @@ def corrected_weight(
     diagonal = np.einsum("ii->i", damped)
     diagonal += _RIDGE * float(diagonal.mean()) or 1.0
     try:
-        factor = cho_factor(damped.T, lower=True, overwrite_a=True, check_finite=False)  # column-major: in place
+        with one_thread():
+            factor = cho_factor(damped.T, lower=True, overwrite_a=True, check_finite=False)  # column-major: in place
     except LinAlgError:
         raise _indefinite() from None
     result = np.empty_like(weight)
     for rows in _row_pieces(weight):
         wanted = weight[rows] @ drift.astype(np.float32, copy=False)
-        result[rows] = weight[rows] + cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
+        with one_thread():
+            correction = cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
+        result[rows] = weight[rows] + correction
     return result
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import TensorScheme
 
 BLOCK = 128
@@ -73,7 +74,8 @@ def best_scales(
     empty = diagonal <= 0  # a group of zeros: its scale has no say and stays
     diagonal += 1e-12 * diagonal.max(axis=1, keepdims=True) + empty
     vector = np.where(empty, scale * diagonal, vector)
-    found = np.linalg.solve(matrix, vector[..., None])[..., 0]
+    with one_thread():
+        found = np.linalg.solve(matrix, vector[..., None])[..., 0]
     stored = found.astype(np.float32)
     if scheme.bfloat16_scale:
         stored = stored.astype(ml_dtypes.bfloat16).astype(np.float32)

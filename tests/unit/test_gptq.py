@@ -1,9 +1,11 @@
 """quantizers/gptq.py: the paper's algorithm, integer for integer, and its laws."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_limits
 
 from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.errors import DataError, RecipeError
@@ -327,3 +329,17 @@ def test_inputs_that_were_never_active_do_not_make_the_scale_arbitrary():
     assert np.array_equal(mse_scale(weight, scheme, np.zeros(IN)), mse_scale(weight, scheme))
     zero = np.zeros((2, IN), np.float32)
     assert (mse_scale(zero, scheme) == 1).all()
+
+
+@pytest.mark.parametrize("channels", [384, 300])
+def test_the_number_of_threads_changes_no_code(channels):
+    weight, stats = layer(channels=channels, outputs=192, tokens=2000)
+    drift = np.random.default_rng(1).normal(size=(channels, channels)) * np.diag(stats.gram).mean() / 100
+    stats = dataclasses.replace(stats, drift=drift)
+    found = []
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads):
+            found.append(Gptq(correct=True, sweeps=2)(weight, SCHEMES["w4 group 12"], stats))
+    for other in found[1:]:
+        assert np.array_equal(other.codes, found[0].codes)
+        assert np.array_equal(other.scale, found[0].scale)
