@@ -59,6 +59,7 @@ FLEX_SMOOTH = {"type": "flex_smooth_quant", "include": ["*"]}
 
 FLOAT = Row("float", "float", OURS, "the checkpoint as it is")
 W8A8, STATIC, GROUP, CHANNEL = "W8A8", "W8A8, static", "W4A8, groups of 128", "W4A8, per channel"
+MIXED = "W4A8 and W8A8, 4.5 bits"
 ROWS = (
     FLOAT,
     Row("w8a8", W8A8, OURS, "`w8a8`", "w8a8"),
@@ -119,6 +120,7 @@ ROWS = (
         "AWQ",
         {"AWQModifier": {}, "QuantizationModifier": {**LAYERS, "scheme": "W4A8"}},
     ),
+    Row("w4a8_mixed", MIXED, OURS, "`w4a8_mixed`", "w4a8_mixed"),
     Row("w4a8", CHANNEL, OURS, "`w4a8`", "w4a8"),
     Row("w4a8_rtn", CHANNEL, OURS, "`w4a8_rtn`", "w4a8_rtn"),
     Row(

@@ -23,7 +23,7 @@ import compare_peers
 import make_checkpoint
 import numpy as np
 import rescale_outliers
-from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, STATIC, W8A8, number, passed
+from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, number, passed
 from measure import OURS, ROOT, Record, Row, Setting, recorded
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -44,6 +44,7 @@ LAYERS_1B = {"layers": 2, "vocab_size": 8192}  # the 1B's layers, two of them, a
 def recipes(*names: str, scheme: dict[str, str] | None = None) -> tuple[Row, ...]:
     """Rows of this project's recipes, by name."""
     schemes = {"w8a8": W8A8, "w8a8_static": STATIC, "w4a8_g128": GROUP, "w4a8": CHANNEL, "w4a8_rtn": CHANNEL}
+    schemes["w4a8_mixed"] = MIXED
     schemes |= scheme or {}
     return tuple(Row(name, schemes.get(name, ""), OURS, f"`{name}`", name) for name in names)
 
@@ -158,7 +159,7 @@ def kl_table(records: Sequence[Record], setting: Setting) -> str:
 
 TABLES = (
     Table("peers", "mini", compare_peers.ROWS, ("no_think", "slow_think"), peers_table),
-    Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_rtn")), MODES, retention_table),
+    Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn")), MODES, retention_table),
     Table("paper", "mini", (replace(FLOAT, scheme="FP16 of the paper, here bfloat16"), *PAPER), MODES, retention_table),
     Table("outliers_x128", "x128", recipes(*MAIN, "w4a8_rtn"), (), kl_table),
     Table("outliers_none", "none", recipes(*MAIN, "w4a8_rtn"), (), kl_table),
