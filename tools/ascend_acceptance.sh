@@ -118,7 +118,7 @@ for name in float $recipes; do
     else
         case $name in *_rtn) with_data=() ;; *) with_data=(--calibration "$calibration") ;; esac
         step "$name-quantize" "" into "$directory" pangu-quant quantize "$model" --recipe "$name" "${with_data[@]}"
-        step "$name-verify" "$name-quantize" pangu-quant verify "$directory" -st "$model"
+        step "$name-verify" "$name-quantize" pangu-quant verify "$directory" --against "$model"
         made=$name-quantize
     fi
     logits=$output/logits/$name
