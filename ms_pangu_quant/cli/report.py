@@ -26,6 +26,10 @@ def report_command(
         list[str] | None, typer.Option(help="FILE or NAME=FILE that bench --json printed; may be given several times.")
     ] = None,
     sensitivity: Annotated[Path | None, typer.Option(help="FILE that the command sensitivity wrote.")] = None,
+    predict: Annotated[
+        Path | None, typer.Option(help="Checkpoint whose shape's speed on a device is predicted from its limits.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of --predict: a name or a file as in configs/devices.")] = "atlas_a2",
     retention: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the reference's pass@1 to test for.")] = 0.9,
     examples: Annotated[int, typer.Option(min=0, help="Problems whose answers are shown side by side.")] = 6,
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "What quantization costs",
@@ -37,9 +41,20 @@ def report_command(
     pangu-quant report results/float results/w8a8 results/w4a8 --output report --bench w8a8=w8a8.bench.json
     """
     from ms_pangu_quant.report.page import write
+    from ms_pangu_quant.report.prediction import predict as predict_speed
     from ms_pangu_quant.sensitivity import Sensitivity
 
     found = None if sensitivity is None else Sensitivity.load(sensitivity)
     runs, speeds = load_runs(results, name), load_speeds(bench or [])
-    for path in write(runs, output, speeds=speeds, sensitivity=found, wanted=retention, title=title, examples=examples):
+    predicted = None if predict is None else predict_speed(predict, device)
+    for path in write(
+        runs,
+        output,
+        speeds=speeds,
+        sensitivity=found,
+        prediction=predicted,
+        wanted=retention,
+        title=title,
+        examples=examples,
+    ):
         out.print(f"{path}", soft_wrap=True)

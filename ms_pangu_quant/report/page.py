@@ -18,6 +18,7 @@ from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.comparison import Comparison, compare
+from ms_pangu_quant.report.prediction import BATCHES, CONTEXT, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
 from ms_pangu_quant.report.sensitivity import group_name
 from ms_pangu_quant.report.speed import Speed, cases
@@ -47,6 +48,7 @@ def write(
     *,
     speeds: Sequence[Speed] = (),
     sensitivity: Sensitivity | None = None,
+    prediction: Prediction | None = None,
     wanted: float = 0.9,
     title: str = "",
     examples: int = 6,
@@ -66,6 +68,8 @@ def write(
         "speed_cases": cases(speeds),
         "sensitivity": sensitivity,
         "group_name": group_name,
+        "prediction": prediction,
+        "predicted": {"batches": BATCHES, "prompt": PROMPT, "context": CONTEXT},
         "wanted": wanted,
         "level": LEVEL,
         "headlines": [*_headlines(runs, comparisons, wanted)],
@@ -81,6 +85,7 @@ def write(
         "block_errors": plots.block_errors(runs),
         "prefill": plots.prefill(runs, speeds),
         "sensitivity": plots.sensitivity(sensitivity),
+        "prediction": plots.prediction(prediction),
     }
     svg = {name: Markup(each) if each else None for name, each in drawn.items()}  # drawn here, from numbers and names
     page = _environment(html=True).get_template("page.html.j2").render(**values, plots=svg)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ms_pangu_quant.report.comparison import Comparison
+from ms_pangu_quant.report.prediction import BATCHES, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
 from ms_pangu_quant.report.sensitivity import draw, label
 from ms_pangu_quant.report.speed import Speed, cases
@@ -105,13 +106,27 @@ def prefill(runs: Sequence[Run], speeds: Sequence[Speed]) -> str | None:
             found = [case for case in shown if case in table]
             latencies = [table[case]["latency_ms"] for case in found]
             axes.plot([case[2] for case in found], latencies, style, color=_SERIES[number], markersize=4, linewidth=1.5)
+    _by_batch(axes, [case[2] for case in shown], f"batch size, prompts of {shown[0][1]} tokens (dashed: float)")
+    return _svg(figure, axes, None, "prefill latency, ms", [speed.name for speed in speeds], colors)
+
+
+def prediction(found: Prediction | None) -> str | None:
+    """Predicted prefill latency against batch size, a line for each precision."""
+    if found is None:
+        return None
+    figure, axes = _figure([])
+    for number, latencies in enumerate(found.prefill.values()):
+        axes.plot(BATCHES, latencies, "o:", color=_SERIES[number], markersize=4, linewidth=1.5)
+    _by_batch(axes, BATCHES, f"batch size, prompts of {PROMPT} tokens")
+    return _svg(figure, axes, None, "predicted prefill latency, ms", [*found.prefill], [*range(len(found.prefill))])
+
+
+def _by_batch(axes: Any, batches: Sequence[int], label: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    batches = [batch for _, _, batch in shown]
     axes.set_xticks(batches, [str(batch) for batch in batches])
     axes.minorticks_off()
-    axes.set_xlabel(f"batch size, prompts of {shown[0][1]} tokens (dashed: float)")
-    return _svg(figure, axes, None, "prefill latency, ms", [speed.name for speed in speeds], colors)
+    axes.set_xlabel(label)
 
 
 def sensitivity(found: Sensitivity | None) -> str | None:

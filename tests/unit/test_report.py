@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
+import ms_pangu_quant
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation import statistics
@@ -21,8 +24,10 @@ from ms_pangu_quant.report.comparison import compare
 from ms_pangu_quant.report.page import write
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds
+from ms_pangu_quant.roofline import load_device, prefill_seconds
 from ms_pangu_quant.sensitivity import GroupSensitivity, Sensitivity
 
+MINI = Path(ms_pangu_quant.__file__).parent / "assets/openpangu-mini"
 MODES = ("slow_think", "no_think")
 PASSES = {  # result -> task -> mode -> which of 12 problems pass
     "float": {"mini": {"slow_think": "111111111100", "no_think": "111110000000"}},
@@ -294,3 +299,18 @@ def test_the_sensitivity_of_every_group_is_told_and_drawn(three, tmp_path):
     for text in (html, markdown):
         assert "0.03 nats in w4a8" in text or "0.03 in w4a8" in text
     assert main([*arguments[:-1], str(tmp_path / "out/report.md")]) == 2
+
+
+def test_a_prediction_says_that_it_is_one_and_has_the_rooflines_figures(three, tmp_path):
+    arguments = ["report", *map(str, three), "--output", str(tmp_path / "out"), "--predict", str(MINI)]
+    assert main(arguments) == 0
+    html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
+    assert Page(html).open == []
+    assert Page(html).tags.count("svg") == 5
+    config, device = ModelConfig.from_file(MINI / "config.json"), load_device("atlas_a2")
+    for text in (html, markdown):
+        assert "Predicted, not measured." in text
+    for batch in (1, 32):
+        base, mine = (1e3 * prefill_seconds(device, config, name, batch, 512) for name in ("float16", "w8a8"))
+        assert f"| batch {batch} | {base:.1f} (1.00) | {mine:.1f} ({base / mine:.2f}) |" in markdown
+    assert main([*arguments, "--device", "no_such"]) == 2
