@@ -189,7 +189,14 @@ def _svg(
     numbers = colors if colors is not None else range(first, len(names))
     shown = [_plain(name) for name in (names if colors is not None else names[first:])]
     handles = [Line2D([], [], marker="o", linestyle="", color=_SERIES[number]) for number in numbers]
-    figure.legend(handles, shown, loc="upper left", ncols=min(4, len(shown)), frameon=False, borderaxespad=0.2)
+    figure.legend(
+        handles,
+        shown,
+        loc="upper left",
+        ncols=len(shown) if sum(map(len, shown)) < 48 else 4,
+        frameon=False,
+        borderaxespad=0.2,
+    )
     figure.tight_layout(rect=(0, 0, 1, 0.92))
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
