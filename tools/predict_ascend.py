@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 
 from make_checkpoint import make_config
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
-from ms_pangu_quant.roofline import PRECISIONS, Device, decode_seconds, load_device, memory_bytes, prefill_seconds
-
-BATCHES = (1, 2, 4, 8, 16, 32)
+from ms_pangu_quant.report.prediction import BATCHES, Prediction, predict
 
 
 def main() -> int:
@@ -29,33 +27,30 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.prompt_len < 1 or arguments.context < 1:
         parser.error("--prompt-len and --context: wanted at least 1")
-    try:
-        device = load_device(arguments.device)
-    except PanguQuantError as error:
-        print(f"predict_ascend: error: {error}", file=sys.stderr)
-        return 2
     for shape in ("1b", "7b"):
-        _predict(device, shape, arguments.prompt_len, arguments.context)
+        config = ModelConfig.from_dict(make_config(shape), where=shape)
+        try:
+            found = predict(shape.upper(), config, arguments.device, prompt=arguments.prompt_len, context=arguments.context)
+        except PanguQuantError as error:
+            print(f"predict_ascend: error: {error}", file=sys.stderr)
+            return 2
+        _show(found, arguments.prompt_len, arguments.context)
     return 0
 
 
-def _predict(device: Device, shape: str, prompt_len: int, context: int) -> None:
-    config = ModelConfig.from_dict(make_config(shape), where=shape)
-    print(f"\n**{shape.upper()}, prefill of {prompt_len} tokens**: ms (times as fast as float16)\n")
-    _rows(lambda batch, precision: prefill_seconds(device, config, precision, batch, prompt_len))
-    print(f"\n**{shape.upper()}, decode after {context} tokens**: ms a step (times as fast as float16)\n")
-    _rows(lambda batch, precision: decode_seconds(device, config, precision, batch, context))
-    sizes = [f"{precision} {memory_bytes(config, precision, context) / 2**30:.2f}" for precision in PRECISIONS]
-    print(f"\nGiB of weights and cache, batch 1: {', '.join(sizes)}")
+def _show(found: Prediction, prompt_len: int, context: int) -> None:
+    print(f"\n**{found.model}, prefill of {prompt_len} tokens**: ms (times as fast as float16)\n")
+    _rows(found.prefill)
+    print(f"\n**{found.model}, decode after {context} tokens**: ms a step (times as fast as float16)\n")
+    _rows(found.decode)
+    print(f"\nGiB of weights and cache, batch 1: {', '.join(f'{name} {size:.2f}' for name, size in found.memory.items())}")
 
 
-def _rows(seconds: Callable[[int, str], float]) -> None:
-    print("| batch | " + " | ".join(PRECISIONS) + " |")
-    print("|---|" + "---|" * len(PRECISIONS))
-    for batch in BATCHES:
-        base = seconds(batch, PRECISIONS[0])
-        cells = [f"{1e3 * (time := seconds(batch, precision)):.1f} ({base / time:.2f})" for precision in PRECISIONS]
-        print(f"| {batch} | " + " | ".join(cells) + " |")
+def _rows(latencies: Mapping[str, Sequence[float]]) -> None:
+    print("| batch | " + " | ".join(latencies) + " |")
+    print("|---|" + "---|" * len(latencies))
+    for batch, *times in zip(BATCHES, *latencies.values(), strict=True):
+        print(f"| {batch} | " + " | ".join(f"{time:.1f} ({times[0] / time:.2f})" for time in times) + " |")
 
 
 if __name__ == "__main__":

@@ -168,10 +168,8 @@ class QuantizedWriter:
             weight_map.update(dict.fromkeys(shard, name))
             total += written.nbytes
             hashes[name] = written.sha256
-        for carried in CARRIED_OVER:
-            if (source / carried).is_file():
-                self._copy(source / carried)
-                hashes[carried] = hash_file(self.output / carried)
+        for carried in carry_over(source, self.output):
+            hashes[carried] = hash_file(self.output / carried)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         for file, value in {**json_files, INDEX_FILE: index}.items():
             if file == "config.json":
@@ -186,12 +184,6 @@ class QuantizedWriter:
 
     def hashes(self) -> dict[str, str]:
         return {record["file"]: record["sha256"] for record in self._records}
-
-    def _copy(self, path: Path) -> None:
-        try:
-            shutil.copyfile(path, self.output / path.name)
-        except OSError as error:
-            raise OutputError(f"{self.output / path.name}: cannot write ({error.strerror})") from None
 
     def _file_name(self, index: int, part: int = 0) -> str:
         suffix = f".part{part + 1}" if part else ""
@@ -213,6 +205,17 @@ class QuantizedWriter:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def carry_over(source: Path, output: Path) -> list[str]:
+    """Copy those of CARRIED_OVER that `source` has; returns their names. Raises OutputError."""
+    names = [name for name in CARRIED_OVER if (source / name).is_file()]
+    for name in names:
+        try:
+            shutil.copyfile(source / name, output / name)
+        except OSError as error:
+            raise OutputError(f"{output / name}: cannot write ({error.strerror})") from None
+    return names
 
 
 def _shards(tensors: Mapping[str, TensorEntry | ComputedEntry]) -> list[dict[str, TensorEntry | ComputedEntry]]:

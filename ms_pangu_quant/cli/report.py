@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.cli.console import out
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds
@@ -46,7 +47,9 @@ def report_command(
 
     found = None if sensitivity is None else Sensitivity.load(sensitivity)
     runs, speeds = load_runs(results, name), load_speeds(bench or [])
-    predicted = None if predict is None else predict_speed(predict, device)
+    predicted = None
+    if predict is not None:
+        predicted = predict_speed(predict.resolve().name, ModelConfig.from_file(predict / "config.json"), device)
     for path in write(
         runs,
         output,

@@ -172,8 +172,9 @@ def answer(
 def _bring_together(path: Path) -> None:
     """Move what the ranks of a job that was stopped have written into the samples file."""
     with Journal(path) as journal:
-        there = {line(record) for _, record in read_records(path)}
-        for file in sorted(path.parent.glob(_RANK_FILES)):
+        files = sorted(path.parent.glob(_RANK_FILES))
+        there = {line(record) for _, record in read_records(path)} if files else set()
+        for file in files:
             with Journal(file):  # drops a line that was cut short
                 for _, record in read_records(file):
                     if line(record) not in there:

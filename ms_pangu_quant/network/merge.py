@@ -6,7 +6,6 @@ a temporary folder; what the reader takes as it is (checkpoint/training.py, chec
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.files import INDEX_FILE, write_json, write_safetensors
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.checkpoint.writer import CARRIED_OVER
+from ms_pangu_quant.checkpoint.writer import carry_over
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.network import runtime
 
@@ -49,9 +48,7 @@ def merge(
         weights = _unified(source, strategy, Path(folder), suffix) if strategy else source
         reader = CheckpointReader(_with_config(weights, start or source, Path(folder) / "read"))
         total = _write(reader, output, on_file)
-    for name in CARRIED_OVER:
-        if ((start or source) / name).is_file():
-            shutil.copyfile((start or source) / name, output / name)
+    carry_over(start or source, output)
     write_json(output / "config.json", dict(reader.config.raw))
     return total
 

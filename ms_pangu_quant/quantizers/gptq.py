@@ -156,9 +156,9 @@ def corrected_weight(
             factor = cho_factor(damped.T, lower=True, overwrite_a=True, check_finite=False)  # column-major: in place
     except LinAlgError:
         raise _indefinite() from None
-    result = np.empty_like(weight)
+    result, narrow = np.empty_like(weight), drift.astype(np.float32, copy=False)
     for rows in _row_pieces(weight):
-        wanted = weight[rows] @ drift.astype(np.float32, copy=False)
+        wanted = weight[rows] @ narrow
         with one_thread():
             correction = cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
         result[rows] = weight[rows] + correction

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.roofline import PRECISIONS, decode_seconds, load_device, memory_bytes, prefill_seconds
+from ms_pangu_quant.roofline import PRECISIONS, Device, decode_seconds, load_device, memory_bytes, prefill_seconds
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPT, CONTEXT = 512, 2048  # tokens
@@ -24,18 +23,21 @@ class Prediction:
     memory: Mapping[str, float]
 
 
-def predict(checkpoint: Path, device: str = "atlas_a2") -> Prediction:
-    """For the shape that the checkpoint's config.json says. Raises PanguQuantError if that or the device is unknown."""
-    config, limits = ModelConfig.from_file(checkpoint / "config.json"), load_device(device)
+def predict(
+    model: str, config: ModelConfig, device: str = "atlas_a2", *, prompt: int = PROMPT, context: int = CONTEXT
+) -> Prediction:
+    """Prefill of prompts of `prompt` tokens, decode after `context`. Raises RequestError if the device is unknown."""
+    limits = load_device(device)
 
-    def each(seconds: Mapping[tuple[str, int], float]) -> dict[str, tuple[float, ...]]:
-        return {name: tuple(1e3 * seconds[name, batch] for batch in BATCHES) for name in PRECISIONS}
+    def latencies(
+        seconds: Callable[[Device, ModelConfig, str, int, int], float], tokens: int
+    ) -> dict[str, tuple[float, ...]]:
+        return {name: tuple(1e3 * seconds(limits, config, name, batch, tokens) for batch in BATCHES) for name in PRECISIONS}
 
-    cases = [(name, batch) for name in PRECISIONS for batch in BATCHES]
     return Prediction(
-        checkpoint.resolve().name,
+        model,
         device,
-        each({(name, batch): prefill_seconds(limits, config, name, batch, PROMPT) for name, batch in cases}),
-        each({(name, batch): decode_seconds(limits, config, name, batch, CONTEXT) for name, batch in cases}),
-        {name: memory_bytes(config, name, CONTEXT) / 2**30 for name in PRECISIONS},
+        latencies(prefill_seconds, prompt),
+        latencies(decode_seconds, context),
+        {name: memory_bytes(config, name, context) / 2**30 for name in PRECISIONS},
     )
