@@ -22,6 +22,7 @@ from ms_pangu_quant.backends.cpu_block import Block
 from ms_pangu_quant.backends.cpu_kernels.library import kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
+from ms_pangu_quant.backends.cut import ranks_of
 from ms_pangu_quant.errors import BackendError
 
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
@@ -129,7 +130,9 @@ def _prepare(method, layer, name: str) -> None:
     method.kernel = operator(kernels(), name)
     # For a kernel that has no use for one of its inputs.
     method.none, method.none_i8, method.none_i32 = (Tensor(np.zeros(1, kind)) for kind in (np.float32, np.int8, np.int32))
-    # For a layer cut over ranks, whose token scales and sums need the other ranks: codes go in and sums come out.
+    if ranks_of(layer) == 1:
+        return
+    # Its token scales and sums need the other ranks: codes go in and sums come out.
     method.code_kernel = operator(kernels(), "PanguW4A8Codes" if "W4" in name else "PanguW8A8Static")
     inputs, outputs = method.input_size_per_partition, method.output_size_per_partition
     method.no_factor, method.no_offset = Tensor(np.ones(inputs, np.float32)), Tensor(np.zeros(inputs, np.int8))

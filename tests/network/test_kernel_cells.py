@@ -16,6 +16,7 @@ if library() is None:
     pytest.skip("no C++ compiler, or kernels switched off", allow_module_level=True)
 
 ROWS = (1, 5, 37)
+RECIPES = ("w8a8_static", "w4a8_g128", *(pytest.param(name, marks=pytest.mark.slow) for name in ("w8a8", "w4a8")))
 
 
 class Layer:
@@ -117,15 +118,7 @@ def test_a_linear_layer_has_the_bits_of_the_plain_operators(kind, group, inputs,
             assert np.isnan(plain[3:]).all()
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "w8a8_static",
-        "w4a8_g128",
-        pytest.param("w8a8", marks=pytest.mark.slow),
-        pytest.param("w4a8", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, quantized, monkeypatch):
     directory = quantized(recipe)
     ids = golden("mini")["ids_0"].tolist()[:70]
@@ -139,15 +132,7 @@ def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, qua
     assert (fused.argmax(1) == plain.argmax(1)).mean() > 0.95
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "w8a8_static",
-        "w4a8_g128",
-        pytest.param("w8a8", marks=pytest.mark.slow),
-        pytest.param("w4a8", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_block_as_one_operator_has_the_bits_of_its_cells(recipe, quantized):
     whole, parts = (load(quantized(recipe), kv_cache_tokens=256) for _ in range(2))
     for layer in parts.network.model.decoder.layers:
