@@ -97,7 +97,9 @@ class Data:
         prompt = [1, *self.processor.encode(row["prompt"])]
         return prompt + self.processor.encode(row["text"][len(row["prompt"]) :]), len(prompt)
 
-    def chunk(self, index: int, split: str = "train", count: int = CHUNK, prompt_weight: float | None = None) -> list[Batch]:
+    def chunk(
+        self, index: int, split: str = "train", count: int = CHUNK, prompt_weight: float | None = None
+    ) -> list[Batch]:
         """Batches of chats of like length, in a drawn order."""
         rows = sorted(map(self.encode, chats(self.seed, index, split, count)), key=lambda row: len(row[0]))
         batches: list[Batch] = []
@@ -137,17 +139,16 @@ class Run:
     def __init__(self, config: dict[str, Any], folder: Path, seed: int, start: Path | None):
         from decoder import Decoder, TrainStep, initial_weights
 
-        self.folder, self.plan = folder, config["training"]
-        self.model_config = ModelConfig.from_dict({**COMMON, **config["model"]}, where="config")
+        self.folder, self.plan, self.seed = folder, config["training"], seed
+        self.raw_config, self.outliers = {**COMMON, **config["model"]}, config.get("outliers", {})
+        self.model_config = ModelConfig.from_dict(self.raw_config, where="config")
         tokenizer = folder / "tokenizer.model"
         if not tokenizer.exists():
             if start is None:
                 train_tokenizer(tokenizer, seed, self.model_config.vocab_size)
             else:
                 tokenizer.write_bytes((start / tokenizer.name).read_bytes())
-        self.data = Data(
-            tokenizer, seed, self.plan["tokens"], self.plan["prompt_weight"], self.plan["lengths"]
-        )
+        self.data = Data(tokenizer, seed, self.plan["tokens"], self.plan["prompt_weight"], self.plan["lengths"])
         weights = initial_weights(self.model_config, seed)
         if start is not None:
             begun = np.load(start / "state.npz")
@@ -214,6 +215,17 @@ class Run:
         np.savez(temporary, place=place, **self.step.state())
         os.replace(temporary, self.folder / "state.npz")
 
+    def decoder_weights(self) -> dict[str, NDArray[np.float32]]:
+        return {each.name: each.asnumpy() for each in self.step.parameters}
+
+    def write_checkpoint(self) -> None:
+        from embedded import write_checkpoint
+
+        weights = self.decoder_weights()
+        tokenizer = self.folder / "tokenizer.model"
+        output = self.folder / "checkpoint"
+        write_checkpoint(output, self.raw_config, weights, tokenizer, outliers=self.outliers, seed=self.seed)
+
     def resume(self) -> None:
         state = np.load(self.folder / "state.npz")
         self.step.load_state({name: state[name] for name in state.files if name != "place"})
@@ -241,7 +253,9 @@ def plot_curve(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True, help="sizes, schedule and outliers, as in configs/embedded/")
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
     parser.add_argument("--start", type=Path, help="folder of a finished run to go on from")
@@ -271,7 +285,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped at step {run.done}; --resume goes on from the last validation", file=sys.stderr)
         return 130
+    run.write_checkpoint()
     plot_curve(folder)
+    print(f"{folder / 'checkpoint'}: written; curve in {folder / 'curve.svg'}")
     return 0
 
 

@@ -18,19 +18,84 @@ from ms_pangu_quant.evaluation.mini.steps import BY_KIND, BY_NAME, KINDS, Step
 
 SPLITS = ("train", "validation", "test")
 _ARGUMENTS = {
-    "list": "nums values items numbers data xs seq elems".split(),
-    "text": "text s string phrase line msg".split(),
-    "words": "words tokens names strings terms".split(),
-    "number": "n num value number x0 m".split(),
+    "list": ["nums", "values", "items", "numbers", "data", "xs", "seq", "elems"],
+    "text": ["text", "s", "string", "phrase", "line", "msg"],
+    "words": ["words", "tokens", "names", "strings", "terms"],
+    "number": ["n", "num", "value", "number", "x0", "m"],
 }
 _LOCALS = {"list": "out", "text": "res", "words": "parts", "number": "total", "counts": "counts", "truth": "flag"}
-_SECOND = "k t limit q bound".split()
-_VERBS = "get make build find apply run calc solve form pick scan fold map filter shape mix merge turn".split()
-_NOUNS = "value result list data items output score code series pack group record entry total chain table".split()
-_WORDS = (
-    "apple banana Cat dog River stone Blue green light Moon tree House paper cloud seven Kite level Ocean queen noon "
-    "radar tiger Under violet Water zoo Edge fish game Hat ice"
-).split()
+_SECOND = ["k", "t", "limit", "q", "bound"]
+_VERBS = [
+    "get",
+    "make",
+    "build",
+    "find",
+    "apply",
+    "run",
+    "calc",
+    "solve",
+    "form",
+    "pick",
+    "scan",
+    "fold",
+    "map",
+    "filter",
+    "shape",
+    "mix",
+    "merge",
+    "turn",
+]
+_NOUNS = [
+    "value",
+    "result",
+    "list",
+    "data",
+    "items",
+    "output",
+    "score",
+    "code",
+    "series",
+    "pack",
+    "group",
+    "record",
+    "entry",
+    "total",
+    "chain",
+    "table",
+]
+_WORDS = [
+    "apple",
+    "banana",
+    "Cat",
+    "dog",
+    "River",
+    "stone",
+    "Blue",
+    "green",
+    "light",
+    "Moon",
+    "tree",
+    "House",
+    "paper",
+    "cloud",
+    "seven",
+    "Kite",
+    "level",
+    "Ocean",
+    "queen",
+    "noon",
+    "radar",
+    "tiger",
+    "Under",
+    "violet",
+    "Water",
+    "zoo",
+    "Edge",
+    "fish",
+    "game",
+    "Hat",
+    "ice",
+]
 _LETTERS = "aeioutrnslbgd"
 _ORDINALS = "abcde"
 _MAX_EXAMPLE, _MAX_VALUE = 40, 300  # characters of a value's repr in a docstring, in an assert
