@@ -146,9 +146,7 @@ def test_a_folder_with_a_run_is_not_overwritten_and_an_empty_one_not_resumed(too
     assert "holds no state.npz to resume from" in capsys.readouterr().err
 
 
-def test_embedding_runs_twice_gives_the_same_files(
-    tools, run, tmp_path, capsys, monkeypatch
-):
+def test_embedding_runs_twice_gives_the_same_files(tools, run, tmp_path, capsys, monkeypatch):
     assert (sum(tools.embed.HELD_OUT.values()), sum(tools.embed.VALIDATION.values())) == (300, 200)
     monkeypatch.setattr(tools.embed, "HELD_OUT", {2: 20, 4: 5})
     monkeypatch.setattr(tools.embed, "VALIDATION", {2: 20, 4: 5})

@@ -96,7 +96,6 @@ def test_splits_share_no_combination_and_a_hash_alone_decides():
     assert not combinations["train"] & (combinations["test"] | combinations["validation"])
     assert not combinations["test"] & combinations["validation"]
     assert made.split_of(("reverse",)) == "train"
-    assert made.split_of(("keep_even", "each_square")) == made.split_of(tuple(["keep_even", "each_square"]))
 
 
 def test_asserts_accept_the_solution_and_refuse_it_without_one_of_its_steps():
