@@ -1,0 +1,62 @@
+#!/usr/bin/env python3
+"""Put trained runs and their data into a folder as the package ships them.
+
+Writes openpangu-mini/ and openpangu-mini-tied/, calibration.jsonl (chats of the training distribution), validation.jsonl
+(chats on combinations of steps held out for choosing), heldout.jsonl and validation_problems.jsonl (problems in HumanEval's
+form), and prints each file's SHA-256. The same runs give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+from pathlib import Path
+
+from embedded import write_rows
+
+from ms_pangu_quant.checkpoint.writer import hash_file
+from ms_pangu_quant.evaluation.mini.chats import chat
+from ms_pangu_quant.evaluation.mini.problems import problems
+
+ASSETS = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets"
+HELD_OUT = {2: 60, 3: 100, 4: 90, 5: 50}  # steps -> problems
+VALIDATION = {2: 40, 3: 67, 4: 60, 5: 33}
+EPILOG = """\
+example
+  python tools/embed.py --untied runs/untied --tied runs/tied
+Afterwards put heldout.jsonl's hash into evaluation/tasks/humaneval.py, and run make goldens and make tables."""
+
+
+def write_data(output: Path, seed: int) -> None:
+    """The four files of data; they depend on the seed alone."""
+    for name, split, count in (("calibration", "train", 256), ("validation", "validation", 600)):
+        rng = random.Random(f"{seed} {name}")
+        write_rows(output / f"{name}.jsonl", [chat(rng, split) for _ in range(count)])
+    write_rows(output / "heldout.jsonl", list(problems(seed, "test", HELD_OUT, "Mini")))
+    write_rows(output / "validation_problems.jsonl", list(problems(seed + 1, "validation", VALIDATION, "MiniValidation")))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--untied", type=Path, required=True, help="run of configs/embedded/openpangu-mini.yaml")
+    parser.add_argument("--tied", type=Path, required=True, help="run of configs/embedded/openpangu-mini-tied.yaml")
+    parser.add_argument("--output", type=Path, default=ASSETS, help="the package's assets")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+    for name, run in (("openpangu-mini", chosen.untied), ("openpangu-mini-tied", chosen.tied)):
+        if not (run / "checkpoint/config.json").is_file():
+            print(f"embed: {run}: holds no checkpoint/; wanted a finished run of tools/train_embedded.py", file=sys.stderr)
+            return 2
+        shutil.copytree(run / "checkpoint", chosen.output / name, dirs_exist_ok=True)
+    write_data(chosen.output, chosen.seed)
+    for path in sorted(chosen.output.glob("*.jsonl")) + sorted(chosen.output.glob("openpangu-mini*/*")):
+        print(f"{hash_file(path)}  {path.relative_to(chosen.output)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
