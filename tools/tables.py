@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure and write every table of docs/accuracy.md, between its markers.
+"""Measure and write every table of docs/accuracy.md, and the READMEs' table of results, between their markers.
 
 A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
 same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
@@ -35,6 +35,7 @@ from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Run, load_runs
 
 PAGE = ROOT / "docs/accuracy.md"
+READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 MINI = ASSETS / "openpangu-mini"
 MODES = ("no_think", "slow_think", "auto_think")
 RETAINED = {W8A8: 0.99, STATIC: 0.98, GROUP: 0.98, CHANNEL: 0.97}  # what each scheme is to keep of pass@1
@@ -157,6 +158,27 @@ def kl_table(records: Sequence[Record], setting: Setting) -> str:
     return compare_peers.table(records, ())
 
 
+def results_table(records: Sequence[Record], setting: Setting) -> str:
+    """A row for each of this project's recipes: its KL, the best other tool's in the same scheme, and what is retained."""
+    titles = ["scheme", "recipe", "mean KL, nats", "best other tool", "pass@1 kept [95 %]", "size"]
+    lines = [titles, ["---", "---", "---:", "---:", "---", "---:"]]
+    _, together = paired([record for record in records if record["row"]["tool"] == OURS], setting)
+    for record in records:
+        row = record["row"]
+        if row["tool"] != OURS or "compare" not in record:
+            continue
+        others = [
+            other["compare"]["kl_mean"]
+            for other in records
+            if other["row"]["tool"] != OURS and other["row"]["scheme"] == row["scheme"] and "compare" in other
+        ]
+        best = number(min(others)) if others and row["name"] in MAIN else ""
+        whole = percent(together[row["name"]]) if row["name"] in together else ""
+        size = f"{record['quantize']['bytes'] / 2**20:.2f} MiB"
+        lines.append([row["scheme"], row["what"], number(record["compare"]["kl_mean"]), best, whole, size])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 TABLES = (
     Table("peers", "mini", compare_peers.ROWS, ("no_think", "slow_think"), peers_table),
     Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn")), MODES, retention_table),
@@ -173,6 +195,15 @@ TABLES = (
         (),
         peers_table,
     ),
+)
+
+
+RESULTS = Table(
+    "results",
+    "mini",
+    (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in compare_peers.ROWS if row.tool != OURS)),
+    MODES,
+    results_table,
 )
 
 
@@ -219,10 +250,16 @@ def replaced(page: str, name: str, text: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page)
 
 
+def write(page: Path, name: str, text: str) -> None:
+    write_bytes(page, replaced(page.read_text(encoding="utf-8"), name, text).encode())
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=[table.name for table in TABLES], help="these tables alone")
+    names = [table.name for table in (*TABLES, RESULTS)]
+    parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to write them into")
+    parser.add_argument("--readme", type=Path, nargs="*", default=READMES, help="files to write the table of results into")
     parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
     compare_peers.add_options(parser)
     chosen = parser.parse_args(arguments)
@@ -239,8 +276,12 @@ def main(arguments: list[str] | None = None) -> int:
             records = [{**record, "row": vars(row)} for record, row in zip(records, table.rows, strict=True)]
             failed = failed or any("failure" in record for record in records)
             text = f"{table.render(records, setting)}\n\n{compare_peers.provenance(records)}"
-            page = chosen.page.read_text(encoding="utf-8")
-            write_bytes(chosen.page, replaced(page, table.name, text).encode())
+            write(chosen.page, table.name, text)
+        if not chosen.only or RESULTS.name in chosen.only:  # of what the other tables have measured
+            setting = setting_of(RESULTS, chosen)
+            records = [{**recorded(row, setting), "row": vars(row)} for row in RESULTS.rows]
+            for page in chosen.readme:
+                write(page, RESULTS.name, RESULTS.render(records, setting))
     except (PanguQuantError, make_checkpoint.MakeCheckpointError, ValueError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2

@@ -159,6 +159,14 @@ def test_a_table_is_written_between_its_markers_and_nowhere_else(tools):
         tools.tables.replaced(page, "three", "")
 
 
+def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe(tools):
+    pages = [page.read_text(encoding="utf-8") for page in tools.tables.READMES]
+    held = [page.split("<!-- table: results -->\n")[1].split("<!-- end -->")[0] for page in pages]
+    assert held[0] == held[1]
+    recipes = [row.what for row in tools.tables.RESULTS.rows if row.tool == tools.measure.OURS and row.settings is not None]
+    assert [line.split(" | ")[1] for line in held[0].splitlines()[2:]] == recipes
+
+
 def test_the_page_has_markers_for_every_table_and_no_others(tools):
     page = tools.tables.PAGE.read_text()
     assert [table.name for table in tools.tables.TABLES] == [
