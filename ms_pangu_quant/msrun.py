@@ -30,6 +30,7 @@ import psutil
 import yaml
 
 from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 COMMANDS = ("quantize", "evaluate", "generate")
 _CONTINUE = {
@@ -117,7 +118,7 @@ def load_config(path: Path) -> Mapping[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"{path}: not readable as YAML: {error}") from None
+        raise RequestError(f"{path}: not readable as YAML: {error}{did_you_mean_path(path)}") from None
     kinds = {each.name: type(each.default) for each in dataclasses.fields(Job)}
     for key, value in raw.items() if isinstance(raw, dict) else [("", raw)]:
         if key not in kinds or type(value) is not kinds[key]:

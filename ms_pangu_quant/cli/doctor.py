@@ -27,7 +27,8 @@ _ASCEND = "import mindspore as ms; ms.set_device('Ascend'); ms.Tensor(1.0) + 1.0
 def doctor_command(as_json: AsJson = False) -> None:
     """Show what this machine runs on, and what each missing piece costs.
 
-    Example: pangu-quant doctor --json
+    Example:
+        pangu-quant doctor
     """
     found = diagnosis()
     if as_json:
