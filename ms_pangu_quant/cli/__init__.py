@@ -32,6 +32,7 @@ from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.sensitivity import sensitivity_command
 from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.installation import missing_module
 from ms_pangu_quant.suggestion import did_you_mean
 
 _OUT_OF_MEMORY = "out of memory; quantize --dry-run tells what a run takes, and a run that has begun goes on with --resume"
@@ -135,6 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error), error.exit_code)
     except BrokenPipeError:
         return 1
+    except ModuleNotFoundError as error:
+        message = missing_module(error)
+        if message is None:
+            raise
+        return _failed(f"{message}; pangu-quant doctor checks the rest")
     except Exception as error:
         if isinstance(error, MemoryError) or "Allocate memory failed" in str(error):  # NumPy's, or MindSpore's
             return _failed(_OUT_OF_MEMORY)

@@ -28,10 +28,11 @@ from rich.table import Table
 from ms_pangu_quant.checkpoint.files import json_bytes, write_atomically
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import out, size
+from ms_pangu_quant.cli.doctor import sandbox_fault
 from ms_pangu_quant.cli.evaluate import SUMMARY_FILE
 from ms_pangu_quant.cli.inspect import inspection
-from ms_pangu_quant.errors import BackendError, OutputError
-from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, find_isolation
+from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 
 _MARK = "demo.json"  # makes a folder a demo's, and says which demo's
@@ -84,7 +85,7 @@ def demo_command(
     started = time.monotonic()
     assets = _shown(Path(str(files("ms_pangu_quant") / "assets")))
     with _opened(output, assets):
-        planned = steps(output, assets, _sandbox())
+        planned = steps(output, assets, RLIMITS if sandbox_fault() else BUBBLEWRAP)
         left = [(number, step) for number, step in enumerate(planned, 1) if not step.done.exists()]
         for number, step in left:
             print(f"\n# {number} of {len(planned)}\n{step.shell}", flush=True)
@@ -170,7 +171,7 @@ def _opened(output: Path, assets: Path) -> IO[bytes]:
             raise OutputError(
                 f"{output}: holds the demo of another version of this program; remove it, or choose another --output"
             )
-        lock = open(mark, "rb")  # noqa: SIM115: the caller closes it
+        lock = open(mark, "rb")  # noqa: SIM115
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return lock
     except BlockingIOError:
@@ -185,14 +186,6 @@ def _digest(assets: Path) -> str:
     for name in names:
         digest.update(hashlib.sha256((assets / name).read_bytes()).digest())
     return digest.hexdigest()
-
-
-def _sandbox() -> str:
-    try:
-        with Sandbox(find_isolation(BUBBLEWRAP), workers=1):
-            return BUBBLEWRAP
-    except BackendError:
-        return RLIMITS  # evaluate then says what that keeps a program from
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
