@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -11,6 +12,14 @@ from ms_pangu_quant.suggestion import did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
+    """description and example, one line or several, stand in the help as they are written; the example ends it."""
+
+    def __init__(self, *, example: str = "", **settings: Any) -> None:
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        if example:
+            settings["epilog"] = f"Example:\n{textwrap.indent(example, '  ')}"
+        super().__init__(**settings)
+
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
