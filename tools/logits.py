@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.errors import PanguQuantError
 
 
 def save(directory: Path, device: str, data: Path, rows: int, length: int, output: Path) -> None:
@@ -82,7 +83,11 @@ def main() -> int:
     comparing.add_argument("--agreement", type=float, required=True, help="top-1 agreement that is wanted at least")
     chosen = parser.parse_args()
     if chosen.verb == "save":
-        save(chosen.directory, chosen.device, chosen.data, chosen.rows, chosen.length, chosen.output)
+        try:
+            save(chosen.directory, chosen.device, chosen.data, chosen.rows, chosen.length, chosen.output)
+        except PanguQuantError as error:
+            print(f"logits: error: {error}", file=sys.stderr)
+            return error.exit_code
         return 0
     found = difference(chosen.reference, chosen.other)
     good = found["kl_mean"] <= chosen.kl and found["top1_agreement"] >= chosen.agreement

@@ -41,7 +41,7 @@ Quantizes openPangu-Embedded checkpoints to W8A8 and W4A8 in MindSpore.
 
 Begin here:
   pangu-quant doctor   what this machine has, and what to install next
-  pangu-quant demo     the whole job on a small model that is included, in minutes
+  pangu-quant demo     the whole job on a small included model, in minutes
   pangu-quant quantize openPangu-Embedded-7B --recipe w8a8 \\
       --calibration chats.jsonl --output pangu-7b-w8a8
                        your own checkpoint; --dry-run says what it will take

@@ -83,7 +83,7 @@ def demo_command(
         pangu-quant demo --output demo_output
     """
     started = time.monotonic()
-    assets = _shown(Path(str(files("ms_pangu_quant") / "assets")))
+    assets = _assets()
     with _opened(output, assets):
         planned = steps(output, assets, RLIMITS if sandbox_fault() else BUBBLEWRAP)
         left = [(number, step) for number, step in enumerate(planned, 1) if not step.done.exists()]
@@ -264,6 +264,7 @@ def _quoted(word: str | Path) -> str:
     return shlex.quote(str(word))
 
 
-def _shown(path: Path) -> Path:
+def _assets() -> Path:
     """Relative where that is shorter to read: below the current folder."""
+    path = Path(str(files("ms_pangu_quant") / "assets"))
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

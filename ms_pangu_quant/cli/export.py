@@ -26,7 +26,8 @@ def export_command(
     """Write a quantized checkpoint in another format; the float checkpoint is not needed.
 
     Example:
-        pangu-quant export pangu-7b-w8a8 --format ascend --output pangu-7b-w8a8-ascend
+        pangu-quant export pangu-7b-w8a8 --format ascend \\
+            --output pangu-7b-w8a8-ascend
     """
     target = chosen_format(stored_as)
     reader = open_checkpoint(directory)
