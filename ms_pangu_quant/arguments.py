@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
             settings["epilog"] = f"Example:\n{textwrap.indent(example, '  ')}"
         super().__init__(**settings)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # one signature for the three overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             name = unknown[0].partition("=")[0]
