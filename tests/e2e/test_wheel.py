@@ -75,7 +75,8 @@ def test_the_demo_runs_outside_the_repository_is_stopped_and_goes_on(pangu_quant
 
     again = subprocess.run([pangu_quant, "demo"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "--recipe w8a8 " not in again.stdout  # it was done
+    assert "\n# 1 of " not in again.stdout  # it was done
+    assert "\n# 2 of " in again.stdout
     assert first.stat().st_mtime_ns == written
     assert [path.name for path in tmp_path.iterdir()] == ["demo_output"]
     output = tmp_path / "demo_output"
