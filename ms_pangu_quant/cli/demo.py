@@ -118,7 +118,7 @@ def steps(output: Path, assets: Path, sandbox: str) -> list[Step]:
         planned.append(Step(tuple(words), _answer(output, mode), prints=True, stdin=answers / "problem.txt"))
     for name in _EVALUATED:
         directory, results = model if name == "float" else str(output / name), output / "evaluation" / name
-        # A fifth of the problems, to be done in minutes; the page says so.
+        # Not all problems, to be done in minutes; the page says so.
         words = ["evaluate", directory, "--tasks", _TASK, "--limit", "40", "--max-new-tokens", "230", "--batch-size", "64"]
         words += ["--sandbox", sandbox, "--output", str(results)]
         planned.append(Step(tuple(words), results / SUMMARY_FILE))

@@ -63,6 +63,8 @@ def doctor_command(as_json: AsJson = False) -> None:
         print(json.dumps(found, indent=2))
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")  # paths are whole, whatever the width
     for key, value in found.items():
         if key not in ("missing", "next"):
             table.add_row(key.replace("_", " "), _text(value))

@@ -171,6 +171,7 @@ def _generate(
     from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
     from ms_pangu_quant.inference.model import BLOCK_SIZE, load
 
+    config = open_checkpoint(directory).config
     tokenizer = Tokenizer.from_directory(directory)
     asked = [
         *run.questions(tasks, modes, prompts, lambda chat, mode: tokenizer.encode_chat(chat, mode=mode), settings, limit)
@@ -179,7 +180,6 @@ def _generate(
     job = ranks.current()
     provenance = of_checkpoint(directory, device)
     job.agree("checkpoint", provenance["checkpoint_sha256"])
-    config = open_checkpoint(directory).config
     answer_tokens = min(
         max(len(each.token_ids) for each in asked) + settings.max_new_tokens, config.max_position_embeddings
     )
