@@ -15,7 +15,8 @@ $(VENV)/.installed: setup.py
 	@touch $@
 
 demo: install
-	@tools/demo.sh
+	@rm -rf demo_output
+	@$(BIN)/pangu-quant demo
 
 test: install
 	$(BIN)/python -m pytest

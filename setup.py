@@ -4,6 +4,23 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+EXTRAS = {
+    "dev": [
+        "pytest>=8,<10",
+        "pytest-timeout>=2.3,<3",
+        "hypothesis>=6.100,<7",
+        "ruff>=0.9,<1",
+        "mypy>=1.14,<3",
+        "types-PyYAML",
+        "setuptools>=64",  # a test builds a wheel with what is installed
+        "wheel",
+    ],
+    "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
+    # What tools/bench_peers.py measures beside this project. Not in "all": llama-cpp-python has no wheel on PyPI and is
+    # compiled for many minutes, with a C++ compiler and CMake.
+    "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],
+}
+
 setup(
     name="ms_pangu_quant",
     version="0.1.0",
@@ -40,20 +57,9 @@ setup(
         "rich>=13.7,<16",
         "psutil>=5.9,<8",
         "matplotlib>=3.8,<4",  # the report's plots
+        "packaging>=23",  # the doctor compares versions with these lines
     ],
-    extras_require={
-        "dev": [
-            "pytest>=8,<10",
-            "pytest-timeout>=2.3,<3",
-            "hypothesis>=6.100,<7",
-            "ruff>=0.9,<1",
-            "mypy>=1.14,<3",
-            "types-PyYAML",
-        ],
-        # What tools/bench_peers.py measures beside this project.
-        "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],
-        "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
-    },
+    extras_require={**EXTRAS, "all": [*EXTRAS["dev"], *EXTRAS["goldens"]]},
     entry_points={
         "console_scripts": ["pangu-quant=ms_pangu_quant.__main__:run"],
         "vllm.general_plugins": ["pangu_embedded=ms_pangu_quant.serving:register"],

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import NoReturn
 
+from ms_pangu_quant import installation
 from ms_pangu_quant.network import ranks, runtime
 
 _STOPS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
@@ -27,9 +28,19 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
     if os.environ.get(ranks.ROLE) == "MS_SCHED":
         runtime.schedule()
         sys.exit(0)
-    from ms_pangu_quant.cli import main
-
+    try:
+        from ms_pangu_quant.cli import main
+    except ModuleNotFoundError as error:
+        message = installation.missing_module(error)
+        if message is None:
+            raise
+        sys.exit(_refused(f"pangu-quant: error: {message}"))
     sys.exit(main(arguments))
+
+
+def _refused(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
 
 
 def _wait() -> None:

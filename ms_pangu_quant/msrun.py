@@ -9,7 +9,6 @@ first, a port that is free, an equal share of the CPUs for each rank, and that n
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import os
 import re
@@ -29,7 +28,9 @@ from typing import Any
 import psutil
 import yaml
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 COMMANDS = ("quantize", "evaluate", "generate")
 _CONTINUE = {
@@ -95,11 +96,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, Job]:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="msrun",
         usage="%(prog)s COMMAND [options] -- arguments of pangu-quant COMMAND",
         description="Run a command of pangu-quant on several processes, on one node or many.",
-        epilog="Example: msrun quantize --workers 2 -- openPangu-7B --recipe w8a8 --calibration chats.jsonl --output out",
+        example="python -m ms_pangu_quant.msrun quantize --workers 2 -- \\\n    openPangu-Embedded-7B --recipe w8a8 "
+        "--calibration chats.jsonl --output pangu-7b-w8a8",
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     parser.add_argument("--config", type=Path, help="file of the options below, such as configs/msrun/two_nodes.yaml")
@@ -117,7 +119,7 @@ def load_config(path: Path) -> Mapping[str, Any]:
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RequestError(f"{path}: not readable as YAML: {error}") from None
+        raise RequestError(f"{path}: not readable as YAML: {error}{did_you_mean_path(path)}") from None
     kinds = {each.name: type(each.default) for each in dataclasses.fields(Job)}
     for key, value in raw.items() if isinstance(raw, dict) else [("", raw)]:
         if key not in kinds or type(value) is not kinds[key]:

@@ -7,7 +7,6 @@ layers that MindFormers computes as one (q/k/v, gate/up) but that would get diff
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import fnmatch
 import hashlib
 import json
@@ -31,6 +30,7 @@ from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from ms_pangu_quant.transforms.smooth_search import SmoothSearch
@@ -255,7 +255,8 @@ def find_recipe(name: str) -> Path:
     shipped = {file.stem: file for folder in _RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
     if path.suffix in ("", ".yaml") and path.stem in shipped and path.parent.name in ("", "configs"):
         return shipped[path.stem]
-    raise RecipeError(f"{name}: no such file{_did_you_mean(path.stem, shipped)}; shipped recipes: {', '.join(shipped)}")
+    close = did_you_mean(path.stem, shipped) or did_you_mean_path(path)
+    raise RecipeError(f"{name}: no such file{close}; shipped recipes: {', '.join(shipped)}")
 
 
 def load_recipe(path: Path) -> Recipe:
@@ -309,7 +310,7 @@ def _scheme_or_budget(raw: Any, where: str) -> tuple[Budget | None, str]:
 def _scheme_name(name: Any, where: str) -> str:
     if not isinstance(name, str) or (name != KEEP_FLOAT and name not in PRESETS):
         raise RecipeError(
-            f"{where} is {name!r}{_did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
+            f"{where} is {name!r}{did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
             f"{', '.join([*PRESETS, KEEP_FLOAT])}"
         )
     return str(name)
@@ -378,10 +379,5 @@ def _check_keys(raw: Mapping[Any, Any], allowed: Sequence[str], where: str) -> N
     for key in raw:
         if key not in allowed:
             raise RecipeError(
-                f"{where}: unknown key {str(key)!r}{_did_you_mean(str(key), allowed)}; known: {', '.join(allowed)}"
+                f"{where}: unknown key {str(key)!r}{did_you_mean(str(key), allowed)}; known: {', '.join(allowed)}"
             )
-
-
-def _did_you_mean(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""

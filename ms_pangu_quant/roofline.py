@@ -18,6 +18,7 @@ import yaml
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 
 PRECISIONS = ("float16", "w8a8", "w8a8_static", "w4a8", "w4a16")
 _FOLDERS = (Path(__file__).parent / "configs" / "devices", Path(__file__).parent.parent / "configs" / "devices")
@@ -86,7 +87,8 @@ def load_device(name: str) -> Device:
         raw: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         parameters = dict(raw["parameters"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-        raise RequestError(f"{name}: not a device file ({error}); shipped: {', '.join(shipped)}") from None
+        close = did_you_mean(name, shipped) or did_you_mean_path(name)
+        raise RequestError(f"{name}: not a device file ({error}){close}; shipped: {', '.join(shipped)}") from None
     wanted = {field.name for field in dataclasses.fields(Device)}
     if set(parameters) != wanted:
         odd = sorted(set(parameters) ^ wanted)

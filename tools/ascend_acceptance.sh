@@ -22,6 +22,9 @@
 # generate, prefill benchmark, evaluation; then one page. A step that fails does not stop the others, only those that
 # need its result. Run again with the same options, what is done is not done again: only failed steps are repeated.
 # Exit code: 0 all steps passed, 1 some failed, 2 wrong options.
+#
+# Example:
+#   tools/ascend_acceptance.sh --model openPangu-Embedded-7B --calibration chats.jsonl --data texts.jsonl
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from ms_pangu_quant.arguments import Parser
+
 ENGINE = Path(__file__).with_name("peer_engine.py")
 # ||logits - reference|| / ||reference|| on a random checkpoint of the 1B shape stays below these; another function is 1 or
 # more away. "int8 tensor": PyTorch's dynamic int8 has one scale for all tokens of an activation.
@@ -169,7 +171,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        example="python tools/bench_peers.py --float ckpt --w8a8 ckpt-w8a8 --w4a8 ckpt-w4a8 --work peers",
+    )
     for name in ("float", "w8a8", "w4a8", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")

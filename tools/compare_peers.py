@@ -26,6 +26,7 @@ from typing import Any
 from measure import LLM_COMPRESSOR, MSMODELSLIM, OURS, ROOT, Record, Row, Setting, measure
 from peers import linear_quant
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes, write_json
 
@@ -219,7 +220,7 @@ def provenance(records: Sequence[Record]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python tools/compare_peers.py --work accuracy_output --limit 60")
     parser.add_argument("checkpoint", nargs="?", type=Path, default=ASSETS / "openpangu-mini", help="float (embedded one)")
     parser.add_argument("--calibration", type=Path, default=ASSETS / "calibration.jsonl", help="128 of its rows are used")
     parser.add_argument("--texts", type=Path, default=ASSETS / "validation.jsonl", help="held-out rows for the KL")

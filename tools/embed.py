@@ -3,12 +3,12 @@
 
 Writes openpangu-mini/ and openpangu-mini-tied/, calibration.jsonl (chats of the training distribution), validation.jsonl
 (chats on combinations of steps held out for choosing), heldout.jsonl and validation_problems.jsonl (problems in HumanEval's
-form), and prints each file's SHA-256. The same runs give the same bytes.
+form), and prints each file's SHA-256. The same runs give the same bytes. Afterwards put heldout.jsonl's hash into
+evaluation/tasks/humaneval.py, and run make goldens and make tables.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
 import sys
@@ -16,6 +16,7 @@ from pathlib import Path
 
 from embedded import write_rows
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.writer import hash_file
 from ms_pangu_quant.evaluation.mini.chats import chat
 from ms_pangu_quant.evaluation.mini.problems import problems
@@ -23,10 +24,6 @@ from ms_pangu_quant.evaluation.mini.problems import problems
 ASSETS = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets"
 HELD_OUT = {2: 60, 3: 100, 4: 90, 5: 50}  # steps -> problems
 VALIDATION = {2: 40, 3: 67, 4: 60, 5: 33}
-EPILOG = """\
-example
-  python tools/embed.py --untied runs/untied --tied runs/tied
-Afterwards put heldout.jsonl's hash into evaluation/tasks/humaneval.py, and run make goldens and make tables."""
 
 
 def write_data(output: Path, seed: int) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 
-from ms_pangu_quant.cli import main
+from ms_pangu_quant.__main__ import run
 
 if __name__ == "__main__":
-    sys.exit(main(["evaluate", *sys.argv[1:]]))
+    run(["evaluate", *sys.argv[1:]])

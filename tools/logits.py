@@ -10,13 +10,15 @@ A process keeps its first device, so that a comparison of devices takes two runs
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.errors import PanguQuantError
 
 
 def save(directory: Path, device: str, data: Path, rows: int, length: int, output: Path) -> None:
@@ -62,7 +64,10 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        example="python tools/logits.py save pangu-7b-w8a8 --device cpu --data texts.jsonl --output cpu.npz",
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     saving = verbs.add_parser("save")
     saving.add_argument("directory", type=Path)
@@ -78,7 +83,11 @@ def main() -> int:
     comparing.add_argument("--agreement", type=float, required=True, help="top-1 agreement that is wanted at least")
     chosen = parser.parse_args()
     if chosen.verb == "save":
-        save(chosen.directory, chosen.device, chosen.data, chosen.rows, chosen.length, chosen.output)
+        try:
+            save(chosen.directory, chosen.device, chosen.data, chosen.rows, chosen.length, chosen.output)
+        except PanguQuantError as error:
+            print(f"logits: error: {error}", file=sys.stderr)
+            return error.exit_code
         return 0
     found = difference(chosen.reference, chosen.other)
     good = found["kl_mean"] <= chosen.kl and found["top1_agreement"] >= chosen.agreement

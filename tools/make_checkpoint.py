@@ -115,7 +115,7 @@ No tokenizer is written: calibrate and run such a model with token ids ({"token_
 The same seed gives the same bytes on every machine. Memory stays below 0.4 GB. config.json comes last: a directory
 without it is the rest of a killed run and can be deleted.
 
-examples
+Example:
   python tools/make_checkpoint.py --shape tiny --output /tmp/tiny
   python tools/make_checkpoint.py --shape 7b --layers 4 --output /tmp/pangu-7b-4-layers
 """

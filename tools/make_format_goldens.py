@@ -18,7 +18,6 @@ PY is any Python that has them; this file is run by the project's own.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import subprocess
@@ -32,6 +31,8 @@ import numpy as np
 from make_checkpoint import make_config, write_checkpoint
 from peers import ANSWERS, as_llama, linear_quant, llmcompressor_command, msmodelslim_command, python_command
 from safetensors.numpy import load_file
+
+from ms_pangu_quant.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden/formats"
@@ -141,7 +142,9 @@ def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__, example="python tools/make_format_goldens.py llmcompressor --python llmc/bin/python"
+    )
     makers = {each.__name__: each for each in (msmodelslim, llmcompressor, compressed_tensors)}
     parser.add_argument("which", choices=makers)
     parser.add_argument("--python", required=True, help="interpreter that has the package")

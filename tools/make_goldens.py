@@ -18,7 +18,6 @@ Needs torch and transformers, which nothing else in this project does: `make gol
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import sys
@@ -28,6 +27,8 @@ from typing import Any
 
 import numpy as np
 from make_checkpoint import make_config, write_checkpoint
+
+from ms_pangu_quant.arguments import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = ROOT / "tests/golden"
@@ -156,7 +157,7 @@ def differences(case: str, made: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python tools/make_goldens.py --check")
     parser.add_argument("--check", action="store_true", help="compute and compare with the files, write nothing")
     check = parser.parse_args(arguments).check
     try:

@@ -144,10 +144,7 @@ def main(
     match: Annotated[str, typer.Option(help="Only slips whose file or description holds this text.")] = "",
     workers: Annotated[int, typer.Option(min=1, help="Slips at once.")] = os.cpu_count() or 1,
 ) -> None:
-    """Check the tests: put seeded slips into a copy of the package one by one, and see that tests go red for each.
-
-    Example: python tools/mutate.py --match gptq
-    """
+    """Check the tests: put seeded slips into a copy of the package one by one, and see that tests go red for each."""
     slips = [slip for slip in load_slips(ROOT / SLIPS) if match in slip.file or match in slip.what]
     if not slips:
         print(f"mutate: no slip of {SLIPS} holds {match!r}", file=sys.stderr)
@@ -158,4 +155,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command(epilog="Example: python tools/mutate.py --match gptq")(main)
+    app()

@@ -6,19 +6,19 @@ configs/devices/atlas_a2.yaml with other parameters.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 
 from make_checkpoint import make_config
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.report.prediction import BATCHES, Prediction, predict
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python tools/predict_ascend.py --prompt-len 1024")
     parser.add_argument("--device", default="atlas_a2", help="name or file (default: atlas_a2)")
     parser.add_argument("--prompt-len", type=int, default=512, help="tokens of each prompt (default: 512)")
     parser.add_argument(

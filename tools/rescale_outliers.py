@@ -12,7 +12,6 @@ sum and logit keeps its bits, whatever the dtype.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import write_safetensors
@@ -84,7 +84,10 @@ def write(source: Path, output: Path, factor: float | None) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        description=__doc__,
+        example="python tools/rescale_outliers.py openPangu-Embedded-7B --factor 2 --output rescaled-7b",
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     how = parser.add_mutually_exclusive_group(required=True)

@@ -62,8 +62,6 @@ def main(
 
     Fails if the memory of a process in its last quarter is over 5 % above that in its first (after a tenth of its time,
     in which it loads and compiles), if it opens more and more files, or if it leaves a process or a temporary file behind.
-
-    Example: python tools/soak.py --minutes 30
     """
     begun = time.monotonic()
     faults: list[str] = []
@@ -115,4 +113,6 @@ def left(folder: str, scratch: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False)
+    app.command(epilog="Example: python tools/soak.py --minutes 30")(main)
+    app()

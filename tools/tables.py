@@ -26,6 +26,7 @@ import rescale_outliers
 from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, number, passed
 from measure import OURS, ROOT, Record, Row, Setting, recorded
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes
@@ -255,7 +256,7 @@ def write(page: Path, name: str, text: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python tools/tables.py --only retention --page tables.md")
     names = [table.name for table in (*TABLES, RESULTS)]
     parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to write them into")

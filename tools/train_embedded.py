@@ -2,13 +2,13 @@
 """Train a small openPangu-Embedded checkpoint on generated functions, from a seed.
 
 Text, tokenizer, batches and the schedule follow from the seed and the config alone, so a run that was stopped and resumed
-gives the same weights as one that was not. The output is the run's folder: state.npz (weights and moments, to resume from),
-curve.jsonl, curve.svg, tokenizer.model and, at the end, checkpoint/ in Hugging Face's layout.
+gives the same weights as one that was not; Ctrl-C stops it, --resume goes on. The output is the run's folder: state.npz
+(weights and moments, to resume from), curve.jsonl, curve.svg, tokenizer.model and, at the end, checkpoint/ in Hugging Face's
+layout. tools/embed.py puts two runs into the package.
 """
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import math
@@ -26,6 +26,7 @@ import yaml
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.evaluation.mini.chats import chat
 
@@ -45,11 +46,9 @@ COMMON = {
     "use_cache": True,
     "torch_dtype": "bfloat16",
 }
-EPILOG = """\
-The two embedded checkpoints, on two cores in about an hour:
-  python tools/train_embedded.py --config configs/embedded/openpangu-mini-tied.yaml --output runs/tied
-  python tools/train_embedded.py --config configs/embedded/openpangu-mini.yaml --start runs/tied --output runs/untied
-Stopped with Ctrl-C or killed, the same command with --resume goes on. tools/embed.py puts runs into the package."""
+EXAMPLE = """\
+python tools/train_embedded.py --config configs/embedded/openpangu-mini-tied.yaml --output runs/tied
+python tools/train_embedded.py --config configs/embedded/openpangu-mini.yaml --start runs/tied --output runs/untied"""
 
 
 @dataclass(frozen=True)

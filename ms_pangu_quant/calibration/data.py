@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
 from ms_pangu_quant.errors import DataError, RequestError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -157,7 +158,7 @@ def _order(rows: int, seed: int | None) -> Sequence[int] | NDArray[np.int64]:
 def _read(path: Path, vocab_size: int) -> list[_Table]:
     files = [path]
     if not path.exists():
-        raise DataError(f"{path}: not found; {_WANTED}")
+        raise DataError(f"{path}: not found{did_you_mean_path(path)}; {_WANTED}")
     if path.is_dir() and not (path / "state.json").is_file():
         if (path / "dataset_dict.json").is_file():
             splits = ", ".join(sorted(state.parent.name for state in path.glob("*/state.json")))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 QUANTIZATION_FILE = "quantization_description.json"  # Golden Stick's
 ASCEND_FILE = "quant_model_description.json"  # msModelSlim's
@@ -67,7 +68,8 @@ class ModelConfig:
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
         if not path.exists():
-            raise CheckpointError(f"{path.parent}: no config.json here; wanted a Hugging Face checkpoint directory")
+            close = did_you_mean_path(path.parent)
+            raise CheckpointError(f"{path.parent}: no config.json here{close}; wanted a Hugging Face checkpoint directory")
         return cls.from_dict(read_json(path), where=str(path))
 
     @classmethod
@@ -123,7 +125,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error})") from None
+        raise CheckpointError(f"{path}: not readable as JSON ({error}){did_you_mean_path(path)}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, wanted an object")
     return raw

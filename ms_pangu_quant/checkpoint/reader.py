@@ -14,6 +14,7 @@ from ms_pangu_quant.checkpoint import layout, slices, training
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class CheckpointReader:
         """Raises CheckpointError naming file, tensor, what was found and what was wanted."""
         self.directory = directory
         if not directory.is_dir():
-            raise CheckpointError(f"{directory}: no such directory; wanted a Hugging Face checkpoint directory")
+            close = did_you_mean_path(directory)
+            raise CheckpointError(f"{directory}: no such directory{close}; wanted a Hugging Face checkpoint directory")
         training.check_directory(directory)
         self.config = ModelConfig.from_file(directory / "config.json")
         if is_quantized(directory, self.config):

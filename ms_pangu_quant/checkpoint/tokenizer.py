@@ -29,6 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from sentencepiece import SentencePieceProcessor
 
 from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.suggestion import did_you_mean
 
 THINKING_MODES = ("slow_think", "auto_think", "no_think")
 
@@ -328,7 +329,8 @@ def _compile(template: Any, where: Path) -> Template:
 def _checked_chat(messages: Sequence[Mapping[str, str]], mode: str) -> list[dict[str, str]]:
     """A copy of messages with the mode's suffix on the last user message."""
     if mode not in THINKING_MODES:
-        raise RequestError(f"thinking mode {mode!r} is unknown, wanted one of {', '.join(THINKING_MODES)}")
+        close = did_you_mean(mode, THINKING_MODES)
+        raise RequestError(f"thinking mode {mode!r} is unknown{close}, wanted one of {', '.join(THINKING_MODES)}")
     if not messages:
         raise RequestError("messages is empty, wanted at least one user message")
     for index, message in enumerate(messages):

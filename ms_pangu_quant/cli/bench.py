@@ -29,7 +29,9 @@ def bench_command(
 ) -> None:
     """Measure prefill and decode speed and memory, on the CPU beside the limits of the machine.
 
-    Example: pangu-quant bench pangu-7b-w8a8 --against openPangu-Embedded-7B --prompt-lens 256,1024 --batch-sizes 1,8
+    Example:
+        pangu-quant bench pangu-7b-w8a8 --against openPangu-Embedded-7B \\
+            --prompt-lens 256,1024 --batch-sizes 1,8
     """
     from ms_pangu_quant.inference.bench import Subject, bench, blocks_needed, work_of
     from ms_pangu_quant.inference.model import BLOCK_SIZE, load

@@ -25,7 +25,12 @@ def compare_command(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """How far a quantized checkpoint is from the float one: KL of next-token distributions, agreement, perplexity."""
+    """How far a quantized checkpoint is from the float one: KL of next-token distributions, agreement, perplexity.
+
+    Example:
+        pangu-quant compare openPangu-Embedded-7B pangu-7b-w8a8 \\
+            --data heldout.jsonl --limit 100
+    """
     from ms_pangu_quant.inference.compare import compare
     from ms_pangu_quant.network import runtime
 

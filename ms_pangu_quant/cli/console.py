@@ -25,6 +25,7 @@ from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import reader
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.recipe import Recipe
+from ms_pangu_quant.suggestion import did_you_mean
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -46,7 +47,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 def chosen_format(name: str) -> reader.Format:
     if name not in FORMATS:
-        raise RequestError(f"--format: got {name!r}, wanted one of {', '.join(FORMATS)}")
+        raise RequestError(f"--format: got {name!r}{did_you_mean(name, FORMATS)}, wanted one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 

@@ -38,6 +38,7 @@ from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits
 from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.network import ranks, runtime
+from ms_pangu_quant.suggestion import did_you_mean
 
 RESULTS_FILE, SUMMARY_FILE, RUN_FILE = "results.jsonl", "summary.json", "run.json"
 
@@ -82,11 +83,13 @@ def evaluate_command(
 ) -> None:
     """HumanEval and MBPP in the three thinking modes: generate answers, run them in a sandbox, count what passes.
 
-    [bold]Examples[/bold]
+    With --score-only, answers that another program generated.
 
-    pangu-quant evaluate pangu-7b-w8a8 --tasks humaneval,mbpp --modes slow_think,no_think --output results/w8a8
-
-    pangu-quant evaluate --score-only --tasks humaneval --samples samples.jsonl --output results/mine
+    Example:
+        pangu-quant evaluate pangu-7b-w8a8 --tasks humaneval,mbpp \\
+            --modes slow_think,no_think --output results/w8a8
+        pangu-quant evaluate --score-only --tasks humaneval \\
+            --samples samples.jsonl --output results/mine
     """
     chosen = _tasks(tasks, data or [])
     if score_only and samples_only:
@@ -123,7 +126,7 @@ def _tasks(names: str, data: list[str]) -> dict[str, Problems]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in [*wanted, *own]:
         if name not in TASKS:
-            raise RequestError(f"unknown benchmark {name!r}, wanted some of {', '.join(TASKS)}")
+            raise RequestError(f"unknown benchmark {name!r}{did_you_mean(name, TASKS)}, wanted some of {', '.join(TASKS)}")
     if not wanted or set(own) - set(wanted):
         raise RequestError(f"--tasks: got {names!r}, wanted some of {', '.join(TASKS)}, and those that --data is for")
     return {name: load_problems(TASKS[name], own.get(name)) for name in wanted}
@@ -131,8 +134,10 @@ def _tasks(names: str, data: list[str]) -> dict[str, Problems]:
 
 def _modes(names: str) -> list[str]:
     modes = [name.strip() for name in names.split(",") if name.strip()]
-    if not modes or set(modes) - set(THINKING_MODES):
-        raise RequestError(f"--modes: got {names!r}, wanted some of {', '.join(THINKING_MODES)}")
+    unknown = [name for name in modes if name not in THINKING_MODES]
+    if not modes or unknown:
+        close = did_you_mean(unknown[0], THINKING_MODES) if unknown else ""
+        raise RequestError(f"--modes: got {names!r}{close}, wanted some of {', '.join(THINKING_MODES)}")
     return modes
 
 
@@ -141,7 +146,8 @@ def _prompts(text: str, tasks: dict[str, Problems]) -> dict[str, Prompt]:
     for part in text.split(","):
         task, equals, name = part.strip().rpartition("=")
         if (name not in PROMPTS) or (equals and task not in tasks):
-            raise RequestError(f"--prompt: got {part!r}, wanted one of {', '.join(PROMPTS)}, or benchmark=prompt")
+            close = did_you_mean(name, PROMPTS) if name not in PROMPTS else did_you_mean(task, tasks)
+            raise RequestError(f"--prompt: got {part!r}{close}, wanted one of {', '.join(PROMPTS)}, or benchmark=prompt")
         named.update({task: name} if equals else dict.fromkeys(tasks, name))
     return {task: PROMPTS[name] for task, name in named.items()}
 
@@ -165,6 +171,7 @@ def _generate(
     from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
     from ms_pangu_quant.inference.model import BLOCK_SIZE, load
 
+    config = open_checkpoint(directory).config
     tokenizer = Tokenizer.from_directory(directory)
     asked = [
         *run.questions(tasks, modes, prompts, lambda chat, mode: tokenizer.encode_chat(chat, mode=mode), settings, limit)
@@ -173,7 +180,6 @@ def _generate(
     job = ranks.current()
     provenance = of_checkpoint(directory, device)
     job.agree("checkpoint", provenance["checkpoint_sha256"])
-    config = open_checkpoint(directory).config
     answer_tokens = min(
         max(len(each.token_ids) for each in asked) + settings.max_new_tokens, config.max_position_embeddings
     )

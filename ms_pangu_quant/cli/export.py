@@ -25,7 +25,9 @@ def export_command(
 ) -> None:
     """Write a quantized checkpoint in another format; the float checkpoint is not needed.
 
-    Example: pangu-quant export openPangu-7B-w8a8 --format ascend --output openPangu-7B-w8a8-ascend
+    Example:
+        pangu-quant export pangu-7b-w8a8 --format ascend \\
+            --output pangu-7b-w8a8-ascend
     """
     target = chosen_format(stored_as)
     reader = open_checkpoint(directory)

@@ -38,7 +38,12 @@ def generate_command(
     device: Device = "cpu",
     verbose: Verbose = False,
 ) -> None:
-    """Generate text from a float or quantized checkpoint in MindSpore graph mode."""
+    """Generate text from a float or quantized checkpoint in MindSpore graph mode.
+
+    Example:
+        pangu-quant generate pangu-7b-w8a8 --mode no_think \\
+            --prompt "Write a function that reverses a list."
+    """
     from ms_pangu_quant.inference.model import load
 
     if bool(prompt) == bool(token_ids):

@@ -20,6 +20,7 @@ from ms_pangu_quant.cli.console import AsJson, Directory, out, size
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.serving import INTEGER, REFUSES, WRONG, facts_of, rows_for
+from ms_pangu_quant.suggestion import did_you_mean
 
 
 def inspect_command(
@@ -35,7 +36,8 @@ def inspect_command(
 ) -> None:
     """Show what a checkpoint directory holds: scheme, bits and error of each layer, and the totals.
 
-    Example: pangu-quant inspect openPangu-7B-w8a8 --servable
+    Example:
+        pangu-quant inspect pangu-7b-w8a8 --servable
     """
     if servable and graph:
         raise RequestError("--servable and --graph: two different tables; ask for one at a time")
@@ -93,7 +95,7 @@ def inspection(directory: Path) -> dict[str, Any]:
 def graphs(directory: Path, device: str) -> dict[str, Any]:
     """What `inspect --graph --json` prints."""
     if device not in ("ascend", "cpu"):
-        raise RequestError(f"--device: got {device!r}, wanted ascend or cpu")
+        raise RequestError(f"--device: got {device!r}{did_you_mean(device, ('ascend', 'cpu'))}, wanted ascend or cpu")
     reader = open_checkpoint(directory)
     from ms_pangu_quant.network import runtime
 

@@ -35,7 +35,9 @@ def merge_command(
 
     Only rank_N folders need it; what else training saves, quantize reads as it is once config.json is beside it.
 
-    Example: pangu-quant merge output/checkpoint --strategy output/strategy --config openPangu-7B --output trained-7B
+    Example:
+        pangu-quant merge output/checkpoint --strategy output/strategy \\
+            --config openPangu-Embedded-7B --output trained-7b
     """
     from ms_pangu_quant.network import runtime
     from ms_pangu_quant.network.merge import merge

@@ -70,7 +70,9 @@ def quantize_command(
 ) -> None:
     """Quantize a float checkpoint, one block in memory at a time.
 
-    Example: pangu-quant quantize openPangu-7B --recipe w8a8 --calibration chats.jsonl --output openPangu-7B-w8a8
+    Example:
+        pangu-quant quantize openPangu-Embedded-7B --recipe w8a8 \\
+            --calibration chats.jsonl --output pangu-7b-w8a8
     """
     reader = CheckpointReader(checkpoint)
     if reader.rows is not None:

@@ -37,9 +37,9 @@ def report_command(
 ) -> None:
     """One page on what quantization costs: accuracy, retention, flips, lengths, answers, speed; HTML and Markdown.
 
-    [bold]Example[/bold]
-
-    pangu-quant report results/float results/w8a8 results/w4a8 --output report --bench w8a8=w8a8.bench.json
+    Example:
+        pangu-quant report results/float results/w8a8 results/w4a8 \\
+            --output report --bench w8a8=w8a8.bench.json
     """
     from ms_pangu_quant.report.page import write
     from ms_pangu_quant.report.prediction import predict as predict_speed

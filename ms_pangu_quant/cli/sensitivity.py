@@ -54,7 +54,9 @@ def sensitivity_command(
     tells; --tokens makes it proportionally cheaper). Statistics are taken from the other texts of the calibration data.
     A killed run goes on with --resume.
 
-    Example: pangu-quant sensitivity openPangu-7B --recipe w4a8_mixed --calibration chats.jsonl -o sensitivity.json
+    Example:
+        pangu-quant sensitivity openPangu-Embedded-7B --recipe w4a8_mixed \\
+            --calibration chats.jsonl --output sensitivity.json
     """
     reader, chosen = CheckpointReader(checkpoint), load_recipe(find_recipe(recipe))
     schemes = _schemes(chosen)

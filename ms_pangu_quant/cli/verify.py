@@ -23,7 +23,8 @@ def verify_command(
 ) -> None:
     """Check a quantized checkpoint: hashes, description, shapes, values, fused groups; a line for each fault, exit code 2.
 
-    Example: pangu-quant verify openPangu-7B-w8a8 --against openPangu-7B
+    Example:
+        pangu-quant verify pangu-7b-w8a8 --against openPangu-Embedded-7B
     """
     reference = CheckpointReader(against) if against else None
     with progress_bars() as progress:

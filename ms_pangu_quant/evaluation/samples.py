@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from ms_pangu_quant.errors import DataError, OutputError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 Record = dict[str, Any]
 
@@ -23,7 +24,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Record]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(f"{path}: cannot read ({error.strerror})") from None
+        raise DataError(f"{path}: cannot read ({error.strerror}){did_you_mean_path(path)}") from None
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue

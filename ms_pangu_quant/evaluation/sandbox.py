@@ -34,6 +34,7 @@ from typing import Any, TypeVar
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.evaluation.guest import wire
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits, Outcome, Program
+from ms_pangu_quant.suggestion import did_you_mean
 
 BUBBLEWRAP, RLIMITS = "bubblewrap", "rlimits"
 VERSION = 1  # of the judging rules: results of another version are judged anew
@@ -272,7 +273,8 @@ def find_isolation(kind: str) -> Isolation:
         limits = "separate processes, resource limits" + (", an unprivileged user" if root else "")
         return Isolation(kind, f"{limits}; files, network and other processes are reachable", _FIRST_UID if root else None)
     if kind != BUBBLEWRAP:
-        raise BackendError(f"sandbox: got {kind!r}, wanted {BUBBLEWRAP} or {RLIMITS}")
+        close = did_you_mean(kind, (BUBBLEWRAP, RLIMITS))
+        raise BackendError(f"sandbox: got {kind!r}{close}, wanted {BUBBLEWRAP} or {RLIMITS}")
     if shutil.which("bwrap") is None:
         raise BackendError(_refusal(kind, "bwrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)"))
     what = "namespaces (user, PID, mount, IPC, network), read-only system, private /tmp, resource limits"

@@ -25,6 +25,7 @@ from ms_pangu_quant.formats.reader import (
     quantized_specs,
     read_linear,
 )
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def verify(
 
 def _open(directory: Path) -> _Directory:
     if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
+        raise CheckpointError(f"{directory}: no such directory{did_you_mean_path(directory)}")
     config = ModelConfig.from_file(directory / "config.json")
     chosen = find_format(directory, config)
     kinds, group_size = chosen.read_metadata(directory, config)

@@ -19,6 +19,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import carry_over
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 
 def merge(
@@ -38,6 +39,9 @@ def merge(
     on_file   (files written, files in all), after each.
     Raises    CheckpointError, OutputError.
     """
+    for given in (source, start, strategy):
+        if given is not None and not given.exists():
+            raise CheckpointError(f"{given}: no such file or directory{did_you_mean_path(given)}")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

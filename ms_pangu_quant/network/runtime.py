@@ -21,6 +21,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.network import ranks
+from ms_pangu_quant.suggestion import did_you_mean
 
 DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
@@ -42,7 +43,7 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
     global _started, _verbose
     _verbose = _verbose or verbose
     if device not in DEVICES:
-        raise BackendError(f"device is {device!r}, wanted one of {', '.join(DEVICES)}")
+        raise BackendError(f"device is {device!r}{did_you_mean(device, DEVICES)}, wanted one of {', '.join(DEVICES)}")
     if mode not in MODES:
         raise BackendError(f"mode is {mode!r}, wanted one of {', '.join(MODES)}")
     if _started is not None and _started[0] != device:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.samples import Record, read_records
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 Cell = tuple[str, str]  # task, mode; mode is "" for samples that name none
 
@@ -80,7 +81,8 @@ def load_runs(directories: Sequence[Path], names: Sequence[str] | None = None) -
 def _load(directory: Path, name: str) -> Run:
     summary = _read(directory / "summary.json")
     if summary is None:
-        raise DataError(f"{directory}: has no summary.json; wanted an output directory of pangu-quant evaluate")
+        what = "has no summary.json" if directory.exists() else f"no such directory{did_you_mean_path(directory)}"
+        raise DataError(f"{directory}: {what}; wanted an output directory of pangu-quant evaluate")
     results: dict[Cell, list[Record]] = {}
     try:
         entries = {(entry["task"], entry["mode"] or ""): entry for entry in summary["entries"]}

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.errors import DataError
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 PHASES = ("prefill", "decode")
 _NUMBERS = ("batch_size", "prompt_len", "latency_ms", "tokens_per_s", "spread", "peak_rss_gib", "limit_fraction")
@@ -58,7 +59,9 @@ def _load(path: Path, name: str) -> Speed:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
-        raise DataError(f"{path}: {reason}; wanted the output of pangu-quant bench --json") from None
+        raise DataError(
+            f"{path}: {reason}{did_you_mean_path(path)}; wanted the output of pangu-quant bench --json"
+        ) from None
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{path}: got no list of rows; wanted the output of pangu-quant bench --json")
     tables: dict[str, dict[Case, Mapping[str, Any]]] = {"quantized": {}, "float": {}}

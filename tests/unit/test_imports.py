@@ -25,8 +25,8 @@ else:
 
 PACKAGE = "ms_pangu_quant"
 LEVELS = (  # a name stands for the module and all below it; the longest that fits decides
-    ("errors",),
-    ("scheme",),
+    ("errors", "suggestion", "installation"),
+    ("scheme", "arguments"),
     ("checkpoint", "calibration", "transforms", "quantizers", "formats"),
     ("budget",),
     ("recipe", "estimate", "roofline", "sensitivity"),

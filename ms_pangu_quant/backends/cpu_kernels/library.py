@@ -30,7 +30,7 @@ from pathlib import Path
 from ms_pangu_quant.errors import BackendError
 
 PATHS = ("portable", "avx2", "vnni")  # in the order of the library's numbers
-SETTING = "MS_PANGU_QUANT_KERNELS"
+SETTING, CACHE = "MS_PANGU_QUANT_KERNELS", "MS_PANGU_QUANT_CACHE"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
 # Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
@@ -165,7 +165,7 @@ def build() -> Path:
                     with tempfile.TemporaryDirectory(dir=folder, prefix="build-") as scratch:
                         os.replace(_compile(command, Path(scratch)), file)
         except OSError as error:
-            raise BuildError(f"{folder}: {error.strerror or error}; set MS_PANGU_QUANT_CACHE to another folder.") from None
+            raise BuildError(f"{folder}: {error.strerror or error}; set {CACHE} to another folder.") from None
     return file
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.verdict import Program
+from ms_pangu_quant.suggestion import did_you_mean_path
 
 Row = Mapping[str, Any]
 
@@ -94,7 +95,7 @@ def load_problems(task: Task, own_file: Path | None = None) -> Problems:
         try:
             content = own_file.read_bytes()
         except OSError as error:
-            raise DataError(f"{own_file}: cannot read ({error.strerror})") from None
+            raise DataError(f"{own_file}: cannot read ({error.strerror}){did_you_mean_path(own_file)}") from None
     digest = hashlib.sha256(content).hexdigest()
     if own_file is None and digest != task.sha256:
         raise DataError(f"{task.file}: has sha256 {digest[:16]}, wanted {task.sha256[:16]}; install the package again")
