@@ -49,6 +49,10 @@ setup(
             "ruff>=0.9,<1",
             "mypy>=1.14,<3",
             "types-PyYAML",
+            "markdown-it-py>=3,<5",  # what the tests read the documentation with
+            "nbclient>=0.10,<1",  # runs docs/quickstart.ipynb
+            "ipykernel>=6.29,<8",
+            "pdoc>=15,<17",  # make api
         ],
         # What tools/bench_peers.py measures beside this project.
         "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],
