@@ -11,8 +11,10 @@ import argparse
 import html
 import importlib
 import inspect
+import pkgutil
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import pdoc.doc
 import pdoc.render
 from markupsafe import Markup
 
+import ms_pangu_quant
 from ms_pangu_quant.network import runtime
 
 ROOT = Path(__file__).parent.parent
@@ -50,12 +53,23 @@ def as_written(docstring: str) -> _Preformatted:
     return _Preformatted(f"<pre>{text}</pre>")
 
 
+def modules() -> list[str]:
+    """Names of the package and all modules below it."""
+    below = (module.name for module in pkgutil.walk_packages(ms_pangu_quant.__path__, f"{PACKAGE}."))
+    return [PACKAGE, *(name for name in below if not name.startswith(GUEST) and not name.endswith("__main__"))]
+
+
 def write_html(folder: Path) -> None:
     """A page for each module, an index and a search."""
     runtime.start("cpu")  # before anything imports the frameworks: it keeps them quiet
+    for name in ms_pangu_quant.__all__:
+        setattr(ms_pangu_quant, name, getattr(ms_pangu_quant, name))  # pdoc does not see what is imported on first use
     pdoc.render.configure(show_source=False)
     pdoc.render.env.filters.update(to_markdown=lambda docstring: docstring, to_html=as_written)
-    pdoc.pdoc(PACKAGE, f"!{GUEST}", output_directory=folder)
+    with warnings.catch_warnings():
+        # A package is named with its modules, and so are they: one with __all__ would hide them.
+        warnings.filterwarnings("ignore", message=".*a module with this name has already been added")
+        pdoc.pdoc(*modules(), f"!{GUEST}", output_directory=folder)
 
 
 def markdown() -> str:
@@ -63,9 +77,11 @@ def markdown() -> str:
     lines = [
         "# Python API",
         "",
-        "Made from the docstrings by `make api`, which also writes a page for every module into `build/api/`. The names under",
-        '"Functions" and `load` are those of `ms_pangu_quant` itself: `from ms_pangu_quant import quantize`. `ASSETS` is the folder',
-        "of the embedded checkpoint and its data. Everything that a user can cause and mend is raised as a `PanguQuantError`.",
+        "Made from the docstrings by `make api`, which also writes a page for every module into `build/api/`.",
+        "",
+        "`quantize`, `compare`, `observe` and `load` are names of the package: `from ms_pangu_quant import quantize`. So",
+        "are `ASSETS`, the folder of the embedded checkpoint and its data, and `PanguQuantError`, which is raised for",
+        "everything that a user can cause and mend.",
     ]
     for heading, module, names in PUBLIC:
         documented = pdoc.doc.Module(importlib.import_module(module))
@@ -83,7 +99,7 @@ def markdown() -> str:
 
 def _signature(entry: Any) -> str:
     if isinstance(entry, pdoc.doc.Function):
-        return f"def {entry.name}{entry.signature}"
+        return _without_modules(f"def {entry.name}{entry.signature}").replace("<function <lambda>>", "...")
     fields = [
         f"    {field.name}: {_annotation(field)}"
         for field in entry.own_members
@@ -93,7 +109,12 @@ def _signature(entry: Any) -> str:
 
 
 def _annotation(field: Any) -> str:
-    return str(field.annotation_str).removeprefix(": ") or "property"
+    return _without_modules(str(field.annotation_str).removeprefix(": "))
+
+
+def _without_modules(text: str) -> str:
+    """Types by their own names."""
+    return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|collections\.abc)\.(?=[A-Z])", "", text)
 
 
 def main(arguments: list[str] | None = None) -> int:
