@@ -24,7 +24,7 @@ setup(
         "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "msrun/*.yaml", "mindformers/*.yaml"],
     },
     install_requires=[
-        # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
+        # The pair that pip resolves without conflicts; see "Supported versions" in docs/README.md.
         "mindspore==2.9.0",
         "mindformers==1.9.0",
         "numpy>=1.26,<2",  # MindSpore 2.9 is built against the NumPy 1 ABI
@@ -52,7 +52,7 @@ setup(
             "markdown-it-py>=3,<5",  # what the tests read the documentation with
             "nbclient>=0.10,<1",  # runs docs/quickstart.ipynb
             "ipykernel>=6.29,<8",
-            "pdoc>=15,<17",  # make api
+            "pdoc>=16,<17",  # make api
         ],
         # What tools/bench_peers.py measures beside this project.
         "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],

@@ -69,6 +69,7 @@ def write_html(folder: Path) -> None:
     with warnings.catch_warnings():
         # A package is named with its modules, and so are they: one with __all__ would hide them.
         warnings.filterwarnings("ignore", message=".*a module with this name has already been added")
+        warnings.filterwarnings("ignore", message="Error parsing type annotation")  # shown as it is written
         pdoc.pdoc(*modules(), f"!{GUEST}", output_directory=folder)
 
 
@@ -105,6 +106,9 @@ def _signature(entry: Any) -> str:
         for field in entry.own_members
         if isinstance(field, pdoc.doc.Variable) and not field.name.startswith("_")
     ]
+    call = entry.obj.__dict__.get("__call__")
+    if call is not None:  # a protocol's whole point; pdoc leaves it out
+        fields.append(f"    def __call__{str(inspect.signature(call)).replace(chr(39), '')}")
     return "\n".join([f"class {entry.name}:", *(fields or ["    ..."])])
 
 
@@ -114,6 +118,7 @@ def _annotation(field: Any) -> str:
 
 def _without_modules(text: str) -> str:
     """Types by their own names."""
+    text = re.sub(r"numpy\.ndarray\[[^\[\]]+(?:\[[^\[\]]*\])?, numpy\.dtype\[numpy\.(\w+)\]\]", r"NDArray[\1]", text)
     return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|collections\.abc)\.(?=[A-Z])", "", text)
 
 

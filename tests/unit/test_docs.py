@@ -24,7 +24,7 @@ FOLDERS = ("docs", "tools", "configs", "tests", "ms_pangu_quant")
 PACKAGE_FOLDERS = tuple(
     path.name for path in (ROOT / "ms_pangu_quant").iterdir() if path.is_dir() and path.name != "configs"
 )
-_OURS = r"(pangu-quant|python tools/\S+|tools/\S+|make|pytest) "
+_OURS = r"(pangu-quant|python tools/\S+|tools/\S+\.(py|sh)|make|pytest)( |$)"
 PLACEHOLDER = re.compile(r"\.\.\.|…")
 
 
@@ -109,14 +109,15 @@ def command_line() -> typer.core.TyperGroup:
 
 
 def parse_ours(command_line, words: list[str]) -> None:
-    """Fails with what the command line would say. A command with an ellipsis only has to have the options that are named."""
-    name, *arguments = words
+    """Fails with what the command line would say. Without arguments a command is only named; with an ellipsis it only
+    has to have the options that are named."""
+    name, *arguments = words or ["quantize"]
     assert name in command_line.commands, f"no command {name}"
     command = command_line.commands[name]
     if any(PLACEHOLDER.search(word) for word in arguments):
         known = {option for parameter in command.params for option in parameter.opts}
         assert {word for word in arguments if word.startswith("-")} <= known
-    elif "--help" not in arguments:
+    elif arguments and "--help" not in arguments:
         try:
             with command_line.make_context("pangu-quant", [name]) as parent:
                 command.make_context(name, arguments, parent=parent)
@@ -169,7 +170,7 @@ def check(words: list[str], page: str, command_line, monkeypatch) -> None:
         thin = re.search(r'run\(\["(\w+)", \*sys', path.read_text(encoding="utf-8"))
         if thin:
             parse_ours(command_line, [thin[1], *arguments])
-        elif path.suffix == ".py" and not any(PLACEHOLDER.search(word) for word in arguments):
+        elif path.suffix == ".py" and arguments and not any(PLACEHOLDER.search(word) for word in arguments):
             parse_tool(path, arguments, monkeypatch)
 
 
