@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow lint mutate soak goldens tables clean
+.PHONY: install demo test test-slow lint mutate soak goldens tables notebook api clean
 
 install: $(VENV)/.installed
 
@@ -42,6 +42,13 @@ goldens: install
 # The tables of docs/accuracy.md. Rows of other tools need TABLES='--llmcompressor-python PY --msmodelslim-python PY'.
 tables: install
 	$(BIN)/python tools/tables.py $(TABLES)
+
+notebook: install
+	$(BIN)/python -m pytest -m '' tests/e2e/test_notebook.py
+
+# The API reference, from the docstrings: docs/api.md for what is public, build/api/ for every module.
+api: install
+	$(BIN)/python tools/api.py
 
 clean:
 	rm -rf $(VENV) demo_output accuracy_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -12,6 +12,10 @@ EXTRAS = {
         "ruff>=0.9,<1",
         "mypy>=1.14,<3",
         "types-PyYAML",
+        "markdown-it-py>=3,<5",  # what the tests read the documentation with
+        "nbclient>=0.10,<1",  # runs docs/quickstart.ipynb
+        "ipykernel>=6.29,<8",
+        "pdoc>=16,<17",  # make api
         "setuptools>=64",  # a test builds a wheel with what is installed
         "wheel",
     ],
@@ -41,7 +45,7 @@ setup(
         "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "msrun/*.yaml", "mindformers/*.yaml"],
     },
     install_requires=[
-        # The pair that pip resolves without conflicts; see "Supported versions" in README.md.
+        # The pair that pip resolves without conflicts; see "Supported versions" in docs/README.md.
         "mindspore==2.9.0",
         "mindformers==1.9.0",
         "numpy>=1.26,<2",  # MindSpore 2.9 is built against the NumPy 1 ABI

@@ -1,16 +1,26 @@
-"""Post-training quantization of openPangu-Embedded models in MindSpore."""
+"""Post-training quantization of openPangu-Embedded models in MindSpore.
+
+quantize  a float checkpoint into a directory in W8A8 or W4A8
+compare   how far two checkpoints' next-token distributions are apart
+observe   the weights of a block and what enters its layers, after any transforms
+load      a checkpoint to compute logits and generate text with
+ASSETS    folder of the embedded checkpoint, openpangu-mini, and its data
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ms_pangu_quant.errors import PanguQuantError
 
 if TYPE_CHECKING:
+    from ms_pangu_quant.api import compare, observe, quantize
     from ms_pangu_quant.inference.model import load
-    from ms_pangu_quant.pipeline import quantize
 
-__all__ = ["PanguQuantError", "load", "quantize"]
+ASSETS = Path(__file__).parent / "assets"
+
+__all__ = ["ASSETS", "PanguQuantError", "compare", "load", "observe", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,8 +29,8 @@ def __getattr__(name: str) -> Any:
         from ms_pangu_quant.inference.model import load
 
         return load
-    if name == "quantize":
-        from ms_pangu_quant.pipeline import quantize
+    if name in ("compare", "observe", "quantize"):
+        from ms_pangu_quant import api
 
-        return quantize
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

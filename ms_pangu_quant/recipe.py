@@ -263,10 +263,17 @@ def load_recipe(path: Path) -> Recipe:
     """Raises RecipeError naming the file and the key."""
     try:
         text = path.read_text(encoding="utf-8")
-        raw = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    where = str(path)
+    return parse_recipe(text, str(path))
+
+
+def parse_recipe(text: str, where: str) -> Recipe:
+    """text is YAML; where is what errors call it. Raises RecipeError naming the key."""
+    try:
+        raw = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
     raw = _mapping(raw, where)
     _check_keys(
         raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "calibration"), where

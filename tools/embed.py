@@ -36,9 +36,7 @@ def write_data(output: Path, seed: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, example="python tools/embed.py --untied runs/untied --tied runs/tied")
     parser.add_argument("--untied", type=Path, required=True, help="run of configs/embedded/openpangu-mini.yaml")
     parser.add_argument("--tied", type=Path, required=True, help="run of configs/embedded/openpangu-mini-tied.yaml")
     parser.add_argument("--output", type=Path, default=ASSETS, help="the package's assets")

@@ -3,8 +3,8 @@
 
 Text, tokenizer, batches and the schedule follow from the seed and the config alone, so a run that was stopped and resumed
 gives the same weights as one that was not; Ctrl-C stops it, --resume goes on. The output is the run's folder: state.npz
-(weights and moments, to resume from), curve.jsonl, curve.svg, tokenizer.model and, at the end, checkpoint/ in Hugging Face's
-layout. tools/embed.py puts two runs into the package.
+(weights and moments, to resume from), curve.jsonl, curve.svg, tokenizer.model and, at the end, checkpoint/ in Hugging
+Face's layout. tools/embed.py puts two runs into the package.
 """
 
 from __future__ import annotations
@@ -252,9 +252,7 @@ def plot_curve(folder: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, example=EXAMPLE)
     parser.add_argument("--config", type=Path, required=True, help="sizes, schedule and outliers, as in configs/embedded/")
     parser.add_argument("--output", type=Path, required=True, help="the run's folder")
     parser.add_argument("--start", type=Path, help="folder of a finished run to go on from")

@@ -20,6 +20,7 @@ import glob
 import hashlib
 import json
 import re
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -372,7 +373,9 @@ def _placed(place: str) -> Iterator[None]:
 
 @contextmanager
 def _silent_datasets() -> Iterator[None]:
-    import datasets
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in a notebook its progress bars miss a package that they would be drawn with
+        import datasets
 
     bars, level = not datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()

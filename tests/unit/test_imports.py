@@ -33,6 +33,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("network", "backends"),
     ("calibration.stream",),
     ("pipeline", "inference", "measure", "serving"),
+    ("api",),
     ("evaluation",),
     ("report",),
     ("cli", "__main__", "msrun"),

@@ -1,0 +1,86 @@
+"""What `import ms_pangu_quant` offers does what the commands do, and observe() what its docstring says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import yaml
+
+import ms_pangu_quant as pq
+from ms_pangu_quant.api import as_recipe
+from ms_pangu_quant.cli import main
+from ms_pangu_quant.errors import PanguQuantError, RecipeError, RequestError
+from ms_pangu_quant.recipe import find_recipe, load_recipe
+from tests.conftest import MINI
+
+DATA = pq.ASSETS / "validation.jsonl"
+SMOOTH = {"scheme": "w8a8", "transforms": [{"smooth": {"alpha": 0.5}}]}
+ROTATE = {"scheme": "w8a8", "transforms": ["rotate"]}
+
+
+def test_quantize_writes_the_bytes_that_the_command_writes(tmp_path, capsys):
+    result = pq.quantize(str(MINI), "w8a8_rtn", tmp_path / "function", stored_as="ascend")
+    command = ["quantize", str(MINI), "--recipe", "w8a8_rtn", "--output", str(tmp_path / "command"), "--format", "ascend"]
+    assert main(command) == 0
+    capsys.readouterr()
+    sums = [(tmp_path / name / "SHA256SUMS").read_bytes() for name in ("function", "command")]
+    assert sums[0] == sums[1]
+    assert result.output == tmp_path / "function"
+
+
+@pytest.mark.parametrize("name", ["w8a8", "w4a8_g128", "w4a8_g128_rotated", "w4a8_mixed"])
+def test_a_recipe_is_the_same_by_name_by_file_and_as_a_mapping(name):
+    path = find_recipe(name)
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert as_recipe(name).digest == as_recipe(path).digest == as_recipe(content).digest == load_recipe(path).digest
+    assert as_recipe(as_recipe(name)).digest == load_recipe(path).digest
+
+
+@pytest.fixture(scope="module")
+def as_it_is():
+    return pq.observe(MINI, 1, DATA, samples=3)
+
+
+@pytest.mark.parametrize("recipe", [SMOOTH, ROTATE])
+def test_what_is_observed_after_a_transform_is_other_numbers_with_the_same_products(recipe, as_it_is):
+    """gate_proj's outputs: nothing that is done to a block scales its rows."""
+    (block, stats), (changed, changed_stats) = as_it_is, pq.observe(MINI, 1, DATA, recipe=recipe, samples=3)
+    x, y = (each["mlp_input"].sample.rows for each in (stats, changed_stats))
+    w, v = (each["mlp.gate_proj.weight"] for each in (block, changed))
+    assert len(x) == stats["mlp_input"].tokens > 100
+    assert np.abs(y).max() / y.std() < np.abs(x).max() / x.std() / 2  # the outliers that the embedded checkpoint has
+    np.testing.assert_allclose(y @ v.T, x @ w.T, rtol=0, atol=1e-3 * np.abs(x @ w.T).max())
+
+
+def test_no_more_rows_are_kept_than_asked_for(as_it_is):
+    _, stats = pq.observe(MINI, 1, DATA, samples=3, rows=10)
+    assert all(each.sample.rows.shape[0] == 10 for each in stats.values())
+    assert stats["mlp_input"].tokens == as_it_is[1]["mlp_input"].tokens
+
+
+def test_a_checkpoint_compared_with_itself_has_no_kl():
+    found = pq.compare(MINI, MINI, DATA, limit=2)
+    assert found.kl_mean == 0
+    assert found.top1_agreement == 1
+    assert found.ppl_reference == found.ppl_quantized
+
+
+@pytest.mark.parametrize("index", [-1, 10_000])
+def test_a_block_that_does_not_exist_is_an_error(index):
+    with pytest.raises(RequestError, match="index: got"):
+        pq.observe(MINI, index, DATA)
+
+
+def test_mistakes_are_said_before_anything_is_written(tmp_path):
+    for wrong in (
+        lambda output: pq.quantize(MINI, "w8a8", output),  # needs data
+        lambda output: pq.quantize(MINI, {"scheme": "w9a9"}, output),
+        lambda output: pq.quantize(MINI, "w8a8_rtn", output, stored_as="gguf"),
+        lambda output: pq.quantize(tmp_path / "nowhere", "w8a8_rtn", output),
+        lambda output: pq.quantize(MINI, "w4a8_mixed", output, calibration=DATA),  # a budget without sensitivities
+    ):
+        with pytest.raises(PanguQuantError):
+            wrong(tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    with pytest.raises(RecipeError, match="recipe: unknown key 'shceme'"):
+        as_recipe({"shceme": "w8a8"})
