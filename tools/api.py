@@ -7,7 +7,6 @@ to be read, so the machine needs what the package needs.
 
 from __future__ import annotations
 
-import argparse
 import html
 import importlib
 import inspect
@@ -24,6 +23,7 @@ import pdoc.render
 from markupsafe import Markup
 
 import ms_pangu_quant
+from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.network import runtime
 
 ROOT = Path(__file__).parent.parent
@@ -123,7 +123,7 @@ def _without_modules(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python tools/api.py --html build/api")
     parser.add_argument("--html", type=Path, default=ROOT / "build/api", help="folder of the pages")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/api.md", help="Markdown of the public names")
     chosen = parser.parse_args(arguments)

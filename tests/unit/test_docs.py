@@ -103,7 +103,8 @@ class _Parsed(Exception):
 
 @pytest.fixture(scope="module")
 def command_line() -> typer.core.TyperGroup:
-    from ms_pangu_quant.cli import app
+    from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.cli import app
 
     return typer.main.get_command(app)
 
@@ -131,13 +132,14 @@ def parse_tool(path: Path, arguments: list[str], monkeypatch) -> None:
     """Run a tool's own parser on the arguments and stop there."""
     import importlib.util
 
-    original = argparse.ArgumentParser.parse_args
+    for parser in (Parser, argparse.ArgumentParser):
+        original = parser.parse_args
 
-    def parse_and_stop(self, args=None, namespace=None):
-        original(self, args, namespace)
-        raise _Parsed
+        def parse_and_stop(self, args=None, namespace=None, original=original):
+            original(self, args, namespace)
+            raise _Parsed
 
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+        monkeypatch.setattr(parser, "parse_args", parse_and_stop)
     monkeypatch.setattr(sys, "argv", [str(path), *arguments])
     monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location(f"docs_{path.stem}", path)
