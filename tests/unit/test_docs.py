@@ -17,6 +17,8 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 
+from ms_pangu_quant.arguments import Parser
+
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
 PAGES = sorted([*READMES, "SECURITY.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))])
@@ -103,8 +105,7 @@ class _Parsed(Exception):
 
 @pytest.fixture(scope="module")
 def command_line() -> typer.core.TyperGroup:
-    from ms_pangu_quant.arguments import Parser
-from ms_pangu_quant.cli import app
+    from ms_pangu_quant.cli import app
 
     return typer.main.get_command(app)
 
