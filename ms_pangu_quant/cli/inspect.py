@@ -65,7 +65,7 @@ def inspection(directory: Path) -> dict[str, Any]:
             stored = 8 * sum(
                 entry.nbytes
                 for key, entry in reader.files.entries.items()
-                if key.startswith(f"{name}.") and not key.endswith(".bias")
+                if key.startswith(f"{name}.") and not key.endswith(".bias") and ".kv_cache_" not in key
             )
             error = blocks[index]["weight_error"].get(site.name) if index < len(blocks) else None
             layers.append(

@@ -92,14 +92,16 @@ class Model:
             num_blocks=self._num_blocks,
             block_size=BLOCK_SIZE,
             w4a8=w4a8,
+            int8_cache=quantized and reader.int8_cache,
         )
-        self.network.load_tensors(served_tensors(reader, self.network.backend))
+        self.network.load_tensors(served_tensors(reader, self.network.backend, int8_cache=self.network.int8_cache))
         self._caches = self.network.backend.new_caches(
             self.config.num_hidden_layers,
             self._num_blocks,
             BLOCK_SIZE,
             cache_heads(self.config, self._cut),
             self.config.head_dim,
+            int8_cache=self.network.int8_cache,
         )
         if runtime.mode() == "graph":
             self.network.set_dynamic_inputs()
