@@ -221,7 +221,12 @@ def _served_input(
 
     def see(name: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> InputStats:
         rows, where = recipe.activation_range.needs_rows, f"block {index}"
-        seen = runner.observe_input(name, block, linears, hidden, floats.runner, floats.hidden, rows=rows, where=where)
+        cache = None  # of the keys and values that the layers rounded so far make
+        if name != layout.INPUT_NAMES[0]:
+            cache = _round_cache(runner, block, linears, hidden, recipe, index, ranks)
+        seen = runner.observe_input(
+            name, block, linears, hidden, floats.runner, floats.hidden, rows=rows, where=where, cache=cache
+        )
         return ranks.fold(seen, InputStats.merge)
 
     return see

@@ -208,13 +208,10 @@ class Int8CacheAttention(FlashAttention):
         self.quantize = QuantV2()
         channels = self.kv_head_num * self.hidden_size_per_attention_head
         self.cache_grid = Parameter(initializer("ones", (4, channels), ms.float32), name="cache_grid", requires_grad=False)
-        self._derive(np.ones((4, channels), np.float32))
 
     def process_grid_after_loading(self) -> None:
-        """Raises BackendError for scales that the operators' dtypes cannot hold."""
-        self._derive(self.cache_grid.asnumpy())
-
-    def _derive(self, grid: np.ndarray) -> None:
+        """Make the operators' own tensors of the grid. Raises BackendError for scales that their dtypes cannot hold."""
+        grid = self.cache_grid.asnumpy()
         scale, offset = grid[0::2], grid[1::2]  # [2, channels]: keys, values
         held = scale.astype(np.float16)
         if not np.array_equal(held.astype(np.float32), scale):
@@ -222,11 +219,13 @@ class Int8CacheAttention(FlashAttention):
                 f"{self.cache_grid.name}: scales from {scale.min():.3g} to {scale.max():.3g} are not float16 values, which "
                 "PagedAttention takes; serve this model with a float cache"
             )
-        factor = Tensor(1 / scale, ms.bfloat16)
-        self.key_factor, self.value_factor = factor[0], factor[1]
-        codes = offset.astype(np.int8)
-        self.key_offset, self.value_offset = Tensor(codes[0]), Tensor(codes[1])
-        self.antiquant_scale, self.antiquant_offset = Tensor(held), Tensor(-offset.astype(np.float16))
+        tensors = {"antiquant_scale": Tensor(held), "antiquant_offset": Tensor(-offset.astype(np.float16))}
+        for place, name in enumerate(("key", "value")):
+            tensors[f"{name}_factor"] = Tensor(1 / scale[place], ms.bfloat16)
+            tensors[f"{name}_offset"] = Tensor(offset[place].astype(np.int8))
+        prefix = self.cache_grid.name.removesuffix("cache_grid")
+        for name, tensor in tensors.items():
+            setattr(self, name, Parameter(tensor, name=prefix + name, requires_grad=False))
 
     def construct(
         self,

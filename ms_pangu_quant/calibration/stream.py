@@ -189,15 +189,16 @@ class BlockRunner:
         *,
         rows: int,
         where: str,
+        cache: QuantizedCache | None = None,
     ) -> InputStats:
-        """Statistics of one input with gram and drift, the layers in `linears` in front of it quantized.
+        """Statistics of one input with gram and drift, the layers in `linears` and the cache in front of it quantized.
 
         floats  another runner of the same sequences, which runs the float block on float_hidden [tokens, hidden], the
                 float model's hidden states, at the same time.
         """
         place = layout.INPUT_NAMES.index(input_name)
         builder = self._builder(True, rows, f"{where}: {input_name}")
-        served = self._run(block, linears, hidden, until=place)
+        served = self._run(block, linears, hidden, until=place, cache=cache)
         reference = floats._run(block, {}, float_hidden, until=place)
         for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
             builder.add(x.asnumpy(), y.asnumpy())

@@ -93,7 +93,9 @@ def quantize_command(
     )
     if not allow_unserved:
         plan = chosen.plan(reader.config)
-        check_served(layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size))
+        check_served(
+            layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size, chosen.kv_cache is not None)
+        )
     if dry_run:
         check_data(reader.config, chosen, data)
         _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)

@@ -298,9 +298,12 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         if missing:
             raise CheckpointError(f"the network's parameters {', '.join(sorted(missing)[:3])} are not in the checkpoint")
         self.process_weights_after_loading(self.model)
-        for _, cell in self.model.cells_and_names():
-            if hasattr(cell, "process_grid_after_loading"):
-                cell.process_grid_after_loading()
+
+    def process_weights_after_loading(self, root: nn.Cell, name_prefix: str = "model"):
+        """MindFormers' walk over all cells; it knows of layers with weights alone."""
+        if hasattr(root, "process_grid_after_loading"):
+            root.process_grid_after_loading()
+        return super().process_weights_after_loading(root, name_prefix)
 
 
 def build_network(
