@@ -154,6 +154,8 @@ def _print_plan(plan: Estimate, recipe: Recipe, data: TokenData | None) -> None:
         table.add_column(heading)
     for names, blocks, kind, bits in plan.groups:
         table.add_row(names, blocks, kind, f"{bits:.2f}")
+    if recipe.kv_cache is not None:
+        table.add_row("keys, values", "all", "int8 cache", "")
     out.print(table)
     if data is not None:
         out.print(

@@ -15,10 +15,12 @@ from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.inference.bench import cache_bytes
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.quantizers.kv_cache import CacheGrid, Int8Cache, QuantizedCache, grid_of_range
 from ms_pangu_quant.recipe import load_recipe
 from tests.conftest import MINI, calibration, golden, token_data
 
@@ -39,6 +41,11 @@ def stored(tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="module")
+def served(stored):
+    return load(stored("w8a8"), kv_cache_tokens=256)
+
+
 def caches_of(model):
     parameters = model.network.model.parameters_and_names()
     return [each for name, each in parameters if name.endswith(("key_cache", "value_cache"))]
@@ -50,7 +57,7 @@ def log_softmax(x):
 
 
 def test_the_distributions_are_kept_and_the_streamed_comparison_is_the_served_models(stored):
-    sequences = token_data("validation", 4).sequences
+    sequences = token_data("validation", 2).sequences
     runtime.start("cpu", "graph")
     found = compare(MINI, stored("float"), sequences)
     assert 0 < found.kl_mean < 1e-4
@@ -92,8 +99,32 @@ def test_the_kernel_gives_the_logits_of_the_plain_operators(mode, stored, monkey
     assert np.median(difference) < 1e-4 * np.abs(logits["off"]).max()
 
 
-def test_a_decoded_token_sees_what_a_prefilled_one_sees(stored):
-    model, ids = load(stored("w8a8"), kv_cache_tokens=256), golden("mini")["ids_0"].tolist()[:70]
+def test_what_lies_behind_the_cache_is_calibrated_behind_its_rounding():
+    """Values on a grid so coarse that all of them are 0 make a mean that is 0, and o_proj's input with it."""
+    runtime.start("cpu", "graph")
+    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+
+    reader = CheckpointReader(MINI)
+    config, block, lengths = reader.config, reader.block(0), [9, 5]
+    states = np.random.default_rng(0).normal(size=(14, config.hidden_size)).astype(np.float32)
+    hidden, runner, floats = Hidden(states, lengths), BlockRunner(config, lengths), BlockRunner(config, lengths)
+    keys, values = runner.observe_cache(block, {}, hidden, rows=0, where="test")
+    heads, shape = config.num_key_value_heads, (config.num_key_value_heads, config.head_dim)
+    coarse = CacheGrid(np.full(shape, 1e30, np.float32), np.zeros(shape, np.int8))
+    fine = Int8Cache().cache(keys, values, heads)
+
+    def seen(cache):
+        options = {"rows": 0, "where": "test", "cache": cache}
+        return runner.observe_input("attention_output", block, {}, hidden, floats, hidden, **options).absmax
+
+    assert (seen(QuantizedCache(fine.key, coarse)) == 0).all()
+    assert 0 < np.abs(seen(fine) - seen(None)).max() < 0.05 * seen(None).max()
+    rounded, exact = (runner.advance(block, {}, hidden, cache=cache).states for cache in (fine, None))
+    assert 0 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
+
+
+def test_a_decoded_token_sees_what_a_prefilled_one_sees(served):
+    model, ids = served, golden("mini")["ids_0"].tolist()[:70]
     whole = model.logits(ids)
     tables = [[4, 2, 9, 0, 7]]
     pieces = [
@@ -105,8 +136,8 @@ def test_a_decoded_token_sees_what_a_prefilled_one_sees(stored):
 
 
 @pytest.mark.skipif(library() is None, reason="no C++ compiler, or kernels switched off")
-def test_a_block_as_one_operator_has_the_bits_of_its_cells(stored):
-    whole, parts = (load(stored("w8a8"), kv_cache_tokens=256) for _ in range(2))
+def test_a_block_as_one_operator_has_the_bits_of_its_cells(served, stored):
+    whole, parts = served, load(stored("w8a8"), kv_cache_tokens=256)
     for layer in parts.network.model.decoder.layers:
         assert layer.whole
         layer.whole = False
@@ -119,9 +150,10 @@ def test_a_block_as_one_operator_has_the_bits_of_its_cells(stored):
     assert [whole.generate([prompt], 6)[0].token_ids for prompt in prompts] == [each.token_ids for each in together]
 
 
-def test_the_cache_takes_a_quarter_of_float32s_bytes_and_commands_say_so(stored, capsys):
-    sizes = [sum(each.nbytes for each in caches_of(load(path, kv_cache_tokens=256))) for path in (MINI, stored("w8a8"))]
+def test_the_cache_takes_a_quarter_of_float32s_bytes_and_commands_say_so(served, stored, capsys):
+    sizes = [sum(each.nbytes for each in caches_of(model)) for model in (load(MINI, kv_cache_tokens=256), served)]
     assert sizes[0] == 4 * sizes[1]
+    assert sizes[1] == cache_bytes(served)
     config = CheckpointReader(MINI).config
     assert main(["inspect", str(stored("w8a8")), "--json"]) == 0
     cache = json.loads(capsys.readouterr().out)["cache"]
@@ -138,11 +170,14 @@ def test_the_cache_takes_a_quarter_of_float32s_bytes_and_commands_say_so(stored,
     assert f"keys and values cached in int8, {token:,} bytes a token" in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_is_stored_is_sound_has_the_predicted_size_and_is_the_same_when_resumed(stored, tmp_path):
+def test_what_is_stored_is_sound_and_has_the_predicted_size(stored):
     reader, chosen = CheckpointReader(MINI), load_recipe(stored("float").with_suffix(".yaml"))
     assert verify(stored("float"), reader).faults == ()
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == QuantizedReader(stored("float")).files.nbytes
 
+
+@pytest.mark.slow
+def test_an_interrupted_run_resumes_to_the_same_bytes(stored, tmp_path):
     class Stopped(Exception):
         pass
 
@@ -150,7 +185,7 @@ def test_what_is_stored_is_sound_has_the_predicted_size_and_is_the_same_when_res
         if report.index == 1:
             raise Stopped
 
-    runtime.start("cpu", "graph")
+    reader, chosen = CheckpointReader(MINI), load_recipe(stored("float").with_suffix(".yaml"))
     with pytest.raises(Stopped):
         quantize(reader, chosen, tmp_path / "out", data=calibration(16), on_block=stop)
     assert quantize(reader, chosen, tmp_path / "out", data=calibration(16), resume=True).resumed_at == 2
@@ -209,7 +244,6 @@ def test_what_ascends_operators_are_given_is_the_grid_and_scales_they_cannot_hol
     from mindspore import Tensor
 
     from ms_pangu_quant.backends.ascend import Int8CacheAttention
-    from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
 
     ends = np.random.default_rng(0).uniform(0.5, 9, (4, 2, 16)).astype(np.float32)
     cache = QuantizedCache(*(grid_of_range(-ends[i], ends[i + 1], symmetric=False) for i in (0, 2)))
