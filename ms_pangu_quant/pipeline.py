@@ -32,13 +32,14 @@ from ms_pangu_quant.calibration.share import owners, rounding_cost, share_of
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
+from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, read_block
+from ms_pangu_quant.formats.stored import block_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.ranks import ALONE, Ranks
 from ms_pangu_quant.quantizers.grid import relative_weight_error
@@ -138,7 +139,7 @@ def quantize(
             notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
             reports.append(BlockReport(index, output_error, weight_error, notes))
             if writer:
-                writer.write_block(_stored_tensors(reader, stored_as, index, block, linears, cache), asdict(reports[-1]))
+                writer.write_block(block_tensors(reader, stored_as, index, block, linears, cache), asdict(reports[-1]))
             on_block(reports[-1])
 
         def finish() -> int:
@@ -221,9 +222,8 @@ def _served_input(
 
     def see(name: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> InputStats:
         rows, where = recipe.activation_range.needs_rows, f"block {index}"
-        cache = None  # of the keys and values that the layers rounded so far make
-        if name != layout.INPUT_NAMES[0]:
-            cache = _round_cache(runner, block, linears, hidden, recipe, index, ranks)
+        before = name == layout.INPUT_NAMES[0]  # of the keys and values
+        cache = None if before else _round_cache(runner, block, linears, hidden, recipe, index, ranks)
         seen = runner.observe_input(
             name, block, linears, hidden, floats.runner, floats.hidden, rows=rows, where=where, cache=cache
         )
@@ -344,30 +344,6 @@ def _replay(
 
     block, linears, cache = ranks.from_first(read)
     return runner.advance(block, linears, hidden, cache=cache)
-
-
-def _stored_tensors(
-    reader: CheckpointReader,
-    stored_as: Format,
-    index: int,
-    block: Block,
-    linears: Mapping[str, QuantizedLinear],
-    cache: QuantizedCache | None,
-) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
-    """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
-    prefix = layout.block_prefix(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {}
-    for name, value in block.tensors.items():
-        entry = reader.files.entries[prefix + name]
-        unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
-        tensors[prefix + name] = entry if unchanged else value
-    for site in layout.SITES:
-        if site.name in linears:
-            for key, stored in stored_as.encode(block, site, linears[site.name]).items():
-                tensors[f"{prefix}{site.name}.{key}"] = stored
-    if cache is not None:
-        tensors.update({f"{prefix}{name}": value for name, value in kv_cache.encode(cache).items()})
-    return tensors
 
 
 def planned_kinds(plan: Plan) -> dict[str, str]:

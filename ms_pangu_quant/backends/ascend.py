@@ -28,6 +28,7 @@ from mindspore.common.initializer import initializer
 from mindspore.ops.auto_generate import DynamicQuantExt, GroupedMatmulV4, QuantV2, WeightQuantBatchMatmul
 
 from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cut import set_column_loader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats import packing
@@ -207,7 +208,7 @@ class Int8CacheAttention(FlashAttention):
         super().__init__(*arguments, **keywords)
         self.quantize = QuantV2()
         channels = self.kv_head_num * self.hidden_size_per_attention_head
-        self.cache_grid = Parameter(initializer("ones", (4, channels), ms.float32), name="cache_grid", requires_grad=False)
+        self.cache_grid = cache_grid_parameter(channels)
 
     def process_grid_after_loading(self) -> None:
         """Make the operators' own tensors of the grid. Raises BackendError for scales that their dtypes cannot hold."""

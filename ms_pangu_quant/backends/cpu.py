@@ -24,6 +24,7 @@ from mindspore import Parameter, Tensor, mint, nn, ops
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.backends.cache import cache_codes, cache_grid_parameter
 from ms_pangu_quant.backends.cut import Meeting, ranks_of, set_column_loader
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
@@ -71,24 +72,6 @@ class Rope(RotaryEmbedding):
 
     def construct(self, query, key, rotary_pos_cos, rotary_pos_sin, seq_lens_tensor):
         return (self._rotate(query, rotary_pos_cos, rotary_pos_sin), self._rotate(key, rotary_pos_cos, rotary_pos_sin))
-
-
-def cache_codes(x, scale, offset):
-    """Codes, as float32, of x [.., n] in an int8 cache with scale and offset [1, n]: quantizers.kv_cache.CacheGrid.
-
-    int8 holds no NaN: it becomes -128, and an infinity the last code on its side.
-    """
-    return ops.clamp(ops.Rint()(x * (1.0 / scale)) + offset, -128.0, 127.0)
-
-
-def on_cache_grid(x, scale, offset):
-    """What an int8 cache gives back of x [.., n]."""
-    return (cache_codes(x, scale, offset) - offset) * scale
-
-
-def cache_grid_parameter(channels: int) -> Parameter:
-    """[4, kv_heads * head_dim], quantizers.kv_cache.QuantizedCache.rows(); is loaded as a weight is."""
-    return Parameter(initializer("ones", (4, channels), ms.float32), name="cache_grid", requires_grad=False)
 
 
 class PagedAttention(nn.Cell):

@@ -18,6 +18,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend, cpu
+from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cpu_block import Block
 from ms_pangu_quant.backends.cpu_kernels.library import kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
@@ -91,7 +92,7 @@ class PagedAttention(nn.Cell):
         self.value_cache = Parameter(initializer("zeros", values, dtype), name="value_cache", requires_grad=False)
         self.cache_grid = Tensor([0], ms.float32)
         if int8_cache:
-            self.cache_grid = cpu.cache_grid_parameter(kv_head_num * head_dim)
+            self.cache_grid = cache_grid_parameter(kv_head_num * head_dim)
         self.scale = Tensor([scale_value], ms.float32)
         self.kernel = operator(kernels(), "PanguAttention")
 

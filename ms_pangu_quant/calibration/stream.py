@@ -17,7 +17,8 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
-from ms_pangu_quant.backends.cpu import on_cache_grid, per_token_codes
+from ms_pangu_quant.backends.cache import on_cache_grid
+from ms_pangu_quant.backends.cpu import per_token_codes
 from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.calibration.ranges import RangeStats
 from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder

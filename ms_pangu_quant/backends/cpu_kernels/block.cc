@@ -60,8 +60,9 @@ using namespace pangu;
 extern "C" {
 
 // x [tokens, hidden], cos, sin [tokens, dim], key_cache, value_cache (both written), slot_mapping, block_tables,
-// batch_valid_length, q_seq_lens, attention scale [1], cache_grid (see PanguAttention), eps [1], weights of the two norms [hidden], and the linear layers of
-// query, key and value together, of the attention's output, of gate and up together, and down -> like x
+// batch_valid_length, q_seq_lens, attention scale [1], cache_grid (see PanguAttention), eps [1], weights of the two norms
+// [hidden], and the linear layers of query, key and value together, of the attention's output, of gate and up together, and
+// down -> like x
 OPERATOR(PanguBlock) {
   const Arguments a(params, ndims, shapes);
   constexpr int kFirst = 14;

@@ -124,8 +124,9 @@ PANGU_INLINE void mix_rows(const float* weights, const float* keep, const T* con
 }
 
 template <int R, class T>
-PANGU_INLINE void attend_rows(const float* q, int64_t dim, const T* const* keys, int64_t stride, const T* const* values, int64_t first_key, int64_t count, const int64_t* position,
-                              int64_t width, float* scores, float* top, float* total, float* out) {
+PANGU_INLINE void attend_rows(const float* q, int64_t dim, const T* const* keys, int64_t stride, const T* const* values,
+                              int64_t first_key, int64_t count, const int64_t* position, int64_t width, float* scores,
+                              float* top, float* total, float* out) {
   score_rows<R, 4>(q, dim, keys, stride, scores);
   float keep[R];
   for (int r = 0; r < R; r++) {
