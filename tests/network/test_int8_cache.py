@@ -11,7 +11,7 @@ import pytest
 from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.errors import BackendError, CheckpointError
 from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.formats.verify import verify
@@ -191,6 +191,20 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(stored, tmp_path):
     assert quantize(reader, chosen, tmp_path / "out", data=calibration(16), resume=True).resumed_at == 2
     for file in stored("float").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_network_with_a_float_cache_passes_over_the_scales_and_one_with_an_int8_cache_insists_on_them(stored):
+    """The first is what vLLM-MindSpore builds, which allocates its caches itself."""
+    runtime.start("cpu", "graph")
+    from ms_pangu_quant.network.pangu import build_network
+    from ms_pangu_quant.network.weights import served_tensors
+
+    reader = QuantizedReader(stored("w8a8"))
+    options = {"kinds": reader.kinds, "group_size": reader.group_size, "num_blocks": 1}
+    build_network(reader.config, **options).load_weights(str(reader.directory))
+    network = build_network(reader.config, **options, int8_cache=True)
+    with pytest.raises(CheckpointError, match=r"core_attention\.cache_grid"):
+        network.load_tensors(served_tensors(reader, network.backend))
 
 
 @pytest.mark.parametrize(("heads", "ranks"), [(4, 2), (4, 4), (2, 8), (3, 1)])
