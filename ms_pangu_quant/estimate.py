@@ -11,7 +11,7 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.linear import FLOAT
 from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.recipe import Plan, Recipe
@@ -112,6 +112,8 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as
             scheme = quantized[site.name]
             if scheme is not None:
                 total += layer_bytes(stored_as, config, site, scheme, plan.group_size)
+    if recipe.kv_cache is not None:
+        total += sum(spec.nbytes(bfloat16_values=True) for spec in kv_cache.specs(config).values())
     return total
 
 

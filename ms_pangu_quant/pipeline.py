@@ -27,20 +27,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.ranges import RangeStats
 from ms_pangu_quant.calibration.share import owners, rounding_cost, share_of
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
+from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
-from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, read_block
+from ms_pangu_quant.formats.stored import block_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.ranks import ALONE, Ranks
 from ms_pangu_quant.quantizers.grid import relative_weight_error
+from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 from ms_pangu_quant.recipe import Plan, Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
@@ -96,7 +99,7 @@ def quantize(
     check_data(reader.config, recipe, data)
     reader = recipe.rewritten(reader)
     config, plan, ranks = reader.config, recipe.plan(reader.config), runtime.job()
-    described = stored_as.metadata(config, planned_kinds(plan), plan.group_size)
+    described = stored_as.metadata(config, planned_kinds(plan), plan.group_size, recipe.kv_cache is not None)
     fingerprint = {
         "checkpoint": checkpoint_hash(reader, on_bytes),
         "recipe": recipe.digest,
@@ -119,7 +122,7 @@ def quantize(
         start = len(reports)
         for index in range(start):
             on_block(reports[index])
-            hidden = _replay(writer, stored_as, plan, config, index, runner, hidden, ranks)
+            hidden = _replay(writer, stored_as, plan, recipe, config, index, runner, hidden, ranks)
             if floats:
                 floats.advance(reader.block(index))
         for index in range(start, config.num_hidden_layers):
@@ -129,13 +132,14 @@ def quantize(
                 block, stats = transform(block, stats, plan.of_block(index))
             see = _served_input(runner, hidden, floats, recipe, index, ranks) if floats else _taken_from(stats)
             block, linears, weight_error = _round_block(block, plan, recipe, see, index, ranks)
+            cache = _round_cache(runner, block, linears, hidden, recipe, index, ranks)
             if floats:
                 target = floats.advance(reader.block(index))
-            hidden, output_error = _advance(runner, block, linears, hidden, target, ranks)
+            hidden, output_error = _advance(runner, block, linears, cache, hidden, target, ranks)
             notes = {site: linear.weight.note for site, linear in linears.items() if linear.weight.note}
             reports.append(BlockReport(index, output_error, weight_error, notes))
             if writer:
-                writer.write_block(_stored_tensors(reader, stored_as, index, block, linears), asdict(reports[-1]))
+                writer.write_block(block_tensors(reader, stored_as, index, block, linears, cache), asdict(reports[-1]))
             on_block(reports[-1])
 
         def finish() -> int:
@@ -218,7 +222,11 @@ def _served_input(
 
     def see(name: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> InputStats:
         rows, where = recipe.activation_range.needs_rows, f"block {index}"
-        seen = runner.observe_input(name, block, linears, hidden, floats.runner, floats.hidden, rows=rows, where=where)
+        before = name == layout.INPUT_NAMES[0]  # of the keys and values
+        cache = None if before else _round_cache(runner, block, linears, hidden, recipe, index, ranks)
+        seen = runner.observe_input(
+            name, block, linears, hidden, floats.runner, floats.hidden, rows=rows, where=where, cache=cache
+        )
         return ranks.fold(seen, InputStats.merge)
 
     return see
@@ -275,6 +283,24 @@ def _mine(
         yield from ((site, plan.scheme(index, site), seen) for site in sites if owner[site.name] == ranks.rank)
 
 
+def _round_cache(
+    runner: BlockRunner | None,
+    block: Block,
+    linears: Mapping[str, QuantizedLinear],
+    hidden: Hidden | None,
+    recipe: Recipe,
+    index: int,
+    ranks: Ranks,
+) -> QuantizedCache | None:
+    """The grids of the cache, from the keys and values that the rounded layers make; None where it stays float."""
+    if recipe.kv_cache is None or runner is None or hidden is None:
+        return None
+    rows, where = recipe.kv_cache.needs_rows, f"block {index}"
+    seen = runner.observe_cache(block, linears, hidden, rows=rows, where=where)
+    keys, values = (ranks.fold(each, RangeStats.merge) for each in seen)
+    return recipe.kv_cache.cache(keys, values, block.config.num_key_value_heads)
+
+
 def _input_scale(scheme: QuantScheme, stats: InputStats | None, recipe: Recipe) -> float | None:
     if scheme.activation.dynamic or stats is None:
         return None
@@ -285,13 +311,14 @@ def _advance(
     runner: BlockRunner | None,
     block: Block,
     linears: Mapping[str, QuantizedLinear],
+    cache: QuantizedCache | None,
     hidden: Hidden | None,
     target: NDArray[np.float32] | None,
     ranks: Ranks,
 ) -> tuple[Hidden | None, float | None]:
     if runner is None or hidden is None or target is None:
         return None, None
-    hidden = runner.advance(block, linears, hidden)
+    hidden = runner.advance(block, linears, hidden, cache=cache)
     return hidden, relative_error(hidden.states, target, ranks)
 
 
@@ -299,6 +326,7 @@ def _replay(
     writer: QuantizedWriter | None,
     stored_as: Format,
     plan: Plan,
+    recipe: Recipe,
     config: ModelConfig,
     index: int,
     runner: BlockRunner | None,
@@ -309,29 +337,13 @@ def _replay(
     if runner is None or hidden is None:
         return None
 
-    def read() -> tuple[Block, dict[str, QuantizedLinear]]:
+    def read() -> tuple[Block, dict[str, QuantizedLinear], QuantizedCache | None]:
         files = TensorFiles(writer.output, only=writer.block_file(index))
-        return read_block(stored_as, files, config, planned_kinds(plan), plan.group_size, index)
+        cache = kv_cache.read_cache(files, config, index) if recipe.kv_cache else None
+        return *read_block(stored_as, files, config, planned_kinds(plan), plan.group_size, index), cache
 
-    block, linears = ranks.from_first(read)
-    return runner.advance(block, linears, hidden)
-
-
-def _stored_tensors(
-    reader: CheckpointReader, stored_as: Format, index: int, block: Block, linears: Mapping[str, QuantizedLinear]
-) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
-    """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
-    prefix = layout.block_prefix(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {}
-    for name, value in block.tensors.items():
-        entry = reader.files.entries[prefix + name]
-        unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
-        tensors[prefix + name] = entry if unchanged else value
-    for site in layout.SITES:
-        if site.name in linears:
-            for key, stored in stored_as.encode(block, site, linears[site.name]).items():
-                tensors[f"{prefix}{site.name}.{key}"] = stored
-    return tensors
+    block, linears, cache = ranks.from_first(read)
+    return runner.advance(block, linears, hidden, cache=cache)
 
 
 def planned_kinds(plan: Plan) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ms_pangu_quant.errors import PanguQuantError, RecipeError
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
@@ -88,6 +89,7 @@ REWRITES: dict[str, Callable[..., Rewrite]] = {"rotate": Rotate}
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
 QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
 KEEP_FLOAT = "float"
+_KEYS = ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "kv_cache", "calibration")
 _RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
@@ -119,7 +121,8 @@ class Plan:
 class Recipe:
     """What a recipe file says. `layers` are (pattern, scheme name) pairs; the last that matches a layer decides.
 
-    With a `budget`, `scheme` is its cheaper one, and `assignment`, which the file does not have, says who gets the other.
+    kv_cache says how keys and values are cached; None: as floats. With a `budget`, `scheme` is its cheaper one, and
+    `assignment`, which the file does not have, says who gets the other.
     """
 
     why: str
@@ -135,6 +138,7 @@ class Recipe:
     where: str
     budget: Budget | None = None
     assignment: Assignment | None = None
+    kv_cache: Int8Cache | None = None
 
     @property
     def digest(self) -> str:
@@ -162,7 +166,8 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        return self._is_static or bool(self.transforms) or self.quantizer.needs_calibration or self.budget is not None
+        measured = bool(self.transforms) or self.quantizer.needs_calibration or self.budget is not None
+        return measured or self._is_static or self.kv_cache is not None
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
         """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
@@ -275,9 +280,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
     except (yaml.YAMLError, RecursionError) as error:
         raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
     raw = _mapping(raw, where)
-    _check_keys(
-        raw, ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "calibration"), where
-    )
+    _check_keys(raw, _KEYS, where)
     if "scheme" not in raw:
         raise RecipeError(f"{where}: scheme is missing; wanted one of {', '.join(PRESETS)}")
     layers = _mapping(raw.get("layers") or {}, f"{where}: layers")
@@ -303,7 +306,14 @@ def parse_recipe(text: str, where: str) -> Recipe:
         text=text,
         where=where,
         budget=budget,
+        kv_cache=_kv_cache(raw.get("kv_cache", KEEP_FLOAT), f"{where}: kv_cache"),
     )
+
+
+def _kv_cache(raw: Any, where: str) -> Int8Cache | None:
+    """float, int8 or {int8: {keys: head}}."""
+    cache: Int8Cache | None = None if raw == KEEP_FLOAT else _build(raw, {"int8": Int8Cache}, where)
+    return cache
 
 
 def _scheme_or_budget(raw: Any, where: str) -> tuple[Budget | None, str]:

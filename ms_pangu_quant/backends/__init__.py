@@ -19,7 +19,8 @@ class Backend:
 
     norm               RMSNorm cell class.
     mlp                MLP cell class in place of MindFormers', or None.
-    core_attention     (num_blocks, block_size) -> ModuleSpec or cell class of attention over the paged cache.
+    core_attention     (num_blocks, block_size, int8_cache) by name -> ModuleSpec or cell class of attention over the paged
+                       cache; for an int8 one the cell has a parameter cache_grid [4, kv_heads * head_dim].
     rope_name          MindFormers' position_embedding_type.
     gpt_model          GPTModel or a subclass.
     linear_methods     quantization kind ("W8A8_DYNAMIC", ...) -> LinearMethodBase class.
@@ -27,8 +28,8 @@ class Backend:
     chunked_prefill    prefill attends to the cache, so a prompt may come in pieces.
     attention_mask     (new tokens of each sequence, cached tokens of each, longest cache in tokens) -> the tensor the
                        attention cell wants.
-    new_caches         (layers, num_blocks, block_size, kv_heads, head_dim) -> (key_caches, value_caches) to pass in, or
-                       None where the attention cells own their cache.
+    new_caches         (layers, num_blocks, block_size, kv_heads, head_dim, int8_cache by name) -> (key_caches,
+                       value_caches) to pass in, or None where the attention cells own their cache.
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
@@ -36,14 +37,14 @@ class Backend:
 
     norm: type
     mlp: type | None
-    core_attention: Callable[[int, int], Any]
+    core_attention: Callable[..., Any]
     rope_name: str
     gpt_model: type
     linear_methods: Mapping[str, type]
     dtypes: Mapping[str, str]
     chunked_prefill: bool
     attention_mask: Callable[[Sequence[int], Sequence[int], int], Any]
-    new_caches: Callable[[int, int, int, int, int], tuple[Any, Any] | None]
+    new_caches: Callable[..., tuple[Any, Any] | None]
     dynamic_mask: tuple[list[None], Any]
     bfloat16_tables: bool = False
     layer: Callable[..., Any] | None = None

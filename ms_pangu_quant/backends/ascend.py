@@ -25,9 +25,10 @@ from mindformers.parallel_core.inference.transformer.norm import RMSNorm
 from mindformers.parallel_core.inference.weights_utils import set_weight_attrs
 from mindspore import Parameter, Tensor, mint, mutable, ops
 from mindspore.common.initializer import initializer
-from mindspore.ops.auto_generate import DynamicQuantExt, GroupedMatmulV4, WeightQuantBatchMatmul
+from mindspore.ops.auto_generate import DynamicQuantExt, GroupedMatmulV4, QuantV2, WeightQuantBatchMatmul
 
 from ms_pangu_quant.backends import Backend
+from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cut import set_column_loader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats import packing
@@ -194,15 +195,91 @@ class AscendGPTModel(GPTModel):
         return output
 
 
+class Int8CacheAttention(FlashAttention):
+    """MindFormers' attention with int8 caches: prefill attends to the float keys and values, decoding to the cache.
+
+    Keys and values are rounded by QuantV2, which documents round(x * scale + offset), and read by PagedAttention, whose
+    antiquant inputs Golden Stick fills for a bfloat16 network with float16 scales and with the zero points negated:
+    x = (code + antiquant_offset) * antiquant_scale.
+    Source: mindspore_gs 1.4, ptq/hal.py, C8PagedAttentionCell and QuantV2Cell.
+    """
+
+    def __init__(self, *arguments, **keywords) -> None:
+        super().__init__(*arguments, **keywords)
+        self.quantize = QuantV2()
+        channels = self.kv_head_num * self.hidden_size_per_attention_head
+        self.cache_grid = cache_grid_parameter(channels)
+
+    def process_grid_after_loading(self) -> None:
+        """Make the operators' own tensors of the grid. Raises BackendError for scales that their dtypes cannot hold."""
+        grid = self.cache_grid.asnumpy()
+        scale, offset = grid[0::2], grid[1::2]  # [2, channels]: keys, values
+        held = scale.astype(np.float16)
+        if not np.array_equal(held.astype(np.float32), scale):
+            raise BackendError(
+                f"{self.cache_grid.name}: scales from {scale.min():.3g} to {scale.max():.3g} are not float16 values, which "
+                "PagedAttention takes; serve this model with a float cache"
+            )
+        tensors = {"antiquant_scale": Tensor(held), "antiquant_offset": Tensor(-offset.astype(np.float16))}
+        for place, name in enumerate(("key", "value")):
+            tensors[f"{name}_factor"] = Tensor(1 / scale[place], ms.bfloat16)
+            tensors[f"{name}_offset"] = Tensor(offset[place].astype(np.int8))
+        prefix = self.cache_grid.name.removesuffix("cache_grid")
+        for name, tensor in tensors.items():
+            setattr(self, name, Parameter(tensor, name=prefix + name, requires_grad=False))
+
+    def construct(
+        self,
+        query,
+        key,
+        value,
+        slot_mapping=None,
+        block_tables=None,
+        batch_valid_length=None,
+        context_lens_tensor=None,
+        q_seq_lens=None,
+        actual_seq_qlen=None,
+        actual_seq_kvlen=None,
+        attn_mask=None,
+        padding_mask=None,
+        prefix=None,
+        key_cache=None,
+        value_cache=None,
+    ):
+        keys = self.quantize(key, self.key_factor, self.key_offset, False, "ROUND", ms.int8)
+        values = self.quantize(value, self.value_factor, self.value_offset, False, "ROUND", ms.int8)
+        self.reshape_and_cache(keys, values, key_cache, value_cache, slot_mapping)
+        if self.is_prefill:
+            _, _, _, context = self.flash_attention(
+                query, key, value, None, None, padding_mask, attn_mask, prefix, actual_seq_qlen, actual_seq_kvlen
+            )
+            return context
+        return self.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_tables,
+            batch_valid_length,
+            self.antiquant_scale,
+            self.antiquant_offset,
+            attn_mask,
+            q_seq_lens,
+        )
+
+
+def _core_attention(*, num_blocks: int, block_size: int, int8_cache: bool):
+    return Int8CacheAttention if int8_cache else FlashAttention
+
+
 def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
     return Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16)
 
 
-def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int):
+def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, *, int8_cache: bool):
+    shape, dtype = (num_blocks, block_size, kv_heads, head_dim), ms.int8 if int8_cache else ms.bfloat16
+
     def caches():
-        return mutable(
-            [Tensor(np.zeros((num_blocks, block_size, kv_heads, head_dim), np.float32), ms.bfloat16) for _ in range(layers)]
-        )
+        return mutable([Tensor(np.zeros(shape, np.float32), dtype) for _ in range(layers)])
 
     return caches(), caches()
 
@@ -210,7 +287,7 @@ def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, he
 BACKEND = Backend(
     norm=RMSNorm,
     mlp=None,
-    core_attention=lambda num_blocks, block_size: FlashAttention,
+    core_attention=_core_attention,
     rope_name="rope",
     gpt_model=AscendGPTModel,
     linear_methods={"W8A8": A8W8LinearMethod, "W8A8_DYNAMIC": A8W8DynamicLinearMethod, "W4A8_DYNAMIC": int4_method},

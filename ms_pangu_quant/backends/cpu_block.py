@@ -90,6 +90,7 @@ class Block(TransformerLayer):
             batch_valid_length,
             q_seq_lens,
             attention.core_attention.scale,
+            attention.core_attention.cache_grid,
             self.input_layernorm.epsilon,
             self.input_layernorm.weight,
             self.pre_mlp_layernorm.weight,

@@ -18,6 +18,7 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend, cpu
+from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cpu_block import Block
 from ms_pangu_quant.backends.cpu_kernels.library import kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
@@ -63,7 +64,8 @@ class SwiGLUMLP(MLP):
 class PagedAttention(nn.Cell):
     """Called as cpu.PagedAttention; needs no mask, since a query's position follows from the lengths.
 
-    key_cache [blocks, kv_heads, head_dim, block_size] and value_cache [blocks, kv_heads, block_size, head_dim rounded up].
+    key_cache [blocks, kv_heads, head_dim, block_size] and value_cache [blocks, kv_heads, block_size, head_dim rounded up],
+    float32, or int8 with a parameter cache_grid; without it cache_grid is one element.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class PagedAttention(nn.Cell):
         pa_kv_head_num=None,
         num_blocks=1,
         block_size=16,
+        int8_cache=False,
     ):
         super().__init__()
         if block_size % LANES:
@@ -84,8 +87,12 @@ class PagedAttention(nn.Cell):
             raise BackendError(f"{head_num} heads share {kv_head_num} key heads, wanted at most {LARGEST_SHARE} to one")
         keys = (num_blocks, kv_head_num, head_dim, block_size)
         values = (num_blocks, kv_head_num, block_size, -(-head_dim // LANES) * LANES)
-        self.key_cache = Parameter(initializer("zeros", keys, ms.float32), name="key_cache", requires_grad=False)
-        self.value_cache = Parameter(initializer("zeros", values, ms.float32), name="value_cache", requires_grad=False)
+        dtype = ms.int8 if int8_cache else ms.float32
+        self.key_cache = Parameter(initializer("zeros", keys, dtype), name="key_cache", requires_grad=False)
+        self.value_cache = Parameter(initializer("zeros", values, dtype), name="value_cache", requires_grad=False)
+        self.cache_grid = Tensor([0], ms.float32)
+        if int8_cache:
+            self.cache_grid = cache_grid_parameter(kv_head_num * head_dim)
         self.scale = Tensor([scale_value], ms.float32)
         self.kernel = operator(kernels(), "PanguAttention")
 
@@ -118,6 +125,7 @@ class PagedAttention(nn.Cell):
             batch_valid_length,
             q_seq_lens,
             self.scale,
+            self.cache_grid,
         )
 
 
@@ -239,9 +247,7 @@ BACKEND: Backend = replace(
     norm=RMSNorm,
     layer=Block,
     mlp=SwiGLUMLP,
-    core_attention=lambda num_blocks, block_size: ModuleSpec(
-        module=PagedAttention, params={"num_blocks": num_blocks, "block_size": block_size}
-    ),
+    core_attention=lambda **sizes: ModuleSpec(module=PagedAttention, params=sizes),
     rope_name="pangu_cpu_fused_rope",
     gpt_model=lambda **arguments: TableGPTModel(kernels(), **arguments),
     linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},

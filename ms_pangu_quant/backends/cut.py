@@ -52,6 +52,27 @@ class Meeting:
         return bias if self.size == 1 else layer.bias
 
 
+def set_cache_loaders(network: nn.Cell) -> None:
+    """Let the grids of int8 caches be loaded: stored for all key heads, of which each rank takes its own.
+
+    More ranks than key heads have copies of them, as MindFormers gives them those heads' weights.
+    """
+    for _, attention in network.cells_and_names():
+        grid = getattr(getattr(attention, "core_attention", None), "cache_grid", None)
+        if isinstance(grid, Parameter):
+            grid.weight_loader = _cache_loader(attention.tp, attention.hidden_size_per_attention_head)
+
+
+def _cache_loader(group: Any, head_dim: int) -> Any:
+    def load(parameter: Parameter, stored: Any) -> None:
+        mine, heads = parameter.shape[1], stored.get_shape()[1] // head_dim
+        start = group.rank * heads // group.size * head_dim
+        parameter.init_data()
+        parameter.set_data(ms.from_numpy(np.ascontiguousarray(stored[:, start : start + mine])))
+
+    return load
+
+
 def set_column_loader(layer: Any, parameter: Parameter) -> None:
     """Let [out, columns] be loaded that has several inputs in a column, or one column for all of them.
 

@@ -17,8 +17,10 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
+from ms_pangu_quant.backends.cache import on_cache_grid
 from ms_pangu_quant.backends.cpu import per_token_codes
 from ms_pangu_quant.backends.hadamard import Hadamard
+from ms_pangu_quant.calibration.ranges import RangeStats
 from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -28,8 +30,10 @@ from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, packed_inputs
 from ms_pangu_quant.network.pangu import build_network
+from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 BLOCK_SIZE = 16
+_CACHED = -1  # in the place of an input: the keys and values on their way into the cache
 _LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
 
 
@@ -57,16 +61,26 @@ class BlockCell(nn.Cell):
     rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
               with the factor that `grids` [2, inputs] has for it in its first row and the zero point in its second.
     online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
-    until     place in layout.INPUT_NAMES of the only output wanted: nothing behind it is computed. None: the whole block.
+    until     place in layout.INPUT_NAMES of the only output wanted, or _CACHED: nothing behind it is computed. None: the
+              whole block.
+    int8_cache  keys and values are rounded as the int8 cache of `cache_grid` [4, kv_heads * head_dim] would hold them.
     """
 
-    def __init__(self, network, rounding: tuple[str, ...], until: int | None, online_hadamard: bool = False) -> None:
+    def __init__(
+        self,
+        network,
+        rounding: tuple[str, ...],
+        until: int | None,
+        online_hadamard: bool = False,
+        int8_cache: bool = False,
+    ) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
         self.rounding = rounding
         self.until = until
+        self.int8_cache = int8_cache
         self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, grids):
@@ -82,6 +96,7 @@ class BlockCell(nn.Cell):
         self,
         hidden,
         grids,
+        cache_grid,
         positions,
         batch_valid_length,
         context_lens_tensor,
@@ -97,6 +112,11 @@ class BlockCell(nn.Cell):
             return (attention_input,)
         query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, grids))
         query, key = attention.rotary_emb(query, key, cos, sin, batch_valid_length)
+        if self.until == _CACHED:
+            return (key, value)
+        if self.int8_cache:
+            key = on_cache_grid(key, cache_grid[0:1], cache_grid[1:2])
+            value = on_cache_grid(value, cache_grid[2:3], cache_grid[3:4])
         attention_output = attention.core_attention(
             query=query,
             key=key,
@@ -145,7 +165,7 @@ class BlockRunner:
             for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
         )
         self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
-        self._cells: dict[tuple[tuple[str, ...], int | None], BlockCell] = {}
+        self._cells: dict[tuple[tuple[str, ...], int | None, bool], BlockCell] = {}
 
     def observe(
         self, block: Block, hidden: Hidden, *, gram: bool, rows: int, where: str
@@ -170,19 +190,32 @@ class BlockRunner:
         *,
         rows: int,
         where: str,
+        cache: QuantizedCache | None = None,
     ) -> InputStats:
-        """Statistics of one input with gram and drift, the layers in `linears` in front of it quantized.
+        """Statistics of one input with gram and drift, the layers in `linears` and the cache in front of it quantized.
 
         floats  another runner of the same sequences, which runs the float block on float_hidden [tokens, hidden], the
                 float model's hidden states, at the same time.
         """
         place = layout.INPUT_NAMES.index(input_name)
         builder = self._builder(True, rows, f"{where}: {input_name}")
-        served = self._run(block, linears, hidden, until=place)
+        served = self._run(block, linears, hidden, until=place, cache=cache)
         reference = floats._run(block, {}, float_hidden, until=place)
         for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
             builder.add(x.asnumpy(), y.asnumpy())
         return builder.finish()
+
+    def observe_cache(
+        self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden, *, rows: int, where: str
+    ) -> tuple[RangeStats, RangeStats]:
+        """Statistics of the keys, after rope, and of the values that the block's layers, rounded, make."""
+        seen: list[list[RangeStats]] = [[], []]
+        start = self._first_row
+        for place, outputs in self._run(block, linears, hidden, until=_CACHED):
+            for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
+                stats = RangeStats.observe(x.asnumpy(), rows=rows, start=start + place.start, where=f"{where}: {name}")
+                parts[:] = [parts[0].merge(stats) if parts else stats]
+        return seen[0][0], seen[1][0]
 
     def _builder(self, gram: bool, rows: int, where: str) -> StatsBuilder:
         return StatsBuilder(gram=gram, rows=rows, where=where, start=self._first_row)
@@ -193,32 +226,44 @@ class BlockRunner:
         linears: Mapping[str, QuantizedLinear],
         hidden: Hidden,
         output: NDArray[np.float32] | None = None,
+        *,
+        cache: QuantizedCache | None = None,
     ) -> Hidden:
-        """Hidden states after the block as it will be served, in `output` if given; linears maps site names to layers."""
+        """Hidden states after the block as it will be served, in `output` if given; linears maps site names to layers,
+        cache is what an int8 cache holds keys and values in."""
         output = np.empty_like(hidden.states) if output is None else output
-        for rows, (states, *_) in self._run(block, linears, hidden):
+        for rows, (states, *_) in self._run(block, linears, hidden, cache=cache):
             output[rows] = states.asnumpy()
         return Hidden(output, hidden.lengths)
 
     def _run(
-        self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden, until: int | None = None
+        self,
+        block: Block,
+        linears: Mapping[str, QuantizedLinear],
+        hidden: Hidden,
+        until: int | None = None,
+        cache: QuantizedCache | None = None,
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         readers = [_first_reading(name, linears) for name in layout.INPUT_NAMES]
         cell = self._cell(
             tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
             until,
+            cache is not None,
         )
+        channels = self._config.num_key_value_heads * self._config.head_dim
+        cache_grid = Tensor(np.zeros((4, channels), np.float32) if cache is None else cache.rows())
         grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
         self._network.load_tensors(_float_tensors(block, linears))
         for rows, lengths in hidden.batches(self._max_tokens):
             free = iter(range(self._blocks))
             tables = [[next(free) for _ in range(blocks_for(length, BLOCK_SIZE))] for length in lengths]
             inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
-            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), grids, *inputs.values())
+            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), grids, cache_grid, *inputs.values())
 
-    def _cell(self, rounding: tuple[str, ...], until: int | None) -> BlockCell:
-        if (rounding, until) not in self._cells:
-            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard)
+    def _cell(self, rounding: tuple[str, ...], until: int | None, int8_cache: bool) -> BlockCell:
+        key = (rounding, until, int8_cache)
+        if key not in self._cells:
+            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard, int8_cache)
             cell.set_train(False)
             if runtime.mode() == "graph":
                 vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
@@ -226,6 +271,7 @@ class BlockRunner:
                 cell.set_inputs(
                     Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
                     Tensor(shape=[2, len(rounding)], dtype=ms.float32),
+                    Tensor(shape=[4, self._config.num_key_value_heads * self._config.head_dim], dtype=ms.float32),
                     vector,
                     vector,
                     vector,
@@ -234,8 +280,8 @@ class BlockRunner:
                     vector,
                     Tensor(shape=mask_shape, dtype=mask_dtype),
                 )
-            self._cells[rounding, until] = cell
-        return self._cells[rounding, until]
+            self._cells[key] = cell
+        return self._cells[key]
 
     def _batch_tokens(self) -> int:
         """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""

@@ -44,6 +44,7 @@ SITES: tuple[LinearSite, ...] = (
 )
 INPUT_NAMES: tuple[str, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
 NORMS = ("input_layernorm", "post_attention_layernorm")
+CACHED_SITES = ("self_attn.k_proj", "self_attn.v_proj")  # whose outputs the key and the value cache hold
 
 
 def sites_reading(input_name: str) -> tuple[LinearSite, ...]:

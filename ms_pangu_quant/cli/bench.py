@@ -72,7 +72,10 @@ def bench_command(
         return
     console.print(
         f"this machine: int8 {limits.int8 / 1e9:.0f} and float32 {limits.fp32 / 1e9:.0f} billion operations a second, "
-        f"memory {limits.bandwidth / 1e9:.1f} GB/s; peak memory {size(2**30 * max(row['peak_rss_gib'] for row in rows))}",
+        f"memory {limits.bandwidth / 1e9:.1f} GB/s; peak memory {size(2**30 * max(row['peak_rss_gib'] for row in rows))}; "
+        + ", ".join(
+            f"{name} cache {size(2**20 * mib)}" for name, mib in {r["model"]: r["cache_mib"] for r in rows}.items()
+        ),
         soft_wrap=True,
     )
 

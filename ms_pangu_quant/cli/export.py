@@ -33,7 +33,7 @@ def export_command(
     reader = open_checkpoint(directory)
     if not isinstance(reader, QuantizedReader):
         raise RequestError(f"{directory}: is a float checkpoint; wanted a quantized one (pangu-quant quantize makes it)")
-    facts = facts_of(reader.config, reader.kinds, reader.group_size)
+    facts = facts_of(reader.config, reader.kinds, reader.group_size, reader.int8_cache)
     if not allow_unserved:
         check_served(target.NAME, facts)
     with progress_bars() as progress:

@@ -18,6 +18,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.cli.console import AsJson, Directory, out, size
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.serving import INTEGER, REFUSES, WRONG, facts_of, rows_for
 from ms_pangu_quant.suggestion import did_you_mean
@@ -67,7 +68,7 @@ def inspection(directory: Path) -> dict[str, Any]:
             stored = 8 * sum(
                 entry.nbytes
                 for key, entry in reader.files.entries.items()
-                if key.startswith(f"{name}.") and not key.endswith(".bias")
+                if key.startswith(f"{name}.") and not key.endswith(".bias") and ".kv_cache_" not in key
             )
             error = blocks[index]["weight_error"].get(site.name) if index < len(blocks) else None
             layers.append(
@@ -89,7 +90,23 @@ def inspection(directory: Path) -> dict[str, Any]:
         "bytes_before": report.get("bytes_before"),
         "bits_per_weight": bits / weights,
         "weights": weights,
+        "cache": cache_of(reader),
     }
+
+
+def cache_of(reader: CheckpointReader | QuantizedReader) -> dict[str, Any]:
+    """What keys and values are cached as, the bytes of one token, and whether the grids have zero points."""
+    int8 = isinstance(reader, QuantizedReader) and reader.int8_cache
+    found: dict[str, Any] = {
+        "dtype": "int8" if int8 else "float",
+        "bytes_per_token": kv_cache.bytes_per_token(reader.config, 1 if int8 else 2),
+        "bytes_per_token_bfloat16": kv_cache.bytes_per_token(reader.config, 2),
+    }
+    if int8:
+        grids = [grid for index in range(reader.config.num_hidden_layers) for grid in vars(reader.cache(index)).values()]
+        found["zero_points"] = any(grid.offset.any() for grid in grids)
+        found["scales_per_head"] = max(len(set(row.tolist())) for grid in grids for row in grid.scale)
+    return found
 
 
 def graphs(directory: Path, device: str) -> dict[str, Any]:
@@ -103,7 +120,9 @@ def graphs(directory: Path, device: str) -> dict[str, Any]:
     from ms_pangu_quant.network.graph import device_backend, operator_counts
 
     quantized = isinstance(reader, QuantizedReader)
-    of_network = {"kinds": reader.kinds, "group_size": reader.group_size} if quantized else {}
+    of_network = (
+        {"kinds": reader.kinds, "group_size": reader.group_size, "int8_cache": reader.int8_cache} if quantized else {}
+    )
     phases = {
         phase: [asdict(each) for each in operator_counts(reader.config, device_backend(device), phase=phase, **of_network)]
         for phase in ("prefill", "decode")
@@ -128,7 +147,7 @@ def servability(directory: Path) -> dict[str, Any]:
             "note": row.note,
             "source": row.source,
         }
-        for each in facts_of(reader.config, reader.kinds, reader.group_size)
+        for each in facts_of(reader.config, reader.kinds, reader.group_size, reader.int8_cache)
         for name in FORMATS
         for row in rows_for(name, each)
     ]
@@ -177,6 +196,14 @@ def print_layers(found: dict[str, Any]) -> None:
         out.print(table)
     if found["trained_rows"]:
         out.print(f"MindFormers' training form, taken as: {found['trained_rows']}", soft_wrap=True)
+    cache = found["cache"]
+    if cache["dtype"] == "int8":
+        out.print(
+            f"keys and values cached in int8, {cache['bytes_per_token']:,} bytes a token "
+            f"(bfloat16: {cache['bytes_per_token_bfloat16']:,}); up to {cache['scales_per_head']} scales a head"
+            + (", with zero points" if cache["zero_points"] else ""),
+            soft_wrap=True,
+        )
     before = found["bytes_before"]
     sizes = f"{size(before)} -> {size(found['bytes'])}" if before else size(found["bytes"])
     out.print(

@@ -95,7 +95,9 @@ def quantize_command(
     )
     if not allow_unserved:
         plan = chosen.plan(reader.config)
-        check_served(layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size))
+        check_served(
+            layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size, chosen.kv_cache is not None)
+        )
     if dry_run:
         check_data(reader.config, chosen, data)
         _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)
@@ -154,6 +156,8 @@ def _print_plan(plan: Estimate, recipe: Recipe, data: TokenData | None) -> None:
         table.add_column(heading)
     for names, blocks, kind, bits in plan.groups:
         table.add_row(names, blocks, kind, f"{bits:.2f}")
+    if recipe.kv_cache is not None:
+        table.add_row("keys, values", "all", "int8 cache", "")
     out.print(table)
     if data is not None:
         out.print(

@@ -48,11 +48,11 @@ def environment() -> dict[str, Any]:
 
 
 def precision(reader: CheckpointReader | QuantizedReader) -> str:
-    """The kind of most of its layers, such as W8A8_DYNAMIC, or the dtype of a float checkpoint."""
+    """The kind of most of its layers, such as W8A8_DYNAMIC, and "C8" for an int8 cache; or a float checkpoint's dtype."""
     if isinstance(reader, QuantizedReader):
         kind, count = Counter(reader.kinds.values()).most_common(1)[0]
         group = f" g{reader.group_size}" if reader.group_size and kind.startswith("W4") else ""
-        return kind + group + ("" if count == len(reader.kinds) else " (mixed)")
+        return kind + group + ("" if count == len(reader.kinds) else " (mixed)") + (" C8" if reader.int8_cache else "")
     return Counter(entry.dtype.name for entry in reader.files.entries.values()).most_common(1)[0][0]
 
 

@@ -14,6 +14,8 @@ Everything about scales is the other way round than in the mindformers format. P
                  weight_scale * weight_scale_second [out, groups]; here weight_scale is a power of two, so that the
                  product is exact.
 
+The scales of an int8 key/value cache ("C8") are in kv_cache.py.
+
 The stored layout is the public contract of msModelSlim 26.1 (format "ascendv1", version "1.0.0").
 """
 
@@ -30,7 +32,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import CheckpointError, RequestError
-from ms_pangu_quant.formats import packing
+from ms_pangu_quant.formats import kv_cache, packing
 from ms_pangu_quant.formats.linear import (
     FLOAT,
     QuantizedLinear,
@@ -204,7 +206,7 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
     }
 
 
-def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
+def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> dict[str, Any]:
     """File name -> JSON value. config.json names no quantization: the loaders find it by the description."""
     refuse_online_hadamard(config, NAME)
     description: dict[str, Any] = {
@@ -215,6 +217,9 @@ def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> 
         "optional": {},
     }
     description.update(describe(config, kinds, lambda site, kind: specs(config, site, kind, group_size)))
+    if int8_cache:
+        description[kv_cache.TYPE_KEY] = kv_cache.KIND
+        description.update(kv_cache.described(config))
     description[layout.HEAD] = FLOAT  # a tied head too: vllm-ascend looks it up, and msModelSlim writes it
     return {ASCEND_FILE: description, "config.json": family_config(config)}
 
@@ -224,6 +229,11 @@ _LOWEST_BITS_FIRST = ("W4A8_DYNAMIC", "W8A8", "W8A8_DYNAMIC")
 
 def recognises(directory: Path, config: ModelConfig) -> bool:
     return (directory / ASCEND_FILE).exists() and not config.raw.get("quantization_config")
+
+
+def read_int8_cache(directory: Path, config: ModelConfig) -> bool:
+    value = read_json(directory / ASCEND_FILE).get(kv_cache.TYPE_KEY)
+    return kv_cache.is_int8(value, f"{directory / ASCEND_FILE}: {kv_cache.TYPE_KEY}")
 
 
 def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.linear import (
     FLOAT,
     FLOATS,
@@ -86,9 +86,14 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
     return found
 
 
-def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
+def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> dict[str, Any]:
     """File name -> JSON value. One scheme for all layers is written as "Linear", several by the layers' names."""
     refuse_online_hadamard(config, NAME)
+    if int8_cache:
+        raise RequestError(
+            f"the {NAME} format: its readers have float8 key/value caches with one scale for a tensor or a head, none of "
+            "int8 with one for each channel; use --format mindformers or ascend, or a recipe without kv_cache"
+        )
     names = {kind: [name.removesuffix(".weight") for name, found in kinds.items() if found == kind] for kind in KINDS}
     used = [kind for kind in KINDS if names[kind]]
     groups = {
@@ -137,6 +142,17 @@ def _activations(kind: str) -> dict[str, Any]:
 def recognises(directory: Path, config: ModelConfig) -> bool:
     settings = config.raw.get("quantization_config")
     return isinstance(settings, Mapping) and settings.get("quant_method") == "compressed-tensors"
+
+
+def read_int8_cache(directory: Path, config: ModelConfig) -> bool:
+    """False. Raises CheckpointError for a quantized cache, which would be left out of what is computed."""
+    scheme = config.raw["quantization_config"].get("kv_cache_scheme")
+    if scheme is not None:
+        raise CheckpointError(
+            f"{directory / 'config.json'}: quantization_config.kv_cache_scheme is {scheme!r}; a quantized key/value cache "
+            "is not read from this format"
+        )
+    return False
 
 
 def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:

@@ -15,7 +15,7 @@ from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.formats import mindformers
+from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, QuantizedReader
 
@@ -35,7 +35,7 @@ def export(
     Raises   CheckpointError for a damaged source, RequestError for scales the format's reader cannot hold, OutputError.
     """
     config = reader.config
-    files = stored_as.metadata(config, reader.kinds, reader.group_size)
+    files = stored_as.metadata(config, reader.kinds, reader.group_size, reader.int8_cache)
     fingerprint = {
         "checkpoint": reader.files.sha256(),
         "format": stored_as.NAME,
@@ -64,6 +64,8 @@ def _tensors(
             encoded = stored_as.encode(block, site, linears[site.name])
             _check_narrow(reader, stored_as, f"{prefix}{site.name}", linears[site.name], encoded)
             tensors.update({f"{prefix}{site.name}.{key}": value for key, value in encoded.items()})
+    if reader.int8_cache:
+        tensors.update({name: reader.files.entries[name] for name in kv_cache.names(index)})
     return tensors
 
 

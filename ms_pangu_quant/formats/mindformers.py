@@ -10,6 +10,9 @@ safetensors with Hugging Face names, and config.json whose quantization_config h
   W4A8_DYNAMIC   weight int8 [in, out/2] (two int4 a byte, see packing.pack_along_out), weight_scale float32 [groups, out].
                  MindFormers has this kind for experts only; for dense layers it is this project's linear method.
 
+With an int8 key/value cache, quantization_config says so, and k_proj and v_proj have its scales (kv_cache.py). MindFormers
+has no such cache and passes over them; this project's network uses them.
+
 A checkpoint with an online Hadamard has another quant_method, so that no program that does not know of it computes a wrong
 result from it: only this project's network does.
 
@@ -30,7 +33,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats import packing
+from ms_pangu_quant.formats import kv_cache, packing
 from ms_pangu_quant.formats.linear import (
     FLOATS,
     QuantizedLinear,
@@ -111,16 +114,24 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
     }
 
 
-def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
+def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> dict[str, Any]:
     """File name -> JSON value. config.json always has openPangu's names, since that is the network it is for."""
-    settings = {"quant_method": _METHODS[config.online_hadamard], "group_size": group_size}
+    settings: dict[str, Any] = {"quant_method": _METHODS[config.online_hadamard], "group_size": group_size}
     description = describe(config, kinds, lambda site, kind: specs(config, site, kind, group_size))
+    if int8_cache:
+        settings[kv_cache.TYPE_KEY] = kv_cache.KIND
+        description.update(kv_cache.described(config))
     return {QUANTIZATION_FILE: description, "config.json": {**pangu_config(config), "quantization_config": settings}}
 
 
 def recognises(directory: Path, config: ModelConfig) -> bool:
     settings = config.raw.get("quantization_config")
     return isinstance(settings, Mapping) and settings.get("quant_method") in _METHODS.values()
+
+
+def read_int8_cache(directory: Path, config: ModelConfig) -> bool:
+    where = f"{directory / 'config.json'}: quantization_config.{kv_cache.TYPE_KEY}"
+    return kv_cache.is_int8(config.raw["quantization_config"].get(kv_cache.TYPE_KEY), where)
 
 
 def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:

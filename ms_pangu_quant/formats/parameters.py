@@ -13,6 +13,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.formats import mindformers, packing
 from ms_pangu_quant.formats.linear import QuantizedLinear
+from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 
 class ArraySlice:
@@ -34,6 +35,11 @@ def runtime_tensors(block: Block, site: layout.LinearSite, linear: QuantizedLine
         return {"weight": packing.pack_offset_along_in(linear.weight.codes), "group_scale": linear.weight.scale}
     stored = mindformers.encode(block, site, linear)
     return {key: value.astype(np.float32) if value.dtype == ml_dtypes.bfloat16 else value for key, value in stored.items()}
+
+
+def cache_tensor(prefix: str, cache: QuantizedCache) -> tuple[str, ArraySlice]:
+    """(name, array) of a block's cache grids for network.load_tensors."""
+    return f"{prefix}self_attn.core_attention.cache_grid", ArraySlice(cache.rows())
 
 
 def network_tensors(prefix: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, Any]]:

@@ -13,8 +13,9 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, is_quantized
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats import ascend, compressed_tensors, mindformers
+from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
 from ms_pangu_quant.formats.linear import FLOAT, KINDS, QuantizedLinear, TensorSpec
+from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 
 class Format(Protocol):
@@ -33,13 +34,21 @@ class Format(Protocol):
     def specs(self, config: ModelConfig, site: layout.LinearSite, kind: str, group_size: int) -> dict[str, TensorSpec]:
         """Shapes and dtypes of what encode produces."""
 
-    def metadata(self, config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> dict[str, Any]:
-        """JSON files of the directory, config.json among them; kinds: weight name -> kind or FLOAT."""
+    def metadata(
+        self, config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False
+    ) -> dict[str, Any]:
+        """JSON files of the directory, config.json among them; kinds: weight name -> kind or FLOAT.
+
+        Raises RequestError for what the format cannot say.
+        """
 
     def recognises(self, directory: Path, config: ModelConfig) -> bool: ...
 
     def read_metadata(self, directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:
         """(weight name -> kind, group size), the inverse of metadata."""
+
+    def read_int8_cache(self, directory: Path, config: ModelConfig) -> bool:
+        """Whether the directory has the scales of an int8 key/value cache."""
 
 
 FORMATS: dict[str, Format] = {each.NAME: each for each in (mindformers, ascend, compressed_tensors)}
@@ -60,7 +69,8 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
 class QuantizedReader:
     """A quantized directory whose every tensor has been found, with the shape and dtype its description implies.
 
-    kinds  "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT"
+    kinds       "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT"
+    int8_cache  its keys and values are cached in int8.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -75,9 +85,12 @@ class QuantizedReader:
                     f"{directory}: the description: {name} is {kind!r}, wanted one of {', '.join((*KINDS, FLOAT))}"
                 )
         self.kinds: dict[str, str] = kinds
+        self.int8_cache = self.format.read_int8_cache(directory, self.config)
         self.files = TensorFiles(directory)
         floats = float_shapes(self.config, self.kinds)
         quantized = quantized_specs(self.format, self.config, self.kinds, self.group_size)
+        if self.int8_cache:
+            quantized.update(kv_cache.specs(self.config))
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
         self.files.check(floats, optional=[*optional, *quantized])
         for name, spec in quantized.items():
@@ -96,6 +109,10 @@ class QuantizedReader:
 
     def block(self, index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
         return read_block(self.format, self.files, self.config, self.kinds, self.group_size, index)
+
+    def cache(self, index: int) -> QuantizedCache | None:
+        """The grids of a block's int8 cache, None for a float one."""
+        return kv_cache.read_cache(self.files, self.config, index) if self.int8_cache else None
 
 
 def _words(spec: TensorSpec) -> str:

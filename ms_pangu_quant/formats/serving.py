@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.linear import FLOAT, KINDS
 
 INTEGER = "integer GEMM"
@@ -20,17 +21,20 @@ DEQUANTIZED = "float GEMM on dequantized weights"
 REFUSES = "does not load it"
 WRONG = "loads it wrongly"
 UNKNOWN = "not known"
-SERVED = (INTEGER, MEMORY)
+INT8_CACHE = "int8 cache"
+FLOAT_CACHE = "float cache"
+SERVED = (INTEGER, MEMORY, INT8_CACHE)
 
 _W8 = ("W8A8", "W8A8_DYNAMIC")
 _W4 = ("W4A8_DYNAMIC",)
+_C8 = (kv_cache.KIND,)
 _MF = "mindformers/parallel_core/inference/quantization/golden_stick"
 _VA = "vllm_ascend/quantization"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a row's condition asks of the layers of one kind.
+    """What a row's condition asks of the layers of one kind; the kind of an int8 key/value cache is kv_cache.KIND.
 
     group_size 0 is per channel; biased: any has a bias; online_hadamard: as in ModelConfig.
     """
@@ -155,10 +159,45 @@ ROWS: tuple[Row, ...] = (
         "compressed-tensors", KINDS, "transformers", "4.57", DEQUANTIZED, "the library decompresses when it loads",
         "transformers/quantizers/quantizer_compressed_tensors.py",
     ),
+    Row(
+        "mindformers", _C8, "ms_pangu_quant (CPU)", "this", INT8_CACHE, "prefill attends to the codes too",
+        "backends/cpu.py",
+    ),
+    Row(
+        "mindformers", _C8, "ms_pangu_quant (Ascend)", "this", INT8_CACHE,
+        "QuantV2, then PagedAttention with antiquant scales; prefill attends to floats; never run on an NPU, see "
+        "docs/kv_cache.md", "backends/ascend.py",
+    ),
+    Row(
+        "mindformers", _C8, "MindFormers", "1.8 - 2.1", FLOAT_CACHE, "has no int8 cache and passes over the scales",
+        "mindformers/parallel_core/inference/base_models/gpt/gpt_model.py, load_weights()",
+    ),
+    Row(
+        "mindformers", _C8, "vLLM-MindSpore", "0.5.1", FLOAT_CACHE,
+        "allocates the cache itself, in the network's dtype; the scales are passed over", "ms_pangu_quant/serving.py",
+    ),
+    Row(
+        "ascend", _C8, "vllm-ascend", "main of 2026-09", INT8_CACHE,
+        "from kv_cache_type C8; zero points must be 0 where it keeps the cache in NZ; that its openPangu model loads the "
+        "scales was not checked", f"{_VA}/modelslim_config.py, methods/kv_c8.py",
+    ),
+    Row(
+        "ascend", _C8, "MindFormers", "1.8 - 2.1", FLOAT_CACHE, "has no int8 cache and passes over the scales",
+        "mindformers/parallel_core/inference/base_models/gpt/gpt_model.py, load_weights()",
+    ),
+    Row(
+        "ascend", _C8, "MindIE", "-", UNKNOWN,
+        "documents C8 with W8A8 for float16 LLaMA3.1 and Qwen2; its source is not public", "MindIE LLM, KV Cache int8",
+    ),
+    Row(
+        "compressed-tensors", _C8, "vLLM", "after 0.11.0", REFUSES,
+        "float8 caches with a scale for a tensor or a head only, so the format is refused",
+        "docs/features/quantization/quantized_kvcache.md",
+    ),
 )  # fmt: skip
 
 
-def facts_of(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> tuple[Facts, ...]:
+def facts_of(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> tuple[Facts, ...]:
     """One for each kind that occurs; kinds: weight name -> kind."""
     found = []
     for kind in KINDS:
@@ -167,6 +206,8 @@ def facts_of(config: ModelConfig, kinds: Mapping[str, str], group_size: int) -> 
             biased = any(layout.has_bias(config, site) for site in sites)
             size = group_size if kind == "W4A8_DYNAMIC" else 0
             found.append(Facts(kind, size, biased, config.online_hadamard))
+    if int8_cache:
+        found.append(Facts(kv_cache.KIND, 0, False, config.online_hadamard))
     return tuple(found)
 
 
@@ -194,7 +235,8 @@ def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
         formats = sorted({row.format for row in ROWS})
         others = [name for name in formats if any(row.verdict in SERVED for row in rows_for(name, each))]
         reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows)
-        scheme = f"{each.kind} in groups of {each.group_size}" if each.group_size else each.kind
+        scheme = "an int8 key/value cache" if each.kind == kv_cache.KIND else each.kind
+        scheme = f"{each.kind} in groups of {each.group_size}" if each.group_size else scheme
         what = f"{scheme}{' with biases' if each.biased else ''} in the {stored_as} format"
         raise RequestError(
             f"{what}: no program computes it ({reasons}); use --format {' or '.join(others)}, or --allow-unserved to write "

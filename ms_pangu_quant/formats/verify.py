@@ -15,6 +15,7 @@ from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, hash_file
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.against import Law, check_block, law_of
 from ms_pangu_quant.formats.linear import FLOAT, FLOATS, KINDS, QuantizedLinear, TensorSpec
 from ms_pangu_quant.formats.reader import (
@@ -44,12 +45,14 @@ class _Directory:
     format: Format
     kinds: Mapping[str, str]
     group_size: int
+    int8_cache: bool
     files: TensorFiles
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         floats = {name: TensorSpec(shape, FLOATS) for name, shape in float_shapes(self.config, self.kinds).items()}
-        return {**floats, **quantized_specs(self.format, self.config, self.kinds, self.group_size)}
+        quantized = quantized_specs(self.format, self.config, self.kinds, self.group_size)
+        return {**floats, **quantized, **(kv_cache.specs(self.config) if self.int8_cache else {})}
 
 
 def verify(
@@ -101,7 +104,8 @@ def _open(directory: Path) -> _Directory:
     for name, kind in kinds.items():
         if kind not in (*KINDS, FLOAT):
             raise CheckpointError(f"{directory}: the description: {name} is {kind!r}, wanted {', '.join(KINDS)} or {FLOAT}")
-    return _Directory(directory, config, chosen, kinds, group_size, TensorFiles(directory))
+    int8_cache = chosen.read_int8_cache(directory, config)
+    return _Directory(directory, config, chosen, kinds, group_size, int8_cache, TensorFiles(directory))
 
 
 def _hash_faults(directory: Path) -> Iterator[str]:
@@ -145,6 +149,8 @@ def _description_faults(opened: _Directory) -> Iterator[str]:
     for name in opened.files.entries:
         layer = f"{name.rpartition('.')[0]}.weight"
         kind = FLOAT if name.endswith(".bias") else opened.kinds.get(layer, FLOAT)
+        if ".kv_cache_" in name:
+            kind = kv_cache.KIND
         if description.get(name) != kind:
             yield f"{found[0].name}: {name} is {description.get(name)!r}, but it is stored as {kind}"
     for name in description:
@@ -191,13 +197,19 @@ def _read_block(
     linears = {}
     for site in layout.SITES:
         name = f"{prefix}{site.name}"
-        if opened.kinds[f"{name}.weight"] == FLOAT or not all(sound(key) for key in specs if key.startswith(f"{name}.")):
+        mine = [key for key in specs if key.startswith(f"{name}.") and ".kv_cache_" not in key]
+        if opened.kinds[f"{name}.weight"] == FLOAT or not all(map(sound, mine)):
             continue
         faults += _scale_faults(opened, specs, name)
         try:
             linears[site.name] = read_linear(
                 opened.format, opened.files, block, prefix, site, opened.kinds, opened.group_size
             )
+        except CheckpointError as error:
+            faults.append(str(error))
+    if opened.int8_cache and all(sound(name) for name in kv_cache.names(index)):
+        try:
+            kv_cache.read_cache(opened.files, opened.config, index)
         except CheckpointError as error:
             faults.append(str(error))
     try:
@@ -209,7 +221,8 @@ def _read_block(
 
 def _scale_faults(opened: _Directory, specs: Mapping[str, TensorSpec], name: str) -> Iterator[str]:
     for key in specs:
-        if key.startswith(f"{name}.") and key.endswith(("_scale", "scale_second")) and key in opened.files.entries:
+        mine = key.startswith(f"{name}.") and ".kv_cache_" not in key
+        if mine and key.endswith(("_scale", "scale_second")) and key in opened.files.entries:
             value: Any = opened.files.entries[key].read()
             if value.dtype == np.int64:  # float32 bits
                 value = value.astype(np.int32).view(np.float32)

@@ -88,8 +88,9 @@ def _final_states(
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(inputs)), [len(sequence) for sequence in inputs])
     runner = BlockRunner(reader.config, hidden.lengths)
     for index in range(reader.config.num_hidden_layers):
-        block, linears = reader.block(index) if isinstance(reader, QuantizedReader) else (reader.block(index), {})
-        hidden = runner.advance(block, linears, hidden)
+        quantized = isinstance(reader, QuantizedReader)
+        block, linears = reader.block(index) if quantized else (reader.block(index), {})
+        hidden = runner.advance(block, linears, hidden, cache=reader.cache(index) if quantized else None)
         on_block()
     return final_norm(reader, hidden.states)
 

@@ -92,14 +92,16 @@ class Model:
             num_blocks=self._num_blocks,
             block_size=BLOCK_SIZE,
             w4a8=w4a8,
+            int8_cache=quantized and reader.int8_cache,
         )
-        self.network.load_tensors(served_tensors(reader, self.network.backend))
-        self._caches = self.network.backend.new_caches(
+        self.network.load_tensors(served_tensors(reader, self.network.backend, int8_cache=self.network.int8_cache))
+        self.caches = self.network.backend.new_caches(
             self.config.num_hidden_layers,
             self._num_blocks,
             BLOCK_SIZE,
             cache_heads(self.config, self._cut),
             self.config.head_dim,
+            int8_cache=self.network.int8_cache,
         )
         if runtime.mode() == "graph":
             self.network.set_dynamic_inputs()
@@ -201,7 +203,7 @@ class Model:
         inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
         try:
-            out = self.network(ids, *inputs.values(), *(self._caches or ())).asnumpy()
+            out = self.network(ids, *inputs.values(), *(self.caches or ())).asnumpy()
         except RuntimeError as error:
             if self._cut > 1 and any(name in str(error) for name in ("AllReduce", "AllGather")):
                 raise RankLostError(f"the ranks that hold the model did not meet: {str(error).splitlines()[0]}") from None

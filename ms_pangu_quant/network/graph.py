@@ -10,6 +10,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,22 @@ def exported_operators(
     network.process_weights_after_loading(network.model)
     network.set_phase(phase)
     network.set_dynamic_inputs()
-    with tempfile.TemporaryDirectory(prefix="pangu-quant-") as folder, runtime.quiet():
+    with tempfile.TemporaryDirectory(prefix="pangu-quant-") as folder, runtime.quiet(), _compiled_for(backend):
         ms.export(network, *network.get_inputs(), file_name=f"{folder}/graph", file_format="MINDIR")
         return read_mindir(Path(folder) / "graph.mindir")
+
+
+@contextmanager
+def _compiled_for(backend: Backend) -> Iterator[None]:
+    """Under the settings of the backend's device, where this process runs on another."""
+    if backend is current_backend():
+        yield
+        return
+    ms.set_context(jit_config=runtime.JIT_CONFIG["ascend"])
+    try:
+        yield
+    finally:
+        ms.set_context(jit_config={"infer_boost": "off", **runtime.JIT_CONFIG["cpu"]})
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, mutable, nn
 
 from ms_pangu_quant.backends import Backend, current_backend
-from ms_pangu_quant.backends.cut import let_ranks_meet
+from ms_pangu_quant.backends.cut import let_ranks_meet, set_cache_loaders
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, ModelConfig
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import open_checkpoint
@@ -43,6 +43,7 @@ WEIGHT_MAPPING = [
     (".mlp.up_proj.", ".mlp.hidden."),
     (".mlp.down_proj.", ".mlp.linear_fc2."),
     (".post_attention_layernorm.", ".pre_mlp_layernorm."),
+    (".self_attn.core_attention.", ".self_attention.core_attention."),
     ("model.norm.", "decoder.final_layernorm."),
     ("lm_head.", "output_layer."),
     ("model.layers.", "decoder.layers."),
@@ -126,7 +127,13 @@ class PanguPreTrainedModel(PreTrainedModel, ModelMixin):
 
 
 def layer_spec(
-    transformer_config: Any, backend: Backend, num_blocks: int, block_size: int, *, final_norm: bool
+    transformer_config: Any,
+    backend: Backend,
+    num_blocks: int,
+    block_size: int,
+    *,
+    final_norm: bool,
+    int8_cache: bool = False,
 ) -> TransformerBlockSubmodules:
     """MindFormers' decoder layers with the backend's cells in place of its own."""
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
@@ -136,7 +143,9 @@ def layer_spec(
         spec.module = backend.layer
     if backend.mlp is not None:
         spec.submodules.mlp.module = backend.mlp
-    spec.submodules.self_attention.submodules.core_attention = backend.core_attention(num_blocks, block_size)
+    spec.submodules.self_attention.submodules.core_attention = backend.core_attention(
+        num_blocks=num_blocks, block_size=block_size, int8_cache=int8_cache
+    )
     return TransformerBlockSubmodules(
         layer_specs=[spec] * transformer_config.num_layers, layer_norm=backend.norm if final_norm else None
     )
@@ -149,6 +158,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
     quant_config  overrides what MindFormers would read from config.pretrained_model_dir.
     whole         False builds the decoder layers alone, without embedding and head.
     backend       whose cells to use; the process's own device's if not given.
+    int8_cache    keys and values are cached in int8; their grids are loaded with the weights.
     """
 
     def __init__(
@@ -157,10 +167,12 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         quant_config: PanguQuantConfig | None = None,
         whole: bool = True,
         backend: Backend | None = None,
+        int8_cache: bool = False,
     ):
         super().__init__(config, auto_prefix=False)
         self.config = config
         self.backend = backend or current_backend()
+        self.int8_cache = int8_cache
         transformer_config = self.convert_to_transformer_config(config)
         transformer_config.position_embedding_type = self.backend.rope_name  # the config class knows MindFormers' only
         transformer_config.post_process = whole  # takes precedence over GPTModel's argument
@@ -174,7 +186,12 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.model = self.backend.gpt_model(
             config=transformer_config,
             transformer_layer_spec=layer_spec(
-                transformer_config, self.backend, config.num_blocks, config.block_size, final_norm=whole
+                transformer_config,
+                self.backend,
+                config.num_blocks,
+                config.block_size,
+                final_norm=whole,
+                int8_cache=int8_cache,
             ),
             vocab_size=transformer_config.vocab_size,
             max_sequence_length=transformer_config.max_position_embeddings,
@@ -185,6 +202,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             quant_config=quant_config,
         )
         let_ranks_meet(self.model)
+        set_cache_loaders(self.model)
 
     def construct(
         self,
@@ -235,9 +253,9 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         """One graph for every number of tokens, sequences and cache blocks."""
         tokens, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
         mask_shape, mask_dtype = self.backend.dynamic_mask
-        caches = self.backend.new_caches(0, 1, 1, 1, 1)
+        caches = self.backend.new_caches(0, 1, 1, 1, 1, int8_cache=self.int8_cache)
         if caches is not None:
-            cache = Tensor(shape=[None, None, None, None], dtype=self.compute_dtype)
+            cache = Tensor(shape=[None, None, None, None], dtype=ms.int8 if self.int8_cache else self.compute_dtype)
             caches = tuple(mutable([cache] * self.config.num_hidden_layers) for _ in range(2))
         self.set_inputs(
             tokens,
@@ -261,7 +279,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         if weights_path is None:
             super().load_weights(weights_path, weights)
         else:
-            self.load_tensors(served_tensors(open_checkpoint(Path(weights_path)), self.backend))
+            self.load_tensors(served_tensors(open_checkpoint(Path(weights_path)), self.backend, int8_cache=self.int8_cache))
 
     def load_tensors(self, tensors: Iterable[tuple[str, Any]]) -> None:
         """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them.
@@ -281,6 +299,12 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             raise CheckpointError(f"the network's parameters {', '.join(sorted(missing)[:3])} are not in the checkpoint")
         self.process_weights_after_loading(self.model)
 
+    def process_weights_after_loading(self, root: nn.Cell, name_prefix: str = "model"):
+        """MindFormers' walk over all cells; it knows of layers with weights alone."""
+        if hasattr(root, "process_grid_after_loading"):
+            root.process_grid_after_loading()
+        return super().process_weights_after_loading(root, name_prefix)
+
 
 def build_network(
     config: ModelConfig,
@@ -293,6 +317,7 @@ def build_network(
     whole: bool = True,
     w4a8: str = "auto",
     backend: Backend | None = None,
+    int8_cache: bool = False,
 ) -> PanguEmbeddedForCausalLM:
     """The network of a checkpoint, parameters not loaded yet.
 
@@ -302,6 +327,7 @@ def build_network(
     layers      build only the first so many decoder layers.
     w4a8        how an Ascend device computes int4 weights: auto, grouped or weight_only; see backends/ascend.py.
     backend     whose cells to use; another device's than the process's builds a graph to look at, not to run.
+    int8_cache  keys and values are cached in int8.
     """
     backend = backend or current_backend()
     mf_config = PanguEmbeddedConfig(
@@ -336,6 +362,6 @@ def build_network(
             },
             backend.linear_methods,
         )
-    network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole, backend)
+    network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole, backend, int8_cache)
     network.set_train(False)
     return network

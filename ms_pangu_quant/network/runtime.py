@@ -32,6 +32,10 @@ _verbose = False
 _folder: str | None = None  # of the frameworks' logs
 
 
+# As MindFormers sets it for prediction; without infer_boost PagedAttention takes no int8 cache.
+JIT_CONFIG = {"cpu": {"jit_level": "O0"}, "ascend": {"jit_level": "O0", "infer_boost": "on"}}
+
+
 def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, tensor_parallel: int = 1) -> None:
     """Prepare this process for `device` in `mode`; one that msrun has started joins its job.
 
@@ -68,7 +72,7 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
             ms.set_device("CPU" if device == "cpu" else "Ascend")
         except (RuntimeError, ValueError) as error:
             raise BackendError(f"device {device!r} is not available on this machine: {_first_line(error)}") from None
-        ms.set_context(jit_config={"jit_level": "O0"})
+        ms.set_context(jit_config=JIT_CONFIG[device])
         if _folder is not None:
             ms.set_context(save_graphs_path=_folder)  # a graph that does not compile is written to ./rank_0
         from mindformers.core.context.build_context import build_mf_context

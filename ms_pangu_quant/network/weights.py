@@ -20,13 +20,18 @@ from ms_pangu_quant.checkpoint.files import TensorEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.linear import FLOAT
-from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
+from ms_pangu_quant.formats.parameters import ArraySlice, cache_tensor, network_tensors
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.network import runtime
 
 
-def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend) -> Iterator[tuple[str, ArraySlice]]:
-    """Every tensor the network of `backend` wants, a block in memory at a time."""
+def served_tensors(
+    reader: CheckpointReader | QuantizedReader, backend: Backend, *, int8_cache: bool = False
+) -> Iterator[tuple[str, ArraySlice]]:
+    """Every tensor the network of `backend` wants, a block in memory at a time.
+
+    int8_cache  the network has one, so the grids that the directory has are among them.
+    """
     tied = reader.config.tie_word_embeddings
     for name in layout.outer_shapes(reader.config):
         entry = reader.files.entries[name]
@@ -39,6 +44,9 @@ def served_tensors(reader: CheckpointReader | QuantizedReader, backend: Backend)
             yield name, ArraySlice(reader.files.read_float32(name))
     kernels = library() if backend.bfloat16_tables else None
     for index in range(reader.config.num_hidden_layers):
+        cache = reader.cache(index) if int8_cache and isinstance(reader, QuantizedReader) else None
+        if cache is not None:
+            yield cache_tensor(layout.block_prefix(index), cache)
         if not isinstance(reader, QuantizedReader):
             yield from network_tensors(layout.block_prefix(index), reader.block(index), {})
         elif kernels is not None and reader.format is mindformers and _kinds(reader, index) <= {FLOAT, "W4A8_DYNAMIC"}:

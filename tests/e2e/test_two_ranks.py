@@ -48,6 +48,7 @@ layers:
   model.layers.1.self_attn.o_proj: float
 transforms: [smooth]
 rounding: gptq
+kv_cache: int8
 """
 
 
@@ -107,6 +108,10 @@ def test_two_ranks_calibrate_and_round_as_one(folder):
             assert linears2[name].input_scale == linear.input_scale
         for name, value in block.tensors.items():
             np.testing.assert_allclose(block2.tensors[name], value, rtol=1e-5, atol=1e-6)
+        caches = one.cache(index), two.cache(index)
+        for grid, grid2 in zip(vars(caches[0]).values(), vars(caches[1]).values(), strict=True):
+            np.testing.assert_allclose(grid2.scale, grid.scale, rtol=2.0**-7)  # a step of bfloat16
+            assert np.mean(grid2.scale != grid.scale) < 0.05
     assert different * 1000 <= total
     assert total == SHAPE["num_hidden_layers"] * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192) - 64 * 64
 

@@ -9,6 +9,7 @@ import pytest
 
 from ms_pangu_quant.backends.cpu_kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.formats import packing
+from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
 
 BEST = library()
 if BEST is None:
@@ -264,13 +265,16 @@ def softmax_attention(query, keys, values, position, scale):
 
 
 class Cache:
-    """Sequences in shuffled blocks of a cache whose free slots hold NaN, as an earlier request may have left them."""
+    """Sequences in shuffled blocks of a cache whose free slots hold NaN, as an earlier request may have left them; of an
+    int8 cache, given its grids, the last code."""
 
-    def __init__(self, functions, kv_heads, dim, block_size, blocks=32):
+    def __init__(self, functions, kv_heads, dim, block_size, blocks=32, grid=None):
         width = -(-dim // 16) * 16
         self.functions, self.dim, self.block_size, self.kv_heads = functions, dim, block_size, kv_heads
-        self.keys = np.full((blocks, kv_heads, dim, block_size), np.nan, F32)
-        self.values = np.full((blocks, kv_heads, block_size, width), np.nan, F32)
+        self.grid = np.zeros(1, F32) if grid is None else grid.rows()
+        free, dtype = (np.nan, F32) if grid is None else (127, np.int8)
+        self.keys = np.full((blocks, kv_heads, dim, block_size), free, dtype)
+        self.values = np.full((blocks, kv_heads, block_size, width), free, dtype)
 
     def attend(self, pieces, tables, contexts):
         """pieces: (query, key, value) of each sequence's new tokens, [new, heads, dim]."""
@@ -282,13 +286,24 @@ class Cache:
         ]
         packed = [np.concatenate([piece[i].reshape(len(piece[i]), -1) for piece in pieces]) for i in range(3)]
         integers = [np.array(x, np.int32) for x in (slots, tables, np.add(contexts, lengths), lengths)]
-        inputs = [*packed, self.keys, self.values, *integers, np.array([0.3], F32)]
+        inputs = [*packed, self.keys, self.values, *integers, np.array([0.3], F32), self.grid]
         out = call(self.functions, "PanguAttention", inputs, packed[0].shape)
         return np.split(out.reshape(len(out), -1, self.dim), np.cumsum(lengths)[:-1])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "block"), [(4, 4, 64, 16), (6, 2, 24, 32), (8, 1, 100, 16)])
-def test_attention_is_softmax_in_prefill_in_pieces_and_in_batched_decode(heads, kv_heads, dim, block, kernels):
+SIZES = pytest.mark.parametrize(("heads", "kv_heads", "dim", "block"), [(4, 4, 64, 16), (6, 2, 24, 32), (8, 1, 100, 16)])
+
+
+def grid_of(rng, kv_heads, dim, *, symmetric):
+    """Grids of about what normal numbers take, every channel's its own."""
+    ends = rng.uniform(1, 5, (4, kv_heads, dim)).astype(F32)
+    return QuantizedCache(*(grid_of_range(-ends[i], ends[i + 1], symmetric=symmetric) for i in (0, 2)))
+
+
+@SIZES
+@pytest.mark.parametrize("cache", ["float", "int8", "int8 with zero points"])
+def test_attention_is_softmax_in_prefill_in_pieces_and_in_batched_decode(heads, kv_heads, dim, block, cache, kernels):
+    """Of an int8 cache: over what the definition of its grid says the numbers become, the new tokens' too."""
     rng = np.random.default_rng(dim)
     lengths = [1, 150, 140]
     needed = [-(-(length + 1) // block) for length in lengths]
@@ -296,20 +311,23 @@ def test_attention_is_softmax_in_prefill_in_pieces_and_in_batched_decode(heads, 
     tables = [[order.pop() for _ in range(count)] for count in needed]
     tables = [table + [0] * (max(needed) - len(table)) for table in tables]  # padding is never read
     whole = [[rng.normal(size=(n + 1, count, dim)).astype(F32) for count in (heads, kv_heads, kv_heads)] for n in lengths]
+    grid = None if cache == "float" else grid_of(rng, kv_heads, dim, symmetric=cache == "int8")
+
+    def held(x, one):
+        return (x if grid is None else one.values(one.codes(x))).astype(np.float64)
+
+    key, value = (None, None) if grid is None else (grid.key, grid.value)
     wanted = [
-        [
-            softmax_attention(q[p].astype(np.float64), k.astype(np.float64), v.astype(np.float64), p, 0.3)
-            for p in range(len(q))
-        ]
+        [softmax_attention(q[p].astype(np.float64), held(k, key), held(v, value), p, 0.3) for p in range(len(q))]
         for q, k, v in whole
     ]
-    cache = Cache(kernels, kv_heads, dim, block)
-    prefill = cache.attend([[x[:-1] for x in parts] for parts in whole], tables, [0, 0, 0])
-    decode = cache.attend([[x[-1:] for x in parts] for parts in whole], tables, lengths)
+    together = Cache(kernels, kv_heads, dim, block, grid=grid)
+    prefill = together.attend([[x[:-1] for x in parts] for parts in whole], tables, [0, 0, 0])
+    decode = together.attend([[x[-1:] for x in parts] for parts in whole], tables, lengths)
     for index in range(3):
         assert np.abs(prefill[index] - wanted[index][:-1]).max() < 1e-5
         assert np.abs(decode[index][0] - wanted[index][-1]).max() < 1e-5
-    again = Cache(kernels, kv_heads, dim, block)
+    again = Cache(kernels, kv_heads, dim, block, grid=grid)
     pieces, parts = [], whole[1]
     for start in range(0, lengths[1], 40):
         end = min(start + 40, lengths[1])
@@ -318,9 +336,30 @@ def test_attention_is_softmax_in_prefill_in_pieces_and_in_batched_decode(heads, 
     assert np.array_equal(again.attend([[x[-1:] for x in parts]], tables[1:2], lengths[1:2])[0], decode[1])
 
 
+@SIZES
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_int8_cache_holds_the_codes_of_the_definition(heads, kv_heads, dim, block, symmetric, kernels):
+    rng = np.random.default_rng(block)
+    grid = grid_of(rng, kv_heads, dim, symmetric=symmetric)
+    count = 3 * block
+    query, key, value = (rng.normal(size=(count, n, dim)).astype(F32) * 3 for n in (heads, kv_heads, kv_heads))
+    ties = grid.key.values(grid.key.codes(key[:block])) + grid.key.scale / 2  # exact: a scale is a bfloat16 value
+    key[:block], key[-1, 0, :3], value[-1, 0, :3] = ties, (1e30, np.inf, -np.inf), (-1e30, np.nan, 0)
+    cache, table = Cache(kernels, kv_heads, dim, block, grid=grid), [5, 0, 9]
+    cache.attend([[query, key, value]], [table], [0])
+    keys = cache.keys[table].transpose(0, 3, 1, 2).reshape(count, kv_heads, dim)
+    values = cache.values[table].transpose(0, 2, 1, 3).reshape(count, kv_heads, -1)[:, :, :dim]
+    assert np.array_equal(keys, grid.key.codes(key))
+    value[-1, 0, 1] = -1e30  # a NaN has no code: it gets the least
+    assert np.array_equal(values, grid.value.codes(value))
+    untouched = [i for i in range(len(cache.keys)) if i not in table]
+    assert (cache.keys[untouched] == 127).all()
+    assert (cache.values[untouched] == 127).all()
+
+
 def test_attention_refuses_lengths_that_do_not_fit_the_cache(kernels):
     one, cache = np.ones((1, 16), F32), np.ones((1, 1, 16, 16), F32)
     for valid, new in ((17, 1), (1, 2), (0, 1), (1, 0)):
         integers = [np.array(x, np.int32) for x in ([0], [[0]], [valid], [new])]
         with pytest.raises(AssertionError):
-            call(kernels, "PanguAttention", [one, one, one, cache, cache, *integers, one[0, :1]], (1, 16))
+            call(kernels, "PanguAttention", [one, one, one, cache, cache, *integers, one[0, :1], one[0, :1]], (1, 16))

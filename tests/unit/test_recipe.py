@@ -8,6 +8,7 @@ import yaml
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe import CalibrationSettings, find_recipe, load_recipe
 from ms_pangu_quant.scheme import PRESETS
@@ -15,6 +16,7 @@ from ms_pangu_quant.transforms.smooth import SmoothQuant
 
 PAPER = ["paper_w4a8", "paper_w4a8_hadamard", "paper_w4a8_smooth", "paper_w8a8"]
 OURS = [
+    "kv8",
     "w4a8",
     "w4a8_g128",
     "w4a8_g128_rotated",
@@ -22,6 +24,7 @@ OURS = [
     "w4a8_g256",
     "w4a8_rtn",
     "w8a8",
+    "w8a8_kv8",
     "w8a8_rtn",
     "w8a8_static",
 ]
@@ -38,6 +41,7 @@ weight_range: full
 transforms:
   - smooth: {alpha: 0.8, inputs: [mlp_input, mlp_hidden]}
 rounding: rtn
+kv_cache: {int8: {keys: head, symmetric: false, method: mse}}
 calibration: {samples: 7, max_length: 33, seed: 5}
 """
 
@@ -85,7 +89,9 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
     plan = loaded.plan(config)
     blocks = range(config.num_hidden_layers)
     assert set(plan.schemes) == {(index, site.name) for index in blocks for site in layout.SITES}
-    wanted = "W4A8_DYNAMIC" if "w4a8" in name else "W8A8" if name == "w8a8_static" else "W8A8_DYNAMIC"
+    other = {"w8a8_static": "W8A8", "kv8": "FLOAT"}
+    wanted = "W4A8_DYNAMIC" if "w4a8" in name else other.get(name, "W8A8_DYNAMIC")
+    assert (loaded.kv_cache is not None) == ("kv8" in name)
     assert set(kinds(plan).values()) == {wanted}
     assert plan.group_size == next((size for size in (128, 256) if f"g{size}" in name), 0)
     assert loaded.why
@@ -108,6 +114,7 @@ def test_every_key_arrives_where_it_belongs(recipe, models):
     assert made.full_range
     assert made.transforms == (SmoothQuant(0.8, ["mlp_input", "mlp_hidden"]),)
     assert made.quantizer == RoundToNearest()
+    assert made.kv_cache == Int8Cache(keys="head", symmetric=False, method="mse")
     assert made.calibration == CalibrationSettings(7, 33, 5)
     assert made.where.endswith("mine.yaml")
     found = kinds(plan := made.plan(models["1b"]))
@@ -329,6 +336,7 @@ def test_the_digest_changes_with_anything_else(recipe):
         ("33", "34"),
         ("seed: 5", "seed: 6"),
         ("rounding: rtn", ""),
+        ("keys: head, ", ""),
     ]
     digests = [recipe(EVERYTHING.replace(old, new, 1)).digest for old, new in changes]
     assert all(EVERYTHING.count(old) for old, _ in changes)
@@ -396,3 +404,27 @@ def test_an_input_that_is_mixed_when_the_model_is_run_is_not_smoothed(recipe):
     with pytest.raises(RecipeError, match=r"rotate\.online mixes the channels of mlp_hidden.*in smooth_search\.inputs"):
         recipe(rotated)
     assert recipe(f"{rotated}: {{inputs: [attention_input, attention_output, mlp_input]}}").transforms
+
+
+def test_a_cache_is_float_unless_the_recipe_says_otherwise_and_an_int8_one_needs_data(recipe):
+    assert recipe("scheme: w8a8").kv_cache is None
+    assert recipe("scheme: w8a8\nkv_cache: float").kv_cache is None
+    alone = recipe("scheme: float\nkv_cache: int8")
+    assert alone.kv_cache == Int8Cache()
+    assert alone.needs_calibration
+    assert not recipe("scheme: float").needs_calibration
+    assert alone.digest != recipe("scheme: float").digest
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("kv_cache: int4", r"kv_cache: unknown key 'int4' \(did you mean 'int8'\?\); known: int8"),
+        ("kv_cache: {int8: {key: head}}", r"kv_cache: int8: unknown key 'key' \(did you mean 'keys'\?\)"),
+        ("kv_cache: {int8: {keys: token}}", "kv_cache: int8.keys: got 'token', wanted channel or head"),
+        ("kv_cache: 8", "kv_cache: got int, wanted a mapping"),
+    ],
+)
+def test_a_cache_that_does_not_exist_is_named(recipe, text, told):
+    with pytest.raises(RecipeError, match=told):
+        recipe(f"scheme: w8a8\n{text}")

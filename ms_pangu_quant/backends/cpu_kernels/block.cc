@@ -60,16 +60,17 @@ using namespace pangu;
 extern "C" {
 
 // x [tokens, hidden], cos, sin [tokens, dim], key_cache, value_cache (both written), slot_mapping, block_tables,
-// batch_valid_length, q_seq_lens, attention scale [1], eps [1], weights of the two norms [hidden], and the linear layers of
-// query, key and value together, of the attention's output, of gate and up together, and down -> like x
+// batch_valid_length, q_seq_lens, attention scale [1], cache_grid (see PanguAttention), eps [1], weights of the two norms
+// [hidden], and the linear layers of query, key and value together, of the attention's output, of gate and up together, and
+// down -> like x
 OPERATOR(PanguBlock) {
   const Arguments a(params, ndims, shapes);
-  constexpr int kFirst = 13;
+  constexpr int kFirst = 14;
   const Linear qkv = linear_at(a, dtypes, kFirst), out = linear_at(a, dtypes, kFirst + kLinearInputs);
   const Linear gate_up = linear_at(a, dtypes, kFirst + 2 * kLinearInputs);
   const Linear down = linear_at(a, dtypes, kFirst + 3 * kLinearInputs);
   const int64_t tokens = a.dim(0, 0), hidden = a.dim(0, 1);
-  const float *x = a.data<float>(0), eps = *a.data<float>(10);
+  const float *x = a.data<float>(0), eps = *a.data<float>(11);
   static thread_local std::vector<float> scratch[4];
   float* packed = floats(scratch[0], tokens * qkv.outputs);
   float* context = floats(scratch[1], tokens * out.inputs);
@@ -77,7 +78,8 @@ OPERATOR(PanguBlock) {
   float* inner = floats(scratch[3], tokens * gate_up.outputs);
 
   Attention p{};
-  p.key_cache = a.data<float>(3), p.value_cache = a.data<float>(4);
+  p.key_cache = a.data<void>(3), p.value_cache = a.data<void>(4);
+  p.grid = a.size(10) == 1 ? nullptr : a.data<float>(10);
   p.slots = a.data<int32_t>(5), p.table = a.data<int32_t>(6), p.valid = a.data<int32_t>(7), p.q_lens = a.data<int32_t>(8);
   p.scale = *a.data<float>(9), p.tokens = tokens, p.batch = a.dim(6, 0), p.table_width = a.dim(6, 1);
   p.kv_heads = a.dim(3, 1), p.dim = a.dim(3, 2), p.block_size = a.dim(3, 3), p.width = a.dim(4, 3);
@@ -85,6 +87,7 @@ OPERATOR(PanguBlock) {
   p.query = packed, p.key = packed + p.heads * p.dim, p.value = p.key + p.kv_heads * p.dim;
   p.query_stride = p.key_stride = qkv.outputs, p.out = context;
   if (qkv.outputs != (p.heads + 2 * p.kv_heads) * p.dim || gate_up.outputs != 2 * down.inputs || !valid(p)) return 1;
+  if (p.grid && a.size(10) != 4 * p.kv_heads * p.dim) return 1;
 
   const auto normed = [&](const float* from, int weight) -> InputRow {
     return [=, &a](int64_t m, float* room) {
@@ -92,11 +95,11 @@ OPERATOR(PanguBlock) {
       return room;
     };
   };
-  run(qkv, tokens, normed(x, 11), nullptr, packed);
+  run(qkv, tokens, normed(x, 12), nullptr, packed);
   rotate(packed, tokens, qkv.outputs, p.heads + p.kv_heads, p.dim, a.data<float>(1), a.data<float>(2));
   attention(p);
   run(out, tokens, [&](int64_t m, float*) { return context + m * out.inputs; }, x, middle);
-  run(gate_up, tokens, normed(middle, 12), nullptr, inner);
+  run(gate_up, tokens, normed(middle, 13), nullptr, inner);
   const InputRow gated = [&](int64_t m, float* room) {
     const float* gate = inner + m * gate_up.outputs;
     swiglu(gate, gate + down.inputs, down.inputs, room);

@@ -28,13 +28,34 @@ void each_row(int64_t rows, int64_t floats, const F& f) {
   });
 }
 
+template <class T>
+T stored(float x, const float*, const float*, int64_t) {
+  return x;
+}
+
+// The bounds keep the rounding by addition exact, and keep the compiler from contracting it with the product. NaN: -128.
+template <>
+int8_t stored<int8_t>(float x, const float* scale, const float* offset, int64_t e) {
+  constexpr float kMagic = 12582912.0f;
+  float y = x * (1.0f / scale[e]);
+  y = y > -300.0f ? y : -300.0f;
+  y = y < 300.0f ? y : 300.0f;
+  y = (y + kMagic) - kMagic + offset[e];
+  y = y > -128.0f ? y : -128.0f;
+  return static_cast<int8_t>(y < 127.0f ? y : 127.0f);
+}
+
+template <class T>
 void write_cache(const Attention& a, int64_t head) {
+  const float* grid[4] = {};
+  for (int64_t i = 0; a.grid && i < 4; i++) grid[i] = a.grid + (i * a.kv_heads + head) * a.dim;
   for (int64_t t = 0; t < a.tokens; t++) {
     const int64_t block = a.slots[t] / a.block_size * a.kv_heads + head, offset = a.slots[t] % a.block_size;
     const int64_t from = t * a.key_stride + head * a.dim;
-    float* keys = a.key_cache + block * a.dim * a.block_size + offset;
-    for (int64_t e = 0; e < a.dim; e++) keys[e * a.block_size] = a.key[from + e];
-    memcpy(a.value_cache + (block * a.block_size + offset) * a.width, a.value + from, a.dim * sizeof(float));
+    T* keys = static_cast<T*>(a.key_cache) + block * a.dim * a.block_size + offset;
+    for (int64_t e = 0; e < a.dim; e++) keys[e * a.block_size] = stored<T>(a.key[from + e], grid[0], grid[1], e);
+    T* values = static_cast<T*>(a.value_cache) + (block * a.block_size + offset) * a.width;
+    for (int64_t e = 0; e < a.dim; e++) values[e] = stored<T>(a.value[from + e], grid[2], grid[3], e);
   }
 }
 
@@ -50,10 +71,11 @@ bool valid(const Attention& a) {
 }
 
 void attention(const Attention& a) {
+  const auto write = [&](int64_t h) { a.grid ? write_cache<int8_t>(a, h) : write_cache<float>(a, h); };
   if (a.tokens < 16)
-    for (int64_t h = 0; h < a.kv_heads; h++) write_cache(a, h);
+    for (int64_t h = 0; h < a.kv_heads; h++) write(h);
   else
-    parallel_for(a.kv_heads, [&](int64_t h) { write_cache(a, h); });
+    parallel_for(a.kv_heads, write);
   const int64_t share = a.heads / a.kv_heads, tokens = kTileRows / share > 1 ? kTileRows / share : 1;
   std::vector<AttentionTile> tiles;
   for (int64_t b = 0, start = 0; b < a.batch; start += a.q_lens[b++])
@@ -124,19 +146,19 @@ SHAPE_OF(PanguSwiGLU) {
 }
 
 // query, key, value, key_cache, value_cache (both written), slot_mapping, block_tables, batch_valid_length, q_seq_lens,
-// scale [1] -> like query
+// scale [1], cache_grid [4, kv_heads * dim] of int8 caches or one element -> like query
 OPERATOR(PanguAttention) {
   const Arguments a(params, ndims, shapes);
   Attention p{};
   p.query = a.data<float>(0), p.key = a.data<float>(1), p.value = a.data<float>(2);
-  p.key_cache = a.data<float>(3), p.value_cache = a.data<float>(4);
+  p.key_cache = a.data<void>(3), p.value_cache = a.data<void>(4);
   p.slots = a.data<int32_t>(5), p.table = a.data<int32_t>(6), p.valid = a.data<int32_t>(7), p.q_lens = a.data<int32_t>(8);
-  p.scale = *a.data<float>(9), p.out = a.data<float>(10);
+  p.scale = *a.data<float>(9), p.grid = a.size(10) == 1 ? nullptr : a.data<float>(10), p.out = a.data<float>(11);
   p.tokens = a.dim(0, 0), p.batch = a.dim(6, 0), p.table_width = a.dim(6, 1);
   p.kv_heads = a.dim(3, 1), p.dim = a.dim(3, 2), p.block_size = a.dim(3, 3), p.width = a.dim(4, 3);
   p.heads = a.last(0) / p.dim;
   p.query_stride = a.last(0), p.key_stride = a.last(1);
-  if (!valid(p)) return 1;
+  if (!valid(p) || (p.grid && a.size(10) != 4 * p.kv_heads * p.dim)) return 1;
   attention(p);
   return 0;
 }

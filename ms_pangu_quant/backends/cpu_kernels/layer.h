@@ -9,8 +9,11 @@ namespace pangu {
 struct Attention {
   const float *query, *key, *value;  // [tokens, heads * dim], [tokens, kv_heads * dim] twice
   int64_t query_stride, key_stride;  // floats from token to token; value's is key's
-  float* key_cache;                  // [blocks, kv_heads, dim, block_size]: 16 tokens side by side make one vector of scores
-  float* value_cache;                // [blocks, kv_heads, block_size, width]; width: dim rounded up to 16
+  void* key_cache;    // [blocks, kv_heads, dim, block_size]: 16 tokens side by side make one vector of scores
+  void* value_cache;  // [blocks, kv_heads, block_size, width]; width: dim rounded up to 16
+  // [4, kv_heads, dim]: key scale and offset, value scale and offset of int8 caches; null: the caches are float. A number x
+  // is held as the code rint(x / scale) + offset.
+  const float* grid;
   const int32_t *slots, *table, *valid, *q_lens;
   float scale;
   float* out;  // [tokens, heads * dim]

@@ -90,8 +90,8 @@ PANGU_INLINE void gated(const float* gate, const float* up, int64_t count, float
 // ---- attention ----------------------------------------------------------------------------------------------------------
 
 // R rows of queries [.][dim] times 16 V keys; keys[j] points to [dim] vectors that lie `stride` apart.
-template <int R, int V>
-PANGU_INLINE void score_rows(const float* q, int64_t dim, const float* const* keys, int64_t stride, float* scores) {
+template <int R, int V, class T>
+PANGU_INLINE void score_rows(const float* q, int64_t dim, const T* const* keys, int64_t stride, float* scores) {
   f32x16 sum[R][V];
   EACH_ROW EACH_VECTOR sum[r][j] = f32x16{};
   for (int64_t e = 0; e < dim; e++) {
@@ -106,13 +106,13 @@ PANGU_INLINE void score_rows(const float* q, int64_t dim, const float* const* ke
 }
 
 // out[r][0..16V) = out * keep[r] + weights[r] . values; values[j] points to 16 keys' rows `width` apart.
-template <int R, int V>
-PANGU_INLINE void mix_rows(const float* weights, const float* keep, const float* const* values, int64_t count,
+template <int R, int V, class T>
+PANGU_INLINE void mix_rows(const float* weights, const float* keep, const T* const* values, int64_t count,
                            int64_t width, int64_t column, float* out) {
   f32x16 sum[R][V];
   EACH_ROW EACH_VECTOR sum[r][j] = load(out + r * width + column + 16 * j) * splat(keep[r]);
   for (int64_t key = 0; key < count; key++) {
-    const float* from = values[key / 16] + key % 16 * width + column;
+    const T* from = values[key / 16] + key % 16 * width + column;
     f32x16 x[V];
     EACH_VECTOR x[j] = load(from + 16 * j);
     EACH_ROW {
@@ -123,10 +123,10 @@ PANGU_INLINE void mix_rows(const float* weights, const float* keep, const float*
   EACH_ROW EACH_VECTOR store(out + r * width + column + 16 * j, sum[r][j]);
 }
 
-template <int R>
-PANGU_INLINE void attend_rows(const float* q, int64_t dim, const float* const* keys, int64_t stride,
-                              const float* const* values, int64_t first_key, int64_t count, const int64_t* position,
-                              int64_t width, float* scores, float* top, float* total, float* out) {
+template <int R, class T>
+PANGU_INLINE void attend_rows(const float* q, int64_t dim, const T* const* keys, int64_t stride, const T* const* values,
+                              int64_t first_key, int64_t count, const int64_t* position, int64_t width, float* scores,
+                              float* top, float* total, float* out) {
   score_rows<R, 4>(q, dim, keys, stride, scores);
   float keep[R];
   for (int r = 0; r < R; r++) {
@@ -158,9 +158,14 @@ PANGU_INLINE void attend_rows(const float* q, int64_t dim, const float* const* k
 }
 
 // Softmax over 64 keys at a time, from the first key on (Milakov and Gimelshein 2018): a query's result depends on its own
-// keys alone. scratch: kTileRows * (dim + width + 64 + 2) floats.
-void attend(const Attention& a, const AttentionTile& tile, float* scratch) {
-  const int64_t share = a.heads / a.kv_heads, rows = tile.count * share;
+// keys alone. scratch: kTileRows * (dim + width + 64 + 2) floats. A cache of int8 codes is read as it is: the keys' scales are
+// multiplied into the query, the values' into the result; the keys' zero points add the same to all scores of a query, which
+// softmax ignores, and the values' come off the result, since its weights sum to one.
+template <class T>
+PANGU_INLINE void attend_to(const Attention& a, const AttentionTile& tile, float* scratch) {
+  constexpr bool kCodes = sizeof(T) == 1;
+  const int64_t share = a.heads / a.kv_heads, rows = tile.count * share, channels = a.kv_heads * a.dim;
+  const float* grid = kCodes ? a.grid + tile.kv_head * a.dim : nullptr;
   float* q = scratch;
   float* out = q + kTileRows * a.dim;
   float* scores = out + kTileRows * a.width;
@@ -170,7 +175,7 @@ void attend(const Attention& a, const AttentionTile& tile, float* scratch) {
     for (int64_t s = 0; s < share; s++) {
       const int64_t r = i * share + s;
       const float* from = a.query + (tile.token + i) * a.query_stride + (tile.kv_head * share + s) * a.dim;
-      for (int64_t e = 0; e < a.dim; e++) q[r * a.dim + e] = from[e] * a.scale;
+      for (int64_t e = 0; e < a.dim; e++) q[r * a.dim + e] = from[e] * a.scale * (kCodes ? grid[e] : 1.0f);
       position[r] = tile.position + i;
       top[r] = -__builtin_inff(), total[r] = 0;
     }
@@ -178,13 +183,13 @@ void attend(const Attention& a, const AttentionTile& tile, float* scratch) {
   const int64_t last = tile.position + tile.count - 1;
   const int32_t* table = a.table + tile.b * a.table_width;
   for (int64_t first_key = 0; first_key <= last; first_key += 64) {
-    const float *keys[4], *values[4];
+    const T *keys[4], *values[4];
     for (int j = 0; j < 4; j++) {
       int64_t key = first_key + 16 * j;
       if (key > last) key = first_key;  // masked; any key that exists will do
       const int64_t head = table[key / a.block_size] * a.kv_heads + tile.kv_head, offset = key % a.block_size;
-      keys[j] = a.key_cache + head * a.dim * a.block_size + offset;
-      values[j] = a.value_cache + (head * a.block_size + offset) * a.width;
+      keys[j] = static_cast<const T*>(a.key_cache) + head * a.dim * a.block_size + offset;
+      values[j] = static_cast<const T*>(a.value_cache) + (head * a.block_size + offset) * a.width;
     }
     // Not beyond the last key: what an earlier owner of the block left there could be NaN, and 0 * NaN is NaN.
     const int64_t count = last - first_key + 1 < 64 ? last - first_key + 1 : 64;
@@ -200,8 +205,15 @@ void attend(const Attention& a, const AttentionTile& tile, float* scratch) {
   }
   for (int64_t r = 0; r < rows; r++) {
     float* to = a.out + ((tile.token + r / share) * a.heads + tile.kv_head * share + r % share) * a.dim;
-    for (int64_t e = 0; e < a.dim; e++) to[e] = out[r * a.width + e] / total[r];
+    for (int64_t e = 0; e < a.dim; e++) {
+      const float mean = out[r * a.width + e] / total[r];
+      to[e] = kCodes ? (mean - grid[3 * channels + e]) * grid[2 * channels + e] : mean;
+    }
   }
+}
+
+void attend(const Attention& a, const AttentionTile& tile, float* scratch) {
+  a.grid ? attend_to<int8_t>(a, tile, scratch) : attend_to<float>(a, tile, scratch);
 }
 
 // ---- bfloat16 weights ---------------------------------------------------------------------------------------------------

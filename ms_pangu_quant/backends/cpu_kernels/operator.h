@@ -31,6 +31,7 @@ class Arguments {
     for (int d = 0; d + 1 < ndims_[i]; d++) count *= shapes_[i][d];
     return count;
   }
+  int64_t size(int i) const { return rows(i) * last(i); }
   const float* bias(int i, int64_t outputs) const { return dim(i, 0) == outputs ? data<float>(i) : nullptr; }
 
  private:

@@ -25,29 +25,36 @@ _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
     "PanguRMSNorm": (_F32, _F32, _F32),
     "PanguRope": (_F32, _F32, _F32),
     "PanguSwiGLU": (_F32,),
-    "PanguAttention": (_F32, _F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32),
     "PanguEmbedding": (_I32, _U16),
     "PanguHead": (_F32, _U16),
 }
 
 
-_BLOCK = (_F32, _F32, _F32, _F32, _F32, _I32, _I32, _I32, _I32, _F32, _F32, _F32, _F32)  # before the linear layers
+_CACHES = (_F32, _I8)  # what key and value cache may hold
+
+
+def _attention(cache: Any) -> tuple[Any, ...]:
+    """Three tensors, the caches, the tables, scale and cache_grid."""
+    return (_F32, _F32, _F32, cache, cache, _I32, _I32, _I32, _I32, _F32, _F32)
 
 
 def operator(library: Library, name: str) -> ops.Custom:
     """One kernel; every output is float32."""
+    if name == "PanguAttention":
+        return _operator(library, name, [_attention(cache) for cache in _CACHES])
     return _operator(library, name, [_INPUTS[name]])
 
 
 def block_operator(library: Library) -> ops.Custom:
-    """PanguBlock, for each combination of int8 and packed int4 weights; MindSpore knows one registration of a name."""
+    """PanguBlock, for each cache and each combination of int8 and packed int4 weights: MindSpore knows one registration of
+    a name."""
     rest = (_F32, _F32, _I8, _I32, _F32)
     return _operator(
         library,
         "PanguBlock",
         [
-            _BLOCK + tuple(dtype for weight in weights for dtype in (weight, *rest))
-            for weights in product((_I8, _U8), repeat=4)
+            (*_attention(cache), _F32, _F32, _F32, *(dtype for weight in weights for dtype in (weight, *rest)))
+            for cache, *weights in product(_CACHES, *[(_I8, _U8)] * 4)
         ],
     )
 
