@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,6 @@ class Model:
         streams: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
-        on_done: Callable[[int, Generation], None] = lambda index, generation: None,
     ) -> list[Generation]:
         """Answers to prompts, in their order; batched, and refilled as answers end.
 
@@ -150,8 +150,38 @@ class Model:
         streams    number of each prompt's own stream of random draws under `seed`; its place among prompts by default.
         max_batch  answers under way at a time, no more than the cache holds; the answers do not depend on it.
         on_tokens  called after each pass with how many tokens it gave.
-        on_done    called with a prompt's place and its answer as soon as it ends.
         """
+        answers = self.stream(
+            prompts,
+            max_new_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            streams=streams,
+            max_batch=max_batch,
+            on_tokens=on_tokens,
+        )
+        return [answer for _, answer in sorted(answers, key=operator.itemgetter(0))]
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]],
+        max_new_tokens: int = 512,
+        *,
+        mode: str = "slow_think",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        streams: Sequence[int] | None = None,
+        max_batch: int | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """(place of a prompt, its answer) as each ends, and keeps none of them; arguments as of generate()."""
         if isinstance(prompts, str):
             raise RequestError("prompts: got one text, wanted a list of prompts")
         if max_new_tokens < 1:
@@ -175,12 +205,9 @@ class Model:
             split_prompts=self.network.backend.chunked_prefill,
             max_batch=max_batch,
             on_tokens=on_tokens,
-            on_done=lambda request, completion: on_done(request.index, self._generation(request, completion)),
         )
-        return [
-            self._generation(request, completion)
-            for request, completion in zip(requests, scheduler.run(requests), strict=True)
-        ]
+        for request, completion in scheduler.run(requests):
+            yield request.index, self._generation(request, completion)
 
     def forward(
         self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str

@@ -25,6 +25,9 @@ from ms_pangu_quant.network import ranks
 DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
 _ADDRESS_SPACE = 3 << 30  # with less, MindSpore fails in its own ways when it allocates; it can hang for ever
+_ONEDNN_KERNELS = (
+    128  # oneDNN keeps 1024, one for each size of each matrix product: 0.5 to 1 MiB for every length of a prompt
+)
 _started: tuple[str, str] | None = None
 _tensor_parallel = 1
 _verbose = False
@@ -156,6 +159,7 @@ def _quiet_environment(verbose: bool) -> None:
         os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
         os.environ.setdefault("TQDM_DISABLE", "1")  # MindFormers shows a bar for each weight file
         warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_ONEDNN_KERNELS))
     global _folder
     if "LOCAL_DEFAULT_PATH" not in os.environ:
         _folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log
