@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
@@ -93,7 +93,8 @@ class Sandbox:
 
     def judge_all(self, programs: Iterable[tuple[Key, Program]]) -> Iterator[tuple[Key, Outcome]]:
         """(key, outcome) of each program, as they are done; programs are taken as there is room for them."""
-        coming, futures = iter(programs), {}
+        coming = iter(programs)
+        futures: dict[Future[Outcome], Key] = {}
         while True:
             for key, program in islice(coming, 2 * self.workers - len(futures)):
                 futures[self._pool.submit(self.judge, program)] = key

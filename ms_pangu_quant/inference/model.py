@@ -86,6 +86,7 @@ class Model:
         if self._cut > 1:
             check_cut(self.config, self._cut, *((reader.kinds, reader.group_size) if quantized else ()))
         self._compiled: set[str] = set()
+        self._closed = False
         self.network = build_network(
             self.config,
             kinds=reader.kinds if quantized else None,
@@ -104,6 +105,22 @@ class Model:
         )
         if runtime.mode() == "graph":
             self.network.set_dynamic_inputs()
+
+    def close(self) -> None:
+        """Give the memory of weights, cache and kernels back; the model is of no use afterwards.
+
+        Without it they stay until the process ends, whatever refers to the model: MindSpore keeps every network that it has
+        compiled. Its graph, without values, stays in any case.
+        """
+        self.network.release()
+        self._caches = None
+        self._closed = True
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -221,6 +238,8 @@ class Model:
 
         from ms_pangu_quant.network.batch import packed_inputs
 
+        if self._closed:
+            raise RequestError(f"{self.directory}: this model was closed; load it again")
         self.network.set_phase(phase)
         if self._cut == ranks.current().size > 1 and phase not in self._compiled:
             ranks.current().meet()  # loading takes ranks different times, and MindSpore's collectives do not wait for long
