@@ -108,7 +108,8 @@ def judge(seen: list[tuple[float, int]]) -> list[str]:
     faults = []
     if max(last - first, slope) > GROWTH * first:
         faults.append(f"memory grew from {first:.0f} to {last:.0f} MiB, {slope:+.0f} MiB along a line")
-    return faults + ([f"open files grew from {some} to {more}"] if more > some + 10 else [])  # + 10: the sandbox's servers
+    sandbox = 6 * (os.cpu_count() or 1)  # a worker has two servers, and a channel between them
+    return faults + ([f"open files grew from {some} to {more}"] if more > some + sandbox else [])
 
 
 def rise(values: list[float]) -> float:

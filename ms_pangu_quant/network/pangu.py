@@ -261,6 +261,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
                 cell.compile_cache.clear()
         for parameter in self.get_parameters():
             parameter.set_data(Tensor(np.zeros(1), parameter.dtype), slice_shape=True)
+            parameter.stored = None  # backends/cpu_tables.py
 
     def convert_name(self, weight_name: str) -> str:
         """Hugging Face name -> MindFormers name, quantization parameters included."""
