@@ -21,6 +21,7 @@ from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import ranks, runtime
 
 BLOCK_SIZE = 16
+_GRAPHS = 1 << 30  # address space that compiling and the threads take; 0.7 GiB with a model of 4 layers
 PREFILL_TOKENS = 512  # longer prompts are prefilled in pieces
 
 
@@ -65,6 +66,9 @@ def load(
     """
     reader = open_checkpoint(Path(path))
     runtime.start(device, mode, verbose=verbose, tensor_parallel=tensor_parallel)
+    config = reader.config
+    cache_bytes = 8 * kv_cache_tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    runtime.check_address_space(_GRAPHS + 3 * reader.files.nbytes + cache_bytes)
     return Model(reader, kv_cache_tokens, w4a8)
 
 

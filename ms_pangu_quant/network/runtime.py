@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import io
 import logging
+import mmap
 import os
 import resource
 import shutil
@@ -81,6 +82,23 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
             (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()  # the allocator announces itself when the first operator runs
     _started = (device, mode)
     _cut_networks(tensor_parallel, device, mode)
+
+
+def check_address_space(needed: int) -> None:
+    """Raises BackendError where the process may not map so many more bytes (ulimit -v).
+
+    Asked before a network is made: MindSpore can hang for ever when one of its threads is refused memory.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    try:
+        mmap.mmap(-1, needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()  # takes no memory
+    except OSError:
+        raise BackendError(
+            f"address space is limited to {limit / 2**30:.1f} GiB, and {needed / 2**30:.1f} GiB more are needed for this "
+            "model; raise the limit (ulimit -v)"
+        ) from None
 
 
 def _cut_networks(wanted: int, device: str, mode: str) -> None:
