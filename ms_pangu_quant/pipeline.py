@@ -37,6 +37,7 @@ from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats import kv_cache, mindformers
+from ms_pangu_quant.formats.finished import finished_report, stored_bytes
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, read_block
 from ms_pangu_quant.formats.stored import block_tensors
@@ -75,6 +76,7 @@ class QuantizeResult:
     bytes_before: int
     bytes_after: int
     resumed_at: int
+    was_complete: bool = False  # an earlier run had written all of it
 
 
 def quantize(
@@ -92,7 +94,7 @@ def quantize(
 
     data      calibration tokens; required if transforms, rounding or static activations need it, else only measured on.
     stored_as the on-disk layout, one of formats.reader.FORMATS.
-    resume    go on with an unfinished run in `output`; the result is byte-identical to an undisturbed run's.
+    resume    go on with an unfinished run in `output`, or leave a finished one; byte-identical to an undisturbed run's.
     on_block  called after each block is safely on disk; on_bytes with bytes read while the checkpoint is hashed.
     Raises    PanguQuantError for anything wrong with checkpoint, recipe, data or output directory.
     """
@@ -113,6 +115,9 @@ def quantize(
         )
     for what, value in fingerprint.items():
         ranks.agree(what, value)
+    complete = ranks.from_first(lambda: finished_report(output, fingerprint, stored_as) if resume else None)
+    if complete is not None:
+        return _as_it_is(output, complete)
     begun_with = {**fingerprint, "format": stored_as.NAME}  # not in the report: an export makes the same one
     opened = QuantizedWriter(output, begun_with, blocks=config.num_hidden_layers, resume=resume) if ranks.is_first else None
     with opened or nullcontext() as writer:  # None where another rank writes
@@ -152,6 +157,12 @@ def quantize(
 
         after = ranks.from_first(finish)
     return QuantizeResult(output, tuple(reports), reader.bytes, after, start)
+
+
+def _as_it_is(output: Path, report: Mapping[str, Any]) -> QuantizeResult:
+    """The result of the run that has written this directory."""
+    blocks = tuple(BlockReport(**block) for block in report["blocks"])
+    return QuantizeResult(output, blocks, report["bytes_before"], stored_bytes(output), len(blocks), was_complete=True)
 
 
 def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> None:

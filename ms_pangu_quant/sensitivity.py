@@ -101,6 +101,8 @@ class Sensitivity:
             groups = tuple(GroupSensitivity(**group) for group in raw["groups"])
             if not all(isinstance(group.block, int) and isinstance(group.group, str) for group in groups):
                 raise ValueError("a group without a block's number and a name")
+            if len({(group.block, group.group) for group in groups}) < len(groups):
+                raise ValueError("a group that is there twice")
             cheap, dear = raw["schemes"]
             found = cls((cheap, dear), groups, raw["together"], raw["origin"])
             figures = [found.together[cheap], found.together[dear]]

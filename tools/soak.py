@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from scipy.stats import theilslopes
 
 MODEL = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets/openpangu-mini"
 GROWTH = 0.05
@@ -60,8 +61,11 @@ def main(
 ) -> None:
     """Evaluate again and again, each time many answers in one process, until the time is over.
 
-    Fails if the memory of a process in its last quarter is over 5 % above that in its first (after a tenth of its time,
-    in which it loads and compiles), if it opens more and more files, or if it leaves a process or a temporary file behind.
+    After a tenth of its time, in which it loads and compiles, a process may not grow by over 5 %: neither from its first
+    quarter to its last, nor along a line through all that was seen. Fails also if it opens more and more files, or leaves
+    a process or a temporary file behind.
+
+    Example: python tools/soak.py --minutes 30
     """
     begun = time.monotonic()
     faults: list[str] = []
@@ -95,13 +99,24 @@ def judge(seen: list[tuple[float, int]]) -> list[str]:
         (statistics.median(each[0] for each in quarter), max(each[1] for each in quarter))
         for quarter in (settled[:part], settled[-part:])
     )
+    slope = rise([each[0] for each in settled])
     print(
         f"{len(seen) * EVERY / 60:.1f} minutes: {first:.0f} MiB in the first quarter, {last:.0f} MiB in the last "
-        f"({last / first - 1:+.1%}); {some} open files, then {more}",
+        f"({last / first - 1:+.1%}), {slope:+.0f} MiB along a line through all; {some} open files, then {more}",
         flush=True,
     )
-    faults = [f"memory grew from {first:.0f} to {last:.0f} MiB"] if last > (1 + GROWTH) * first else []
-    return faults + ([f"open files grew from {some} to {more}"] if more > some + 10 else [])  # + 10: the sandbox's servers
+    faults = []
+    if max(last - first, slope) > GROWTH * first:
+        faults.append(f"memory grew from {first:.0f} to {last:.0f} MiB, {slope:+.0f} MiB along a line")
+    sandbox = 6 * (os.cpu_count() or 1)  # a worker has two servers, and a channel between them
+    return faults + ([f"open files grew from {some} to {more}"] if more > some + sandbox else [])
+
+
+def rise(values: list[float]) -> float:
+    """By how much the straight line through them (Theil and Sen's, which a peak does not tilt) rises from first to last."""
+    if len(values) < 2:
+        return 0.0
+    return float(theilslopes(values).slope) * (len(values) - 1)
 
 
 def left(folder: str, scratch: Path) -> list[str]:

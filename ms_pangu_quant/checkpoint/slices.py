@@ -75,7 +75,7 @@ def put_together(directory: Path) -> TensorFiles | None:
             if not all(_OPTIMIZER.search(file) for file in held.values()):
                 pieces = {origin: _piece(path, name, held[origin], shape, files) for origin, shape in chunks.items()}
                 entries[name] = _whole(path, name, tuple(described["global_shape"] or ()), pieces)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError, OSError) as error:
         raise CheckpointError(f"{path}: not as MindFormers writes it ({type(error).__name__}: {error})") from None
     if not files:
         raise CheckpointError(f"{path}: names no tensor")

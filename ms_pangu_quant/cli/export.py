@@ -10,6 +10,7 @@ import typer
 from ms_pangu_quant.cli.console import AllowUnserved, Format, chosen_format, err, out, progress_bars, size
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.export import export
+from ms_pangu_quant.formats.finished import is_exported
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.serving import WRONG, check_served, facts_of, rows_for
 
@@ -36,6 +37,9 @@ def export_command(
     facts = facts_of(reader.config, reader.kinds, reader.group_size, reader.int8_cache)
     if not allow_unserved:
         check_served(target.NAME, facts)
+    if resume and is_exported(reader, target, output):
+        out.print(f"{output}: already complete", soft_wrap=True, markup=False)
+        return
     with progress_bars() as progress:
         task = progress.add_task("blocks", total=reader.config.num_hidden_layers, kind="count")
         after = export(reader, target, output, resume=resume, on_block=lambda index: progress.advance(task))

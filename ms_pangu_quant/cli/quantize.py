@@ -121,6 +121,9 @@ def quantize_command(
         )
     if not ranks.current().is_first:
         return
+    if result.was_complete:
+        out.print(f"{result.output}: already complete", soft_wrap=True, markup=False)
+        return
     ratio = result.bytes_after / result.bytes_before
     out.print(
         f"{result.output}: {size(result.bytes_before)} -> {size(result.bytes_after)} ({ratio:.0%}), "

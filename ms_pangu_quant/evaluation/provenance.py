@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE
+from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, read_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
@@ -61,5 +61,5 @@ def _recipe(directory: Path) -> dict[str, Any] | None:
     path = directory / REPORT_FILE
     if not (directory / QUANTIZATION_FILE).exists() or not path.exists():
         return None
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path)
     return {name: report.get(name) for name in ("recipe", "fingerprint", "blocks", "bytes_before", "calibration")}

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ms_pangu_quant.errors import OutputError, RequestError
 from ms_pangu_quant.evaluation.lengths import periodic_tail
 from ms_pangu_quant.evaluation.prompts import Prompt
-from ms_pangu_quant.evaluation.samples import Journal, Record, line, read_records, write_records
+from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange
 from ms_pangu_quant.evaluation.tasks import Problem
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.network.ranks import ALONE, Ranks
@@ -125,31 +125,29 @@ def answer(
     path = output / SAMPLES_FILE
     records = {question.key: question.identity(model_id, settings) for question in asked}
 
-    def written() -> tuple[dict[Key, Record], list[Record]]:
+    def written() -> set[Key]:
         _bring_together(path)
         return _written(path, records, model_id)
 
-    found, others = ranks.from_first(written)
+    found = ranks.from_first(written)
     for _ in found:
         on_answer()
     missing = [question for question in asked if question.key not in found]
     missing = missing[ranks.rank // tensor_parallel :: ranks.size // tensor_parallel]
-    new: dict[Key, Record] = {}
     own = path if ranks.size == 1 else output / _RANK_FILES.replace("*", str(ranks.rank))
-    with nullcontext() if ranks.rank % tensor_parallel else Journal(own) as journal:
+    writes = ranks.rank % tensor_parallel == 0
+    with Journal(own) if writes else nullcontext() as journal:
 
         def add(question: Question, sample: Record) -> None:
-            new[question.key] = {**records[question.key], **sample}
             if journal:
-                journal.append(new[question.key])
+                journal.append({**records[question.key], **sample})
             on_answer()
 
         room = model.config.max_position_embeddings
         for question in (each for each in missing if len(each.token_ids) >= room):
             add(question, _too_long(question))
-        fitting = [question for question in missing if question.key not in new]
-
-        model.generate(
+        fitting = [question for question in missing if len(question.token_ids) < room]
+        answers = model.stream(
             [question.token_ids for question in fitting],
             settings.max_new_tokens,
             temperature=settings.temperature,
@@ -159,35 +157,53 @@ def answer(
             streams=[question.stream for question in fitting],
             max_batch=max_batch,
             on_tokens=on_tokens,
-            on_done=lambda index, generation: add(fitting[index], _sample(generation)),
         )
-    found.update(ranks.fold(new, operator.or_))
+        for index, generation in answers:
+            add(fitting[index], _sample(generation))
+    if own != path:
+        _hand_over(own if writes else None, path, ranks)
     if ranks.is_first:
-        write_records(path, [*others, *(found[question.key] for question in asked)])
+        _put_in_order(path, [question.key for question in asked])
     ranks.meet()
     if own != path:
         own.unlink(missing_ok=True)
+
+
+def _hand_over(own: Path | None, path: Path, ranks: Ranks) -> None:
+    """Append what each rank has answered to the samples file, which only the first may be able to reach."""
+    answered = [record for _, record in read_records(own)] if own else []
+    everything = ranks.fold(answered, operator.add)
+    if ranks.is_first:
+        with Journal(path) as journal:
+            for record in everything:
+                journal.append(record)
+
+
+def _put_in_order(path: Path, asked: Sequence[Key]) -> None:
+    """What is not asked first, as it stands; then the questions' order."""
+    places = {_key(record): start for start, record in places_of_records(path)}
+    wanted = set(asked)
+    rearrange(path, [*(start for key, start in places.items() if key not in wanted), *(places[key] for key in asked)])
 
 
 def _bring_together(path: Path) -> None:
     """Move what the ranks of a job that was stopped have written into the samples file."""
     with Journal(path) as journal:
         files = sorted(path.parent.glob(_RANK_FILES))
-        there = {line(record) for _, record in read_records(path)} if files else set()
+        there = {hashlib.sha256(line(record)).digest() for _, record in read_records(path)} if files else set()
         for file in files:
             with Journal(file):  # drops a line that was cut short
                 for _, record in read_records(file):
-                    if line(record) not in there:
+                    if hashlib.sha256(line(record)).digest() not in there:
                         journal.append(record)
             file.unlink()
 
 
-def _written(path: Path, wanted: Mapping[Key, Record], model_id: str) -> tuple[dict[Key, Record], list[Record]]:
-    """The samples of an earlier run, by key, and those of the same model that answer what is not asked now."""
-    found: dict[Key, Record] = {}
-    others: list[Record] = []
+def _written(path: Path, wanted: Mapping[Key, Record], model_id: str) -> set[Key]:
+    """The questions that an earlier run has answered. It may also have answered, with the same model, what is not asked."""
+    found: set[Key] = set()
     for number, record in read_records(path):
-        key: Any = tuple(record.get(name) for name in ("task", "mode", "task_id", "sample_id"))
+        key = _key(record)
         identity = wanted.get(key, {"model": model_id})
         different = [name for name, value in identity.items() if record.get(name) != value]
         if different:
@@ -196,10 +212,12 @@ def _written(path: Path, wanted: Mapping[Key, Record], model_id: str) -> tuple[d
                 "write to another directory, or repeat the run with its settings"
             )
         if key in wanted:
-            found[key] = record
-        else:
-            others.append(record)
-    return found, others
+            found.add(key)
+    return found
+
+
+def _key(record: Mapping[str, Any]) -> Any:
+    return tuple(record.get(name) for name in ("task", "mode", "task_id", "sample_id"))
 
 
 def _sample(generation: Generation) -> Record:

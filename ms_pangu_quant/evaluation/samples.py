@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,24 +17,44 @@ from ms_pangu_quant.errors import DataError, OutputError
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 Record = dict[str, Any]
+_STEP = 1 << 16  # bytes
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Record]]:
     """(line number, record). Raises DataError for a line that is no JSON object."""
+    return ((number, record) for number, _, record in _lines(path))
+
+
+def places_of_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """(where its line begins in bytes, record). Raises DataError for a line that is no JSON object."""
+    return ((start, record) for _, start, record in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
+    """(line number, where it begins, record), one in memory at a time: a file of samples may be larger than the memory."""
+    start = 0
+    for number, line in enumerate(_raw_lines(path), 1):
+        if line.strip():
+            yield number, start, _record(line, f"{path}: line {number}")
+        start += len(line)
+
+
+def _raw_lines(path: Path) -> Iterator[bytes]:
     try:
-        lines = path.read_bytes().split(b"\n")
+        with open(path, "rb") as file:
+            yield from file
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}){did_you_mean_path(path)}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}: line {number} is not JSON ({error})") from None
-        if not isinstance(record, dict):
-            raise DataError(f"{path}: line {number}: got a JSON {type(record).__name__}, wanted an object")
-        yield number, record
+
+
+def _record(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: got a JSON {type(record).__name__}, wanted an object")
+    return record
 
 
 class Journal:
@@ -63,9 +83,14 @@ class Journal:
             raise OutputError(f"{self._path}: cannot write ({error.strerror})") from None
 
     def _drop_torn_line(self) -> None:
-        end = self._file.seek(0, os.SEEK_END)
-        self._file.seek(0)
-        kept = self._file.read().rfind(b"\n") + 1
+        end = kept = self._file.seek(0, os.SEEK_END)
+        while kept > 0:
+            start = max(0, kept - _STEP)
+            self._file.seek(start)
+            newline = self._file.read(kept - start).rfind(b"\n")
+            kept = start + newline + 1
+            if newline >= 0:
+                break
         if kept < end:
             self._file.truncate(kept)
 
@@ -75,20 +100,37 @@ def line(record: Mapping[str, Any]) -> bytes:
     return json.dumps(record).encode("ascii") + b"\n"
 
 
-def write_records(path: Path, records: list[Record]) -> None:
+def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replace the file at once."""
-    write_bytes(path, b"".join(map(line, records)))
+    write_pieces(path, map(line, records))
+
+
+def rearrange(path: Path, places: Iterable[int]) -> None:
+    """Replace the file at once by those of its lines that begin at these places."""
+    with open(path, "rb") as file:
+
+        def lines() -> Iterator[bytes]:
+            for place in places:
+                file.seek(place)
+                yield file.readline().rstrip(b"\n") + b"\n"
+
+        write_pieces(path, lines())
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_bytes(path, json.dumps(value, indent=1).encode("ascii") + b"\n")
+    write_pieces(path, [json.dumps(value, indent=1).encode("ascii") + b"\n"])
 
 
 def write_bytes(path: Path, content: bytes) -> None:
+    write_pieces(path, [content])
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch.write_bytes(content)
+        with open(scratch, "wb") as file:
+            file.writelines(pieces)
         os.replace(scratch, path)
     except OSError as error:
         raise OutputError(f"{path}: cannot write ({error.strerror})") from None

@@ -25,8 +25,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -92,10 +93,16 @@ class Sandbox:
             pair.close()
 
     def judge_all(self, programs: Iterable[tuple[Key, Program]]) -> Iterator[tuple[Key, Outcome]]:
-        """(key, outcome) of each program, as they are done."""
-        futures = {self._pool.submit(self.judge, program): key for key, program in programs}
-        for future in as_completed(futures):
-            yield futures.pop(future), future.result()
+        """(key, outcome) of each program, as they are done; programs are taken as there is room for them."""
+        coming = iter(programs)
+        futures: dict[Future[Outcome], Key] = {}
+        while True:
+            for key, program in islice(coming, 2 * self.workers - len(futures)):
+                futures[self._pool.submit(self.judge, program)] = key
+            if not futures:
+                return
+            for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                yield futures.pop(future), future.result()
 
     def judge(self, program: Program) -> Outcome:
         with self._lock:

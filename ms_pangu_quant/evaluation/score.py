@@ -62,6 +62,9 @@ def load_samples(path: Path, tasks: Mapping[str, Problems]) -> list[Sample]:
         where = f"{path}: line {number}"
         if "task" not in record and len(tasks) > 1:
             raise DataError(f'{where}: names no "task", and {len(tasks)} are asked for; score one task at a time')
+        for field in ("task", "mode"):
+            if not isinstance(record.get(field), str | None):
+                raise DataError(f"{where}: {field} is {type(record[field]).__name__}, wanted a text")
         name = record.get("task") or next(iter(tasks))
         if name not in tasks:
             continue
@@ -70,6 +73,8 @@ def load_samples(path: Path, tasks: Mapping[str, Problems]) -> list[Sample]:
                 raise DataError(f'{where}: has no "{field}"; wanted task_id, sample_id and completion')
         if not isinstance(record["completion"], str):
             raise DataError(f"{where}: completion is {type(record['completion']).__name__}, wanted a text")
+        if not isinstance(record["task_id"], str | int):
+            raise DataError(f"{where}: task_id is {type(record['task_id']).__name__}, wanted a text")
         problem = find_problem(tasks[name], record["task_id"])
         if problem is None:
             raise DataError(

@@ -28,6 +28,8 @@ from ms_pangu_quant.formats.reader import (
 )
 from ms_pangu_quant.suggestion import did_you_mean_path
 
+_LONGEST_NAME = 255  # of a file, in most file systems
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -62,7 +64,7 @@ def verify(
 
     Raises nothing for a damaged directory: what is wrong with it is the answer.
     """
-    faults, notes = list(_hash_faults(directory)), []
+    faults, notes = list(hash_faults(directory)), []
     if not (directory / HASHES_FILE).exists():
         notes.append(f"{HASHES_FILE}: not there, so the files' hashes are not checked; pangu-quant writes it")
     try:
@@ -108,15 +110,16 @@ def _open(directory: Path) -> _Directory:
     return _Directory(directory, config, chosen, kinds, group_size, int8_cache, TensorFiles(directory))
 
 
-def _hash_faults(directory: Path) -> Iterator[str]:
+def hash_faults(directory: Path) -> Iterator[str]:
+    """What SHA256SUMS, where there is one, says of the files."""
     path = directory / HASHES_FILE
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = directory / name
-        if not name or Path(name).name != name:
-            yield f"{path}: {line!r} is not a line of hash and file name"
+        if not name or Path(name).name != name or len(name) > _LONGEST_NAME or not name.isprintable():
+            yield f"{path}: {line[:200]!r} is not a line of hash and file name"
         elif not file.is_file():
             yield f"{file}: is missing; {HASHES_FILE} has its hash"
         elif hash_file(file) != digest:

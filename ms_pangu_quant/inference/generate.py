@@ -6,7 +6,7 @@ evicted. Requests are admitted in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -66,7 +66,6 @@ class Scheduler:
 
     max_batch  requests under way at a time; None is MAX_BATCH.
     on_tokens  called after each pass with how many tokens it gave.
-    on_done    called with a request and its completion as soon as it ends, in the order in which they end.
     """
 
     def __init__(
@@ -82,19 +81,20 @@ class Scheduler:
         split_prompts: bool = True,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
-        on_done: Callable[[Request, Completion], None] = lambda request, completion: None,
     ) -> None:
         self._split_prompts = split_prompts
         self._max_batch = max_batch or MAX_BATCH
-        self._on_tokens, self._on_done = on_tokens, on_done
+        self._on_tokens = on_tokens
         self._model, self._sampling = model, sampling
         self._block_size, self._prefill_tokens = block_size, prefill_tokens
         self._free = list(range(num_blocks))
         self._stop_ids, self._stop = stop_ids, stop
-        self._done: dict[int, Completion] = {}
 
-    def run(self, requests: Sequence[Request]) -> list[Completion]:
-        """Completions in the order of requests. Raises RequestError if one could never fit in the cache."""
+    def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+        """Requests with their completions, in the order in which they end; none is kept here, for there may be many.
+
+        Raises RequestError if one could never fit in the cache.
+        """
         for request in requests:
             if self._needs(request) > len(self._free):
                 raise RequestError(
@@ -111,10 +111,9 @@ class Scheduler:
                 request = waiting.pop()
                 admitted.append(_Sequence(request, [self._free.pop() for _ in range(self._needs(request))]))
             self._prefill(admitted)
-            running = [sequence for sequence in running + admitted if not self._ended(sequence)]
+            running = yield from self._without_ended(running + admitted)
             self._decode(running)
-            running = [sequence for sequence in running if not self._ended(sequence)]
-        return [self._done[request.index] for request in requests]
+            running = yield from self._without_ended(running)
 
     def _needs(self, request: Request) -> int:
         return -(-(len(request.prompt) + request.max_new_tokens) // self._block_size)
@@ -163,15 +162,19 @@ class Scheduler:
     def _take(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
         sequence.answer.append(self._sampling.next_token(logits, sequence.request.generator))
 
-    def _ended(self, sequence: _Sequence) -> bool:
-        """Whether the sequence is complete; if so its completion is recorded and its blocks are free again."""
-        completion = self._completion(sequence)
-        if completion is None:
-            return False
-        self._done[sequence.request.index] = completion
-        self._free.extend(sequence.table)
-        self._on_done(sequence.request, completion)
-        return True
+    def _without_ended(
+        self, sequences: Sequence[_Sequence]
+    ) -> Generator[tuple[Request, Completion], None, list[_Sequence]]:
+        """The sequences that go on; those that are complete are yielded, and their blocks are free again."""
+        going_on = []
+        for sequence in sequences:
+            completion = self._completion(sequence)
+            if completion is None:
+                going_on.append(sequence)
+                continue
+            self._free.extend(sequence.table)
+            yield sequence.request, completion
+        return going_on
 
     def _completion(self, sequence: _Sequence) -> Completion | None:
         answer = sequence.answer

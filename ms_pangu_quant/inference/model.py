@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import ranks, runtime
 
 BLOCK_SIZE = 16
+_GRAPHS = 1 << 30  # address space that compiling and the threads take; 0.7 GiB with a model of 4 layers
 PREFILL_TOKENS = 512  # longer prompts are prefilled in pieces
 
 
@@ -64,6 +66,9 @@ def load(
     """
     reader = open_checkpoint(Path(path))
     runtime.start(device, mode, verbose=verbose, tensor_parallel=tensor_parallel)
+    config = reader.config
+    cache_bytes = 8 * kv_cache_tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    runtime.check_address_space(_GRAPHS + 3 * reader.files.nbytes + cache_bytes)
     return Model(reader, kv_cache_tokens, w4a8)
 
 
@@ -85,6 +90,7 @@ class Model:
         if self._cut > 1:
             check_cut(self.config, self._cut, *((reader.kinds, reader.group_size) if quantized else ()))
         self._compiled: set[str] = set()
+        self._closed = False
         self.network = build_network(
             self.config,
             kinds=reader.kinds if quantized else None,
@@ -105,6 +111,22 @@ class Model:
         )
         if runtime.mode() == "graph":
             self.network.set_dynamic_inputs()
+
+    def close(self) -> None:
+        """Give the memory of weights, cache and kernels back; the model is of no use afterwards.
+
+        Without it they stay until the process ends, whatever refers to the model: MindSpore keeps every network that it has
+        compiled. Its graph, without values, stays in any case.
+        """
+        self.network.release()
+        self._caches = None
+        self._closed = True
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -142,7 +164,6 @@ class Model:
         streams: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
-        on_done: Callable[[int, Generation], None] = lambda index, generation: None,
     ) -> list[Generation]:
         """Answers to prompts, in their order; batched, and refilled as answers end.
 
@@ -152,8 +173,38 @@ class Model:
         streams    number of each prompt's own stream of random draws under `seed`; its place among prompts by default.
         max_batch  answers under way at a time, no more than the cache holds; the answers do not depend on it.
         on_tokens  called after each pass with how many tokens it gave.
-        on_done    called with a prompt's place and its answer as soon as it ends.
         """
+        answers = self.stream(
+            prompts,
+            max_new_tokens,
+            mode=mode,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=stop,
+            streams=streams,
+            max_batch=max_batch,
+            on_tokens=on_tokens,
+        )
+        return [answer for _, answer in sorted(answers, key=operator.itemgetter(0))]
+
+    def stream(
+        self,
+        prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]],
+        max_new_tokens: int = 512,
+        *,
+        mode: str = "slow_think",
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        streams: Sequence[int] | None = None,
+        max_batch: int | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """(place of a prompt, its answer) as each ends, and keeps none of them; arguments as of generate()."""
         if isinstance(prompts, str):
             raise RequestError("prompts: got one text, wanted a list of prompts")
         if max_new_tokens < 1:
@@ -177,12 +228,9 @@ class Model:
             split_prompts=self.network.backend.chunked_prefill,
             max_batch=max_batch,
             on_tokens=on_tokens,
-            on_done=lambda request, completion: on_done(request.index, self._generation(request, completion)),
         )
-        return [
-            self._generation(request, completion)
-            for request, completion in zip(requests, scheduler.run(requests), strict=True)
-        ]
+        for request, completion in scheduler.run(requests):
+            yield request.index, self._generation(request, completion)
 
     def forward(
         self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
@@ -196,6 +244,8 @@ class Model:
 
         from ms_pangu_quant.network.batch import packed_inputs
 
+        if self._closed:
+            raise RequestError(f"{self.directory}: this model was closed; load it again")
         self.network.set_phase(phase)
         if self._cut == ranks.current().size > 1 and phase not in self._compiled:
             ranks.current().meet()  # loading takes ranks different times, and MindSpore's collectives do not wait for long

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mindspore as ms
+import numpy as np
 from mindformers.models.configuration_utils import PretrainedConfig
 from mindformers.models.model_config_utils import ignore_and_delete_parameter, register_mf_model_parameter
 from mindformers.models.modeling_utils import PreTrainedModel
@@ -23,6 +24,7 @@ from mindformers.parallel_core.inference.transformer.transformer_block import Tr
 from mindformers.parallel_core.utils.model_mixin import ModelMixin
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, mutable, nn
+from mindspore.graph.api import _cell_graph_executor
 
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.backends.cut import let_ranks_meet, set_cache_loaders
@@ -268,6 +270,16 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             Tensor(shape=mask_shape, dtype=mask_dtype),
             *(caches or ()),
         )
+
+    def release(self) -> None:
+        """Free what the compiled graphs hold, and the parameters' values: MindSpore's graphs refer to them for ever."""
+        for _, cell in self.cells_and_names():
+            if cell.compile_cache:
+                _cell_graph_executor.del_net_res(cell, cell.compile_cache)
+                cell.compile_cache.clear()
+        for parameter in self.get_parameters():
+            parameter.set_data(Tensor(np.zeros(1), parameter.dtype), slice_shape=True)
+            parameter.stored = None  # backends/cpu_tables.py
 
     def convert_name(self, weight_name: str) -> str:
         """Hugging Face name -> MindFormers name, quantization parameters included."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import io
 import logging
+import mmap
 import os
 import resource
 import shutil
@@ -26,6 +27,9 @@ from ms_pangu_quant.suggestion import did_you_mean
 DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
 _ADDRESS_SPACE = 3 << 30  # with less, MindSpore fails in its own ways when it allocates; it can hang for ever
+_ONEDNN_KERNELS = (
+    128  # oneDNN keeps 1024, one for each size of each matrix product: 0.5 to 1 MiB for every length of a prompt
+)
 _started: tuple[str, str] | None = None
 _tensor_parallel = 1
 _verbose = False
@@ -83,6 +87,23 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
             (ms.Tensor(1.0) + ms.Tensor(1.0)).asnumpy()  # the allocator announces itself when the first operator runs
     _started = (device, mode)
     _cut_networks(tensor_parallel, device, mode)
+
+
+def check_address_space(needed: int) -> None:
+    """Raises BackendError where the process may not map so many more bytes (ulimit -v).
+
+    Asked before a network is made: MindSpore can hang for ever when one of its threads is refused memory.
+    """
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit == resource.RLIM_INFINITY:
+        return
+    try:
+        mmap.mmap(-1, needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=mmap.PROT_READ).close()  # takes no memory
+    except OSError:
+        raise BackendError(
+            f"address space is limited to {limit / 2**30:.1f} GiB, and {needed / 2**30:.1f} GiB more are needed for this "
+            "model; raise the limit (ulimit -v)"
+        ) from None
 
 
 def _cut_networks(wanted: int, device: str, mode: str) -> None:
@@ -161,6 +182,7 @@ def _quiet_environment(verbose: bool) -> None:
         os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
         os.environ.setdefault("TQDM_DISABLE", "1")  # MindFormers shows a bar for each weight file
         warnings.filterwarnings("ignore", module=r"mind(spore|formers)(\.|$)")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(_ONEDNN_KERNELS))
     global _folder
     if "LOCAL_DEFAULT_PATH" not in os.environ:
         _folder = tempfile.mkdtemp(prefix="ms_pangu_quant-")  # they would write ./output/log

@@ -12,6 +12,11 @@ from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.samples import Record, read_records
 from ms_pangu_quant.suggestion import did_you_mean_path
 
+_COUNTS = ("problems", "of", "samples", "passed", "judged_in_process", "truncated", "prompt_too_long", "repetitive")
+_ENTRY: dict[str, Any] = dict.fromkeys(_COUNTS, int)
+_ENTRY |= {"task": str, "title": str, "data_sha256": str, "prompts": list, "verdicts": dict, "complete": bool}
+_ENTRY |= {"pass@k": dict, "rules": dict, "lengths": dict, "mode": str | None, "pass@1": dict | None}
+_RESULT: dict[str, Any] = {"task": str, "mode": str | None, "task_id": str | int, "sample_id": str | int, "verdict": str}
 Cell = tuple[str, str]  # task, mode; mode is "" for samples that name none
 
 
@@ -85,9 +90,12 @@ def _load(directory: Path, name: str) -> Run:
         raise DataError(f"{directory}: {what}; wanted an output directory of pangu-quant evaluate")
     results: dict[Cell, list[Record]] = {}
     try:
+        for entry in summary["entries"]:
+            _check(entry, _ENTRY, directory / "summary.json")
         entries = {(entry["task"], entry["mode"] or ""): entry for entry in summary["entries"]}
         only = next(iter(entries))[0]
-        for _, record in read_records(directory / "results.jsonl"):
+        for number, record in read_records(directory / "results.jsonl"):
+            _check({"task": only, "mode": "", **record}, _RESULT, f"{directory / 'results.jsonl'}: line {number}")
             results.setdefault((record.get("task", only), record.get("mode", "")), []).append(record)
     except (KeyError, TypeError, StopIteration) as error:
         raise DataError(f"{directory}: is not a result of this version of pangu-quant evaluate ({error!r})") from None
@@ -95,6 +103,20 @@ def _load(directory: Path, name: str) -> Run:
     if missing:
         raise DataError(f"{directory}: results.jsonl has nothing on {', '.join(missing)}; score it again")
     return Run(name, directory, summary, _read(directory / "run.json") or {}, entries, results)
+
+
+def _check(record: Any, fields: Mapping[str, Any], where: Path | str) -> None:
+    for field, kind in fields.items():
+        if not isinstance(record, dict) or field not in record or not isinstance(record[field], kind):
+            raise DataError(f"{where}: {field} is missing or of a wrong kind; wanted a result of pangu-quant evaluate")
+    if not all(_is_figures(record[field]) for field in ("pass@1", "pass@k", "verdicts", "rules") if record.get(field)):
+        raise DataError(f"{where}: figures that are not numbers; wanted a result of pangu-quant evaluate")
+    if not all(each is None or _is_figures(each) for each in record.get("lengths", {}).values()):
+        raise DataError(f"{where}: lengths that are not numbers; wanted a result of pangu-quant evaluate")
+
+
+def _is_figures(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, int | float | None) for each in value.values())
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -106,7 +128,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise DataError(f"{path}: got a JSON {type(value).__name__}, wanted an object")

@@ -57,7 +57,7 @@ def cases(speeds: Sequence[Speed]) -> list[Case]:
 def _load(path: Path, name: str) -> Speed:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise DataError(
             f"{path}: {reason}{did_you_mean_path(path)}; wanted the output of pangu-quant bench --json"

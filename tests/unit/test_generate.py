@@ -7,6 +7,7 @@ through a sequence's table, so a block that two sequences shared, lost or mixed 
 from __future__ import annotations
 
 import functools
+import weakref
 from unittest import mock
 
 import numpy as np
@@ -81,10 +82,16 @@ def scheduler(model, *, prefill_tokens=100, sampling=None, stop_ids=(), stop=())
     )
 
 
+def completions(made, requests):
+    """In the order of requests."""
+    found = {request.index: completion for request, completion in made.run(requests)}
+    return [found[request.index] for request in requests]
+
+
 def run(pairs, *, num_blocks=100, block_size=4, **settings_of_scheduler):
     model = FakeModel(num_blocks, block_size)
     sampling = settings_of_scheduler.get("sampling") or Sampling()
-    return scheduler(model, **settings_of_scheduler).run(requests_of(pairs, sampling)), model
+    return completions(scheduler(model, **settings_of_scheduler), requests_of(pairs, sampling)), model
 
 
 def always(*tokens):
@@ -121,9 +128,8 @@ def workloads(draw):
 def test_answers_are_those_of_one_request_at_a_time_whatever_is_shared(work, sampling, stop_ids, stop):
     pairs, model = work["pairs"], FakeModel(work["num_blocks"], work["block_size"])
     with mock.patch.object(generate, "MAX_BATCH", work["max_batch"]):
-        found = scheduler(
-            model, prefill_tokens=work["prefill_tokens"], sampling=sampling, stop_ids=stop_ids, stop=stop
-        ).run(requests_of(pairs, sampling))
+        made = scheduler(model, prefill_tokens=work["prefill_tokens"], sampling=sampling, stop_ids=stop_ids, stop=stop)
+        found = completions(made, requests_of(pairs, sampling))
     assert found == [
         alone(prompt, most, sampling, sampling.generator(index), stop_ids, stop)
         for index, (prompt, most) in enumerate(pairs)
@@ -135,7 +141,9 @@ def test_answers_are_those_of_one_request_at_a_time_whatever_is_shared(work, sam
 def test_limits_are_kept_in_every_pass(work, sampling):
     pairs, model = work["pairs"], FakeModel(work["num_blocks"], work["block_size"])
     with mock.patch.object(generate, "MAX_BATCH", work["max_batch"]):
-        scheduler(model, prefill_tokens=work["prefill_tokens"], sampling=sampling).run(requests_of(pairs, sampling))
+        completions(
+            scheduler(model, prefill_tokens=work["prefill_tokens"], sampling=sampling), requests_of(pairs, sampling)
+        )
     for phase, pieces, contexts, tables in model.calls:
         assert 1 <= len(pieces) <= work["max_batch"]
         assert all(pieces)
@@ -156,10 +164,20 @@ def test_every_block_is_free_again_at_the_end(work, stop_ids):
     """Shown by a last request that needs the whole cache."""
     model, sampling = FakeModel(work["num_blocks"], work["block_size"]), Sampling()
     made = scheduler(model, prefill_tokens=work["prefill_tokens"], stop_ids=stop_ids)
-    made.run(requests_of(work["pairs"], sampling))
+    completions(made, requests_of(work["pairs"], sampling))
     prompt, most = (1,), work["num_blocks"] * work["block_size"] - 1
     if most:
-        assert made.run(requests_of([(prompt, most)], sampling)) == [alone(prompt, most, sampling, None, stop_ids)]
+        found = completions(made, requests_of([(prompt, most)], sampling))
+        assert found == [alone(prompt, most, sampling, None, stop_ids)]
+
+
+def test_an_answer_is_not_kept_once_it_was_given():
+    requests, given = requests_of([((token % VOCAB,), 3) for token in range(100)], Sampling()), []
+    for _, completion in scheduler(FakeModel(100, 4)).run(requests):
+        given.append(weakref.ref(completion))
+        del completion
+        assert sum(each() is not None for each in given) <= 1
+    assert len(given) == 100
 
 
 def test_a_cache_without_a_block_to_spare_is_enough():
@@ -216,7 +234,7 @@ def test_a_request_that_can_never_fit_is_refused_before_anything_runs(pair):
     model = FakeModel(10, 4)
     said = rf"{len(pair[0])} tokens with max_new_tokens {pair[1]} .*40 tokens.*kv_cache_tokens"
     with pytest.raises(RequestError, match=said):
-        scheduler(model).run(requests_of([((1,), 2), pair, ((2,), 2)], Sampling()))
+        completions(scheduler(model), requests_of([((1,), 2), pair, ((2,), 2)], Sampling()))
     assert model.calls == []
 
 
@@ -228,7 +246,7 @@ def test_a_request_that_fills_the_cache_exactly_fits():
 def answer(next_logits, most=6, **settings_of_scheduler):
     texts = settings_of_scheduler.pop("texts", LETTERS)
     model = FakeModel(20, 4, next_logits, texts)
-    (completion,) = scheduler(model, **settings_of_scheduler).run(requests_of([((0,), most)], Sampling()))
+    (completion,) = completions(scheduler(model, **settings_of_scheduler), requests_of([((0,), most)], Sampling()))
     return completion
 
 
@@ -282,7 +300,7 @@ def test_a_stop_text_of_four_byte_characters_is_found_in_a_long_answer():
     letters = "🙂".encode()
     model = ByteTokens(100, 4, always(0, 1, 2, 3), [*letters, 65, 66, 67, 68])
     before = "🙂" * 3
-    (completion,) = scheduler(model, stop=[before]).run(requests_of([((4,), 50)], Sampling()))
+    (completion,) = completions(scheduler(model, stop=[before]), requests_of([((4,), 50)], Sampling()))
     assert completion == Completion((0, 1, 2, 3) * 3, "stop", before)
 
 
@@ -292,5 +310,5 @@ def test_only_the_end_of_a_long_answer_is_decoded_for_stop_texts():
     model = FakeModel(2000, 4, always(1, 2, 3))
     decode = model.decode
     model.decode = lambda ids, **settings_of_decode: decoded.append(len(ids)) or decode(ids)
-    scheduler(model, stop=["xyz"]).run(requests_of([((0,), 300)], Sampling()))
+    completions(scheduler(model, stop=["xyz"]), requests_of([((0,), 300)], Sampling()))
     assert max(decoded) <= 20

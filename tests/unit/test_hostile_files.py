@@ -15,14 +15,28 @@ import pytest
 import yaml
 
 from ms_pangu_quant.calibration.data import load_token_data
-from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE
 from ms_pangu_quant.checkpoint.files import INDEX_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-from ms_pangu_quant.errors import PanguQuantError
-from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.checkpoint.writer import HASHES_FILE, JOURNAL, REPORT_FILE, QuantizedWriter
+from ms_pangu_quant.errors import CheckpointError, PanguQuantError
+from ms_pangu_quant.evaluation.provenance import of_checkpoint
+from ms_pangu_quant.evaluation.score import load_samples
+from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.formats import ascend
+from ms_pangu_quant.formats.export import export
+from ms_pangu_quant.formats.finished import finished_report
+from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import find_recipe, load_recipe
+from ms_pangu_quant.report.results import load_runs
+from ms_pangu_quant.report.speed import load_speeds
+from ms_pangu_quant.sensitivity import Sensitivity
+from tests.unit.test_report import make as make_results
+from tests.unit.test_sensitivity import sensitivity
+from tests.unit.test_training import fused, sliced, tensor_parallel
 
 SECONDS, BYTES = 10.0, 1 << 30
 VALUES = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\ud800",
@@ -136,11 +150,77 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
         "text": ("data", "text.jsonl", read_data("text.jsonl")),
         "chats": ("data", "chats.jsonl", read_data("chats.jsonl")),
         "token ids": ("data", "ids.jsonl", read_data("ids.jsonl")),
+        **newer_places(base, root),
     }
     return {name: (base / folder, file, read) for name, (folder, file, read) in readers.items()}
 
 
+def newer_places(base, root):
+    """What else is read: training's slices, another format, what quantize, evaluate, bench and sensitivity write."""
+    reader = QuantizedReader(base / "quantized")
+    export(reader, ascend, base / "ascend")
+    tensors = CheckpointReader(base / "float").files
+    config = CheckpointReader(base / "float").config.raw
+    (base / "sliced").mkdir()
+    shutil.copyfile(base / "float" / "config.json", base / "sliced" / "config.json")
+    sliced(
+        base / "sliced", fused({name: tensors.read_float32(name) for name in tensors.entries}, config), 2, tensor_parallel
+    )
+    (base / "budget").mkdir()
+    shutil.copyfile(root / "configs/w4a8_mixed.yaml", base / "budget" / "recipe.yaml")
+    sensitivity(load_recipe(base / "budget" / "recipe.yaml")).save(base / "budget" / "sensitivity.json")
+    row = {"model": "quantized", "phase": "decode", "prompt_len": 64, "batch_size": 1, "latency_ms": 2.5}
+    row |= {"tokens_per_s": 400.0, "spread": 0.1, "peak_rss_gib": 1.5, "limit_fraction": 0.5}
+    (base / "budget" / "bench.json").write_bytes(dumped([row, {**row, "model": "float"}]))
+    make_results(base, "float_results", {"mini": {"slow_think": "1100", "no_think": "0011"}})
+    (base / "journal").mkdir()
+    report = {"fingerprint": {"checkpoint": "x"}, "blocks": [{"file": "x", "sha256": "y", "nbytes": 1, "tensors": ["a"],
+              "report": {"index": 0}}]}  # fmt: skip
+    (base / "journal" / JOURNAL).write_bytes(dumped(report))
+    problems = {"mini": load_problems(TASKS["mini"])}
+
+    def read_verified(folder):
+        for fault in verify(folder, CheckpointReader(base / "float")).faults:
+            raise CheckpointError(fault)
+
+    def read_report(folder):
+        (folder / HASHES_FILE).unlink(missing_ok=True)  # so that not its hash alone is looked at
+        read_verified(folder)
+        of_checkpoint(folder, "cpu")
+        (folder / HASHES_FILE).write_bytes(b"")
+        finished_report(folder, {"checkpoint": "x"}, FORMATS["mindformers"])
+
+    def read_journal(folder):
+        with QuantizedWriter(folder, {"checkpoint": "x"}, blocks=2, resume=True):
+            pass
+
+    return {
+        "slices": ("sliced", "metadata.json", lambda folder: CheckpointReader(folder).block(0)),
+        "ascend": ("ascend", ASCEND_FILE, lambda folder: open_checkpoint(folder).block(0)),
+        "report": ("quantized", REPORT_FILE, read_report),
+        "hashes": ("quantized", HASHES_FILE, read_verified),
+        "journal": ("journal", JOURNAL, read_journal),
+        "budget": ("budget", "recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
+        "sensitivity": ("budget", "sensitivity.json", lambda folder: Sensitivity.load(folder / "sensitivity.json")),
+        "bench": ("budget", "bench.json", lambda folder: load_speeds([str(folder / "bench.json")])),
+        "samples": ("float_results", "samples.jsonl", lambda folder: load_samples(folder / "samples.jsonl", problems)),
+        "results": ("float_results", "results.jsonl", lambda folder: load_runs([folder])),
+        "summary": ("float_results", "summary.json", lambda folder: load_runs([folder])),
+    }
+
+
 PLACES = (
+    "slices",
+    "ascend",
+    "report",
+    "hashes",
+    "journal",
+    "budget",
+    "sensitivity",
+    "bench",
+    "samples",
+    "results",
+    "summary",
     "config",
     "index",
     "safetensors",

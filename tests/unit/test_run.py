@@ -34,7 +34,7 @@ class FakeModel:
     def __init__(self, left=10**9):
         self.left, self.asked = left, 0
 
-    def generate(self, prompts, max_new_tokens, *, streams, max_batch, on_tokens, on_done, seed, **_):
+    def stream(self, prompts, max_new_tokens, *, streams, max_batch, on_tokens, seed, **_):
         order = np.random.default_rng(max_batch or 0).permutation(len(prompts))
         for index in order:
             if self.left == 0:
@@ -44,7 +44,7 @@ class FakeModel:
             draw = np.random.default_rng([seed, streams[index], *prompts[index][:3]]).integers(1 << 40)
             on_tokens(4)
             text = f"[unused16]{draw}[unused17]answer"
-            on_done(int(index), Generation(text, str(draw), "answer", (1, 2, 3, 4), len(prompts[index]), "eos", True, 1))
+            yield int(index), Generation(text, str(draw), "answer", (1, 2, 3, 4), len(prompts[index]), "eos", True, 1)
 
 
 def asked(settings=SETTINGS, tasks=("humaneval", "mini"), limit=3, modes=("slow_think", "no_think"), suffix=""):
