@@ -238,7 +238,5 @@ def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
         scheme = "an int8 key/value cache" if each.kind == kv_cache.KIND else each.kind
         scheme = f"{each.kind} in groups of {each.group_size}" if each.group_size else scheme
         what = f"{scheme}{' with biases' if each.biased else ''} in the {stored_as} format"
-        raise RequestError(
-            f"{what}: no program computes it ({reasons}); use --format {' or '.join(others)}, or --allow-unserved to write "
-            "it all the same"
-        )
+        at_all = "" if each.kind == kv_cache.KIND else ", or --allow-unserved to write it all the same"
+        raise RequestError(f"{what}: no program computes it ({reasons}); use --format {' or '.join(others)}{at_all}")

@@ -139,8 +139,11 @@ def test_a_format_that_cannot_hold_it_refuses_before_anything_is_written(stored,
     facts = facts_of(reader.config, reader.kinds, 0, True)
     for name in HELD:
         check_served(name, facts)
-    with pytest.raises(RequestError, match="an int8 key/value cache in the compressed-tensors format: no program"):
+    with pytest.raises(
+        RequestError, match="an int8 key/value cache in the compressed-tensors format: no program"
+    ) as raised:
         check_served("compressed-tensors", facts)
+    assert str(raised.value).endswith("use --format ascend or mindformers")  # the format could not be written either
 
 
 def test_a_cache_scheme_in_compressed_tensors_is_refused_not_passed_over(make_checkpoint):
