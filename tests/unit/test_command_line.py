@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -20,20 +21,10 @@ from ms_pangu_quant.cli import app, main
 from ms_pangu_quant.evaluation.tasks import TASKS
 
 GROUP = typer.main.get_command(app)
-TOOLS = (  # those with a parser; the thin mains of commands show the command's help
-    "api",
-    "bench_peers",
-    "compare_peers",
-    "embed",
-    "logits",
-    "make_checkpoint",
-    "make_format_goldens",
-    "make_goldens",
-    "predict_ascend",
-    "rescale_outliers",
-    "tables",
-    "train_embedded",
-)
+ROOT = Path(__file__).parents[2]
+TOOLS = [  # those with a parser of argparse; the thin mains of commands show the command's help
+    path.stem for path in sorted(ROOT.glob("tools/*.py")) if re.search(r"Parser\(", path.read_text(encoding="utf-8"))
+]
 
 
 def examples(text: str) -> list[list[str]]:
@@ -100,11 +91,6 @@ def test_the_help_of_every_tool_ends_with_an_example_that_its_parser_accepts(nam
     for words in given:
         assert words[:2] == ["python", f"tools/{name}.py"]
         parser.parse_args(words[2:])  # exits for what it does not know
-
-
-def test_no_tool_with_a_parser_is_forgotten(root):
-    parsing = {path.stem for path in root.glob("tools/*.py") if re.search(r"Parser\(", path.read_text(encoding="utf-8"))}
-    assert parsing == set(TOOLS)
 
 
 @pytest.mark.parametrize("name", ["ascend_acceptance", "msrun_quantize", "msrun_generate", "msrun_evaluate"])
