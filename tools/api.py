@@ -119,6 +119,7 @@ def _annotation(field: Any) -> str:
 def _without_modules(text: str) -> str:
     """Types by their own names."""
     text = re.sub(r"numpy\.ndarray\[[^\[\]]+(?:\[[^\[\]]*\])?, numpy\.dtype\[numpy\.(\w+)\]\]", r"NDArray[\1]", text)
+    text = text.replace("'", '"')
     return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|collections\.abc)\.(?=[A-Z])", "", text)
 
 
