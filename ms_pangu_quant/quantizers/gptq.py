@@ -33,13 +33,13 @@ from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.refine import refine
-from ms_pangu_quant.quantizers.threads import one_thread
+from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
 from ms_pangu_quant.scheme import TensorScheme
 
 BLOCK = 128
 _LARGEST_DAMPING = 1.0
 _RIDGE = 0.03
-_PIECE_ELEMENTS = 1 << 24  # of a float64 working copy: 128 MiB
+_PIECE_ELEMENTS = 1 << 22  # of a float64 working copy: 32 MiB
 
 
 @dataclass(frozen=True)
@@ -157,11 +157,12 @@ def corrected_weight(
     except LinAlgError:
         raise _indefinite() from None
     result, narrow = np.empty_like(weight), drift.astype(np.float32, copy=False)
-    for rows in _row_pieces(weight):
+
+    def correct(rows: slice) -> None:
         wanted = weight[rows] @ narrow
-        with one_thread():
-            correction = cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
-        result[rows] = weight[rows] + correction
+        result[rows] = weight[rows] + cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
+
+    in_parallel(correct, _row_pieces(weight))
     return result
 
 
@@ -180,7 +181,8 @@ def gptq_codes(
     codes = np.empty(weight.shape, np.int8)
     columns = order[::-1]  # the factor's order: rounded from the last to the first
     group = columns // (weight.shape[1] // scale.shape[1])
-    for rows in _row_pieces(weight):
+
+    def round_rows(rows: slice) -> None:
         target = weight[rows].T[columns]  # [in, rows] float32, contiguous
         steps = np.ascontiguousarray(scale[rows].T)
         rounded, error = np.empty(target.shape, np.int8), np.empty(target.shape, np.float64)
@@ -195,6 +197,8 @@ def gptq_codes(
                 error[j] = target[j] - code.astype(np.float64) * steps[group[j]]
                 rounded[j] = code
         codes[rows] = rounded[np.argsort(columns)].T
+
+    in_parallel(round_rows, _row_pieces(weight))
     return codes
 
 

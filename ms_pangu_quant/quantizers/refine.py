@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.quantizers.threads import one_thread
+from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
 from ms_pangu_quant.scheme import TensorScheme
 
 BLOCK = 128
-_PIECE_ELEMENTS = 1 << 23
+_PIECE_ELEMENTS = 1 << 21
 
 
 def refine(
@@ -38,12 +38,14 @@ def refine(
     step = max(1, _PIECE_ELEMENTS // weight.shape[1])
     damped = gram.astype(np.float32)
     np.einsum("ii->i", damped)[:] = np.diagonal(gram) + damping
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+
+    def better(rows: slice) -> None:
         output = weight[rows] @ damped
         for _ in range(sweeps):
             scale[rows] = best_scales(output, codes[rows], scale[rows], scheme, damped)
             codes[rows] = sweep(weight[rows], codes[rows], scale[rows], scheme, damped)
+
+    in_parallel(better, (slice(start, start + step) for start in range(0, len(weight), step)))
     return QuantizedWeight(codes, scale, rounded.note)
 
 

@@ -1,14 +1,20 @@
-"""Factorisations on one thread: with several, OpenBLAS splits their sums by thread, and codes would depend on how many.
+"""Linear algebra whose bits do not depend on the number of threads: OpenBLAS works on one, on several pieces at a time.
 
-Matrix products are not held to it: they split what they write, not what they add up.
+With several threads it splits the sums of factorisations, and it computes the columns at the edge of what it splits, which
+are others for another number, with other kernels: codes would depend on how many there are. So rows are split here, into
+pieces whose size does not depend on the machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
 
 from threadpoolctl import ThreadpoolController
+
+_MOST = 8  # pieces at a time: each has working copies of its own
 
 
 @cache
@@ -19,3 +25,12 @@ def _controller() -> ThreadpoolController:
 def one_thread() -> AbstractContextManager[object]:
     limit: AbstractContextManager[object] = _controller().limit(limits=1, user_api="blas")
     return limit
+
+
+def in_parallel(work: Callable[[slice], None], pieces: Iterable[slice]) -> None:
+    """work(piece) for each piece, as many at a time as OpenBLAS has threads."""
+    libraries = [library for library in _controller().lib_controllers if library.user_api == "blas"]
+    threads = max((int(library.num_threads) for library in libraries), default=1)
+    with one_thread(), ThreadPoolExecutor(min(threads, _MOST)) as pool:
+        for _ in pool.map(work, pieces):
+            pass

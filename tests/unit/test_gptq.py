@@ -13,6 +13,7 @@ from ms_pangu_quant.quantizers.clip import mse_scale
 from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, corrected_weight, factorise, gptq_codes
 from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
+from ms_pangu_quant.quantizers.threads import in_parallel
 from ms_pangu_quant.scheme import PRESETS, TensorScheme
 
 SCHEMES = {
@@ -331,9 +332,28 @@ def test_inputs_that_were_never_active_do_not_make_the_scale_arbitrary():
     assert (mse_scale(zero, scheme) == 1).all()
 
 
+def test_products_in_parallel_have_the_bits_of_one_thread():
+    """Of widths at whose edges OpenBLAS adds up in another order when threads split them."""
+    generator = np.random.default_rng(0)
+    factor, error = generator.normal(size=(640, 128)), generator.normal(size=(640, 904))
+    found = []
+    for threads in (1, 2, 3):
+        result = np.empty((128, 904))
+
+        def work(rows, result=result):
+            result[:, rows] = factor.T @ error[:, rows]
+
+        with threadpool_limits(threads):
+            in_parallel(work, [slice(start, start + 301) for start in range(0, 904, 301)])
+        found.append(result)
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("channels", [384, 300])
-def test_the_number_of_threads_changes_no_code(channels):
-    weight, stats = layer(channels=channels, outputs=192, tokens=2000)
+@pytest.mark.parametrize("outputs", [192, 301])  # 301: edges of what threads split, where OpenBLAS adds up in another order
+def test_the_number_of_threads_changes_no_code(channels, outputs):
+    weight, stats = layer(channels=channels, outputs=outputs, tokens=2000)
     drift = np.random.default_rng(1).normal(size=(channels, channels)) * np.diag(stats.gram).mean() / 100
     stats = dataclasses.replace(stats, drift=drift)
     found = []
