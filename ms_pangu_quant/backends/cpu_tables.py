@@ -18,6 +18,7 @@ from mindspore.common.initializer import initializer
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import CpuGPTModel
+from ms_pangu_quant.backends.cpu_block import join
 from ms_pangu_quant.backends.cpu_kernels.library import Library
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.errors import CheckpointError
@@ -57,13 +58,15 @@ class HeadMethod(UnquantizedLinearMethod):
 
 
 class TableGPTModel(CpuGPTModel):
-    """GPTModel whose embedding and head take the dtype of the checkpoint when it is loaded."""
+    """GPTModel whose embedding and head take the dtype of the checkpoint when it is loaded, and whose quantized blocks are
+    as few operators as possible."""
 
     def __init__(
         self, library: Library, *arguments, pre_process=True, share_embeddings_and_output_weights=False, **keywords
     ) -> None:
         super().__init__(*arguments, pre_process=False, share_embeddings_and_output_weights=False, **keywords)
         self.pre_process = pre_process
+        self.runs = join(self.decoder.layers)
         if pre_process:
             self.embedding = Embedding(library, self.vocab_size, self.config.hidden_size)
         tables = [self.embedding.word_embeddings] if pre_process else []
@@ -79,6 +82,13 @@ class TableGPTModel(CpuGPTModel):
         else:
             for table in tables:
                 _set_loader([table])
+
+    def load_weights(self, *arguments, **keywords):
+        loaded = super().load_weights(*arguments, **keywords)
+        for run, blocks in self.runs:
+            run.point(blocks)
+            loaded.add(run.table.name)
+        return loaded
 
 
 def _set_loader(cells: Sequence[Any]) -> None:
