@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
+from ms_pangu_quant.backends.cpu_kernels.library import HEAD_SETTING, SETTING, library
+from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from tests.conftest import MINI, golden
@@ -187,6 +188,40 @@ def test_blocks_without_weights_are_an_error_and_not_a_crash():
     x, index = Tensor(np.ones((1, 8), np.float32)), Tensor(np.zeros(1, np.int32))
     with pytest.raises(RuntimeError):
         kernel(x, x, x, index, index, index, index, Tensor(np.zeros((1, 37, 7), np.int64))).asnumpy()
+
+
+def test_a_head_in_int8_has_the_integers_and_scales_of_the_definition():
+    import ml_dtypes
+    from mindspore import Tensor
+
+    from ms_pangu_quant.backends.cpu_tables import HeadMethod
+
+    rng = np.random.default_rng(5)
+    stored = rng.normal(size=(130, 72)).astype(ml_dtypes.bfloat16)
+    x = rng.normal(size=(3, 72)).astype(np.float32)
+    method = HeadMethod(library(), rounded=True)
+    layer = type("Layer", (), {"input_size": 72, "narrow": True, "weight": method.round(stored.view(np.uint16))})
+    w = stored.astype(np.float32)
+    scale = np.abs(w).max(1) / np.float32(127)
+    bits = scale.view(np.uint32)  # a W8A8 scale is a bfloat16 value, rounded up
+    scale = ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    codes = np.clip(np.rint(w / scale[:, None]), -127, 127).astype(np.int64)
+    token = np.abs(x).max(1) / np.float32(127)
+    sums = np.rint(x / token[:, None]).astype(np.int64) @ codes.T
+    wanted = sums.astype(np.float32) * (token[:, None] * scale)
+    assert np.array_equal(method.apply(layer, Tensor(x)).asnumpy(), wanted)
+
+
+def test_only_a_quantized_checkpoint_s_head_is_rounded(quantized, monkeypatch):
+    ids = list(range(3, 40))
+    floating, whole = (load(path, kv_cache_tokens=64).logits(ids) for path in (MINI, quantized("w8a8")))
+    monkeypatch.setenv(HEAD_SETTING, "int8")
+    assert np.array_equal(load(MINI, kv_cache_tokens=64).logits(ids), floating)
+    rounded = load(quantized("w8a8"), kv_cache_tokens=64).logits(ids)
+    assert 0 < np.linalg.norm(rounded - whole) < 0.02 * np.linalg.norm(whole)
+    monkeypatch.setenv(HEAD_SETTING, "int4")
+    with pytest.raises(BackendError, match="wanted stored or int8"):
+        load(quantized("w8a8"), kv_cache_tokens=64)
 
 
 def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):
