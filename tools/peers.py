@@ -30,7 +30,7 @@ import json
 from datasets import Dataset
 from llmcompressor import oneshot
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype="float32")
+model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=DTYPE)
 data = {}
 if DATA:
     rows = [json.loads(line)["token_ids"] for line in open(DATA)]
@@ -68,11 +68,12 @@ def python_command(python: str, program: str, **values: Any) -> list[str]:
 
 
 def llmcompressor_command(
-    python: str, source: Path, output: Path, modifiers: Mapping[str, Any], data: Path | None
+    python: str, source: Path, output: Path, modifiers: Mapping[str, Any], data: Path | None, dtype: str = "float32"
 ) -> list[str]:
-    """modifiers  name of each llm-compressor modifier -> its arguments, in order.  data  rows of `token_ids`, or None."""
+    """modifiers  name of each llm-compressor modifier -> its arguments, in order.  data  rows of `token_ids`, or None.
+    dtype  that the source is read in."""
     recipe = json.dumps({"default_stage": {"default_modifiers": modifiers}})  # JSON is YAML
-    return python_command(python, LLM_COMPRESSOR, SOURCE=source, OUTPUT=output, RECIPE=recipe, DATA=data or "")
+    return python_command(python, LLM_COMPRESSOR, SOURCE=source, OUTPUT=output, RECIPE=recipe, DATA=data or "", DTYPE=dtype)
 
 
 def msmodelslim_command(
@@ -132,20 +133,25 @@ def as_llama(config: Mapping[str, Any], *, biases: bool) -> dict[str, Any]:
     }
 
 
-def write_source(checkpoint: Path, directory: Path) -> None:
-    """The float32 copy of a checkpoint that the peers are given. Whole in memory, as they read it too."""
+def write_source(checkpoint: Path, directory: Path, dtype: str = "float32") -> None:
+    """The copy of a checkpoint that the peers are given. float32: whole in memory, as they read it too. bfloat16: links to
+    a checkpoint that is stored so."""
     reader = CheckpointReader(checkpoint)
     config = as_llama(reader.config.raw, biases=reader.config.attention_bias)
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: reader.files.read_float32(name) for name in reader.files.entries}
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    if dtype == "float32":
+        tensors = {name: reader.files.read_float32(name) for name in reader.files.entries}
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    else:
+        for file in checkpoint.glob("*.safetensors*"):
+            (directory / file.name).symlink_to(file.absolute())
     model = {"type": "WordLevel", "vocab": {str(i): i for i in range(reader.config.vocab_size)}, "unk_token": "0"}
     tokenizer = {"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}}
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "0", "pad_token": "0"}
     for name, value in (
         ("tokenizer.json", tokenizer),
         ("tokenizer_config.json", names),
-        ("config.json", {**config, "torch_dtype": "float32"}),
+        ("config.json", {**config, "torch_dtype": dtype}),
     ):
         (directory / name).write_text(json.dumps(value))
 

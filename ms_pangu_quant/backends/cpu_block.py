@@ -2,17 +2,77 @@
 
 With an operator for each cell, MindSpore's executor takes about 50 us for each of the dozen of a block: a third of a decode
 step of the 1B. The operator calls the same kernels in the same order, so it gives the same bits.
+
+Blocks that follow one another are again one operator (Run). Their 38 inputs each would still cost the executor a fifth of a
+decode step, so it is given the addresses of the parameters instead, which are no part of the graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from mindformers.parallel_core.inference.transformer.identity_op import IdentityOp
 from mindformers.parallel_core.inference.transformer.transformer_layer import TransformerLayer
+from mindspore import Parameter, Tensor, nn
+from numpy.typing import NDArray
 
-from ms_pangu_quant.backends.cpu_kernels.library import kernels
-from ms_pangu_quant.backends.cpu_kernels.operators import block_operator
+from ms_pangu_quant.backends.cpu_kernels.library import Library, kernels
+from ms_pangu_quant.backends.cpu_kernels.operators import block_operator, operator
+
+_ENTRY = 7  # int64 of the table that say where an input is; see PanguStack in block.cc
+
+
+class Run(nn.Cell):
+    """Blocks that follow one another, as one operator; point() tells it where their parameters are.
+
+    table  int64 [blocks, inputs of a block, 7], a parameter because the graph would take a tensor's values for constants.
+    """
+
+    def __init__(self, library: Library, blocks: int, inputs: int) -> None:
+        super().__init__()
+        shape = (blocks, inputs, _ENTRY)
+        self.table = Parameter(Tensor(np.zeros(shape, np.int64)), name="table", requires_grad=False)
+        self.kernel = operator(library, "PanguStack")
+        self.kept: list[NDArray[Any]] = []
+
+    def point(self, blocks: Sequence[Block]) -> None:
+        """To be called when the blocks' parameters have been loaded; what it points to lives as long as this cell."""
+        arrays = [[one if isinstance(one, int) else one.asnumpy() for one in block.inputs(*range(7))] for block in blocks]
+        self.table.set_data(Tensor(np.array([[_entry(one) for one in row] for row in arrays], np.int64)))
+        self.kept = [one for row in arrays for one in row if not isinstance(one, int)]
+
+    def construct(self, *given):
+        return self.kernel(*given, self.table)
+
+
+def _entry(where: int | NDArray[Any]) -> list[int]:
+    if isinstance(where, int):
+        return [-1 - where] + [0] * (_ENTRY - 1)
+    shape = [*where.shape, *[0] * (_ENTRY - 3 - where.ndim)]
+    return [where.ctypes.data, int(where.dtype == np.uint8), where.ndim, *shape]
+
+
+def join(layers: Sequence[Any]) -> list[tuple[Run, list[Block]]]:
+    """Lets the first of several whole blocks in a row compute all of them, and the others pass on what they get.
+
+    Returns what has to be pointed at the parameters when they have been loaded.
+    """
+    runs: list[tuple[Run, list[Block]]] = []
+    row: list[Block] = []
+    for layer in [*layers, None]:
+        if layer is not None and isinstance(layer, Block) and layer.whole:
+            row.append(layer)
+            continue
+        if row:
+            run = Run(kernels(), len(row), len(row[0].inputs(*range(7))))
+            row[0].run = run
+            for passed in row[1:]:
+                passed.joined = True
+            runs.append((run, row))
+        row = []
+    return runs
 
 
 class Block(TransformerLayer):
@@ -39,6 +99,32 @@ class Block(TransformerLayer):
             and not self.apply_residual_connection_post_norm
         )
         self.kernel = block_operator(kernels()) if self.whole else None
+        self.run: Run | None = None  # of this block and those behind it
+        self.joined = False  # computed by the run of a block before it
+
+    def inputs(self, x, cos, sin, slot_mapping, block_tables, batch_valid_length, q_seq_lens):
+        """Of PanguBlock."""
+        attention, mlp = self.self_attention, self.mlp
+        return (
+            x,
+            cos,
+            sin,
+            attention.core_attention.key_cache,
+            attention.core_attention.value_cache,
+            slot_mapping,
+            block_tables,
+            batch_valid_length,
+            q_seq_lens,
+            attention.core_attention.scale,
+            attention.core_attention.cache_grid,
+            self.input_layernorm.epsilon,
+            self.input_layernorm.weight,
+            self.pre_mlp_layernorm.weight,
+            *attention.linear_qkv.quant_method.block_parameters(attention.linear_qkv),
+            *attention.linear_proj.quant_method.block_parameters(attention.linear_proj),
+            *mlp.linear_fc1.quant_method.block_parameters(mlp.linear_fc1),
+            *mlp.linear_fc2.quant_method.block_parameters(mlp.linear_fc2),
+        )
 
     def construct(
         self,
@@ -65,7 +151,6 @@ class Block(TransformerLayer):
         batch_valid_length_cpu=None,
         context_lens_tensor_cpu=None,
     ):
-        attention, mlp = self.self_attention, self.mlp
         if not self.whole:
             normed, residual = self._construct_attention(
                 hidden_states,
@@ -79,23 +164,17 @@ class Block(TransformerLayer):
                 slot_mapping=slot_mapping,
             )
             return self._construct_mlp(normed, residual=residual)
-        return self.kernel(
+        if self.joined:
+            return hidden_states
+        given = (
             hidden_states,
             rotary_pos_cos,
             rotary_pos_sin,
-            attention.core_attention.key_cache,
-            attention.core_attention.value_cache,
             slot_mapping,
             block_tables,
             batch_valid_length,
             q_seq_lens,
-            attention.core_attention.scale,
-            attention.core_attention.cache_grid,
-            self.input_layernorm.epsilon,
-            self.input_layernorm.weight,
-            self.pre_mlp_layernorm.weight,
-            *attention.linear_qkv.quant_method.block_parameters(attention.linear_qkv),
-            *attention.linear_proj.quant_method.block_parameters(attention.linear_proj),
-            *mlp.linear_fc1.quant_method.block_parameters(mlp.linear_fc1),
-            *mlp.linear_fc2.quant_method.block_parameters(mlp.linear_fc2),
         )
+        if self.run is not None:
+            return self.run(*given)
+        return self.kernel(*self.inputs(*given))

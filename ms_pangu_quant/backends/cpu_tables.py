@@ -2,6 +2,9 @@
 
 A bfloat16 is widened to float32 without loss when it is used, so logits are those of the float32 table up to the order of
 sums, in half the memory and half the memory traffic. A table of another dtype is held in float32 and computed by MindSpore.
+
+A quantized checkpoint's head may be rounded to int8 while it is loaded (library.HEAD_SETTING), one scale for each word. It
+is then a W8A8 layer like those of a block: half the bytes of a decode step's largest matrix. The embedding keeps its dtype.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ import mindspore as ms
 import numpy as np
 from mindformers.parallel_core.inference.tensor_parallel.layers import UnquantizedLinearMethod
 from mindformers.parallel_core.inference.weights_utils import set_weight_attrs
-from mindspore import Parameter, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import initializer
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import CpuGPTModel
-from ms_pangu_quant.backends.cpu_kernels.library import Library
+from ms_pangu_quant.backends.cpu_block import join
+from ms_pangu_quant.backends.cpu_kernels.library import Library, head_setting
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.quantizers.grid import round_to_grid, row_pieces, weight_scale
+from ms_pangu_quant.scheme import PRESETS
 
 
 class WordEmbeddings(nn.Cell):
@@ -48,22 +54,45 @@ class Embedding(nn.Cell):
 
 
 class HeadMethod(UnquantizedLinearMethod):
-    def __init__(self, library: Library) -> None:
+    """rounded: the weight becomes int8 when it is loaded."""
+
+    def __init__(self, library: Library, rounded: bool) -> None:
+        self.library, self.rounded = library, rounded
         self.kernel, self.multiply = operator(library, "PanguHead"), ops.MatMul(transpose_b=True)
+        self.integers = operator(library, "PanguW8A8Dynamic")
+        self.scale, self.none = None, Tensor(np.zeros(1, np.float32))
+
+    def round(self, values: NDArray[Any]) -> Parameter:
+        """values [words, hidden], bfloat16 bits or float32 -> int8, packed for the kernel; a few rows at a time."""
+        codes, scale = np.empty(values.shape, np.int8), np.empty((len(values), 1), np.float32)
+        scheme = PRESETS["w8a8"].weight
+        for rows in row_pieces(values):
+            piece = values[rows]
+            if piece.dtype == np.uint16:
+                piece = (piece.astype(np.uint32) << 16).view(np.float32)
+            scale[rows] = weight_scale(piece, scheme)
+            codes[rows] = round_to_grid(piece, scale[rows], scheme)
+        self.library.functions.pangu_pack_w8(codes.ctypes.data, *codes.shape)
+        self.scale = Parameter(Tensor(scale[:, 0]), name="output_layer.w_scale", requires_grad=False)
+        return _table("output_layer.weight", codes)
 
     def apply(self, layer, x, weight=None, bias=None):
         x = x.reshape((-1, layer.input_size))
+        if self.rounded:
+            return self.integers(x, layer.weight, self.scale, self.none)
         return self.kernel(x, layer.weight) if layer.narrow else self.multiply(x, layer.weight)
 
 
 class TableGPTModel(CpuGPTModel):
-    """GPTModel whose embedding and head take the dtype of the checkpoint when it is loaded."""
+    """GPTModel whose embedding and head take the dtype of the checkpoint when it is loaded, and whose quantized blocks are
+    as few operators as possible."""
 
     def __init__(
         self, library: Library, *arguments, pre_process=True, share_embeddings_and_output_weights=False, **keywords
     ) -> None:
         super().__init__(*arguments, pre_process=False, share_embeddings_and_output_weights=False, **keywords)
         self.pre_process = pre_process
+        self.runs = join(self.decoder.layers)
         if pre_process:
             self.embedding = Embedding(library, self.vocab_size, self.config.hidden_size)
         tables = [self.embedding.word_embeddings] if pre_process else []
@@ -71,7 +100,9 @@ class TableGPTModel(CpuGPTModel):
             self.output_layer.narrow, self.output_layer.vocab_size = False, self.vocab_size
             rows, rank = self.output_layer.output_size_per_partition, self.tp_rank
             self.output_layer.rows = slice(rank * rows, (rank + 1) * rows)
-            self.output_layer.quant_method = HeadMethod(library)
+            self.output_layer.quant_method = HeadMethod(
+                library, rounded=keywords.get("quant_config") is not None and head_setting() == "int8"
+            )
             tables.append(self.output_layer)
         if share_embeddings_and_output_weights:
             self.output_layer.weight = self.embedding.word_embeddings.weight
@@ -79,6 +110,13 @@ class TableGPTModel(CpuGPTModel):
         else:
             for table in tables:
                 _set_loader([table])
+
+    def load_weights(self, *arguments, **keywords):
+        loaded = super().load_weights(*arguments, **keywords)
+        for run, blocks in self.runs:
+            run.point(blocks)
+            loaded.add(run.table.name)
+        return loaded
 
 
 def _set_loader(cells: Sequence[Any]) -> None:
@@ -100,13 +138,17 @@ def _load(cells: Sequence[Any], old: Parameter, stored: Any) -> None:
     whole = _table(old.name, values)
     for cell in cells:
         part = values[cell.rows]
-        cell.weight = whole if len(part) == len(values) else _table("output_layer.weight", part.copy())
+        method = getattr(cell, "quant_method", None)
+        if method is not None and method.rounded:
+            cell.weight = method.round(part)
+        else:
+            cell.weight = whole if len(part) == len(values) else _table("output_layer.weight", part.copy())
         cell.narrow = narrow
     _set_loader(cells)
 
 
 def _table(name: str, values: NDArray[Any]) -> Parameter:
-    dtype = ms.uint16 if values.dtype == np.uint16 else ms.float32
+    dtype = {np.dtype(np.uint16): ms.uint16, np.dtype(np.int8): ms.int8}.get(values.dtype, ms.float32)
     table = Parameter(initializer("zeros", values.shape, dtype), name=name, requires_grad=False)
     table.set_data(ms.from_numpy(values))
     table.stored = values  # MindSpore points into it

@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ms_pangu_quant.backends.cpu_kernels.library import head_setting, library
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, read_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
@@ -32,8 +33,15 @@ def of_checkpoint(directory: Path, device: str, on_bytes: Callable[[int], None] 
         "precision": precision(reader),
         "recipe": _recipe(directory),
         "device": device,
+        **_rounded_head(reader, device),
         **environment(),
     }
+
+
+def _rounded_head(reader: CheckpointReader | QuantizedReader, device: str) -> dict[str, str]:
+    """Said where the head is not computed as the checkpoint has it."""
+    rounded = device == "cpu" and isinstance(reader, QuantizedReader) and head_setting() == "int8" and library() is not None
+    return {"head": "int8"} if rounded else {}
 
 
 def environment() -> dict[str, Any]:

@@ -46,18 +46,20 @@ class Limits:
 
 @dataclass(frozen=True)
 class Work:
-    """What one token costs a model: weights of quantized and float layers and of the head, and the bytes that hold them."""
+    """What one token costs a model: weights of quantized and float layers and of the head, the bytes that hold them, and
+    whether the head is computed in integers."""
 
     quantized: int
     floating: int
     head: int
     layer_bytes: int
     head_bytes: int
+    integer_head: bool = False
 
     def seconds(self, limits: Limits, tokens: int, logits: int, passes: int) -> float:
         """Least time for `tokens` through the layers and `logits` through the head, in so many passes."""
-        compute = 2 * tokens * self.quantized / limits.int8
-        compute += 2 * (tokens * self.floating + logits * self.head) / limits.fp32
+        compute = 2 * tokens * self.quantized / limits.int8 + 2 * tokens * self.floating / limits.fp32
+        compute += 2 * logits * self.head / (limits.int8 if self.integer_head else limits.fp32)
         return max(compute, passes * (self.layer_bytes + self.head_bytes) / limits.bandwidth)
 
 
@@ -73,14 +75,16 @@ def work_of(model: Model, kinds: Mapping[str, str] | None) -> Work:
             else:
                 quantized += outputs * inputs
     layers = head = 0
+    integer_head = False
     for name, parameter in model.network.model.parameters_and_names():
-        if name.endswith(("key_cache", "value_cache")):
+        if name.endswith(("key_cache", "value_cache", "run.table")):  # no weights
             continue
         if parameter is model.network.model.output_layer.weight:
             head = parameter.nbytes
+            integer_head = str(parameter.dtype) == "Int8"
         elif "embedding" not in name:
             layers += parameter.nbytes
-    return Work(quantized, floating, config.vocab_size * config.hidden_size, layers, head)
+    return Work(quantized, floating, config.vocab_size * config.hidden_size, layers, head, integer_head)
 
 
 @dataclass(frozen=True)

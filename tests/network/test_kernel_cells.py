@@ -7,7 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
+from ms_pangu_quant.backends.cpu_kernels.library import HEAD_SETTING, SETTING, library
+from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from tests.conftest import MINI, golden
@@ -133,15 +134,94 @@ def test_a_quantized_network_gives_the_logits_of_the_plain_operators(recipe, qua
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_block_as_one_operator_has_the_bits_of_its_cells(recipe, quantized):
-    whole, parts = (load(quantized(recipe), kv_cache_tokens=256) for _ in range(2))
-    for layer in parts.network.model.decoder.layers:
-        assert layer.whole
-        layer.whole = False
+def test_blocks_as_one_operator_have_the_bits_of_single_ones_and_of_their_cells(recipe, quantized):
+    joined, blocks, parts = (load(quantized(recipe), kv_cache_tokens=256) for _ in range(3))
+    layers = list(joined.network.model.decoder.layers)
+    assert layers[0].run is not None
+    assert [layer.joined for layer in layers] == [False] + [True] * (len(layers) - 1)
+    for single, cells in zip(blocks.network.model.decoder.layers, parts.network.model.decoder.layers, strict=True):
+        assert single.whole
+        assert cells.whole
+        single.run, single.joined, cells.whole = None, False, False
     prompts, tables = [list(range(3, 20)), [7], list(range(40, 80))], [[0, 1], [2], [3, 4, 5]]
     for pieces, contexts, phase in ((prompts, [0, 0, 0], "logits"), ([[9], [10], [11]], [17, 1, 40], "decode")):
-        ours, theirs = (model.forward(pieces, contexts, tables, phase=phase) for model in (whole, parts))
-        assert np.array_equal(ours, theirs)
+        ours, single, cells = (model.forward(pieces, contexts, tables, phase=phase) for model in (joined, blocks, parts))
+        assert np.array_equal(ours, single)
+        assert np.array_equal(ours, cells)
+
+
+def test_blocks_are_joined_between_the_layers_that_are_not_whole(quantized):
+    network = load(quantized("w8a8"), kv_cache_tokens=64).network
+    from ms_pangu_quant.backends.cpu_block import join
+
+    layers = list(network.model.decoder.layers)
+    for layer in layers:
+        layer.run, layer.joined = None, False
+    middle = len(layers) // 2
+    layers[middle].whole = False
+    runs = join(layers)
+    assert [blocks for _, blocks in runs] == [layers[:middle], layers[middle + 1 :]]
+    assert [layer.run is not None for layer in layers] == [index in (0, middle + 1) for index in range(len(layers))]
+    assert not layers[middle].joined
+
+
+def test_weights_loaded_again_are_those_that_are_computed_with(quantized):
+    from ms_pangu_quant.formats.reader import open_checkpoint
+    from ms_pangu_quant.network.weights import served_tensors
+
+    first, second = quantized("w4a8_g128"), quantized("w4a8_g128_rtn")
+    ids = list(range(3, 40))
+    model = load(first, kv_cache_tokens=64)
+    before = model.logits(ids)
+    model.network.load_tensors(served_tensors(open_checkpoint(second), model.network.backend))
+    after = model.logits(ids)
+    assert not np.array_equal(before, after)
+    assert np.array_equal(after, load(second, kv_cache_tokens=64).logits(ids))
+
+
+def test_blocks_without_weights_are_an_error_and_not_a_crash():
+    from mindspore import Tensor
+
+    from ms_pangu_quant.backends.cpu_kernels.operators import operator
+
+    kernel = operator(library(), "PanguStack")
+    x, index = Tensor(np.ones((1, 8), np.float32)), Tensor(np.zeros(1, np.int32))
+    with pytest.raises(RuntimeError):
+        kernel(x, x, x, index, index, index, index, Tensor(np.zeros((1, 37, 7), np.int64))).asnumpy()
+
+
+def test_a_head_in_int8_has_the_integers_and_scales_of_the_definition():
+    import ml_dtypes
+    from mindspore import Tensor
+
+    from ms_pangu_quant.backends.cpu_tables import HeadMethod
+
+    rng = np.random.default_rng(5)
+    stored = rng.normal(size=(130, 72)).astype(ml_dtypes.bfloat16)
+    x = rng.normal(size=(3, 72)).astype(np.float32)
+    method = HeadMethod(library(), rounded=True)
+    layer = type("Layer", (), {"input_size": 72, "narrow": True, "weight": method.round(stored.view(np.uint16))})
+    w = stored.astype(np.float32)
+    scale = np.abs(w).max(1) / np.float32(127)
+    bits = scale.view(np.uint32)  # a W8A8 scale is a bfloat16 value, rounded up
+    scale = ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
+    codes = np.clip(np.rint(w / scale[:, None]), -127, 127).astype(np.int64)
+    token = np.abs(x).max(1) / np.float32(127)
+    sums = np.rint(x / token[:, None]).astype(np.int64) @ codes.T
+    wanted = sums.astype(np.float32) * (token[:, None] * scale)
+    assert np.array_equal(method.apply(layer, Tensor(x)).asnumpy(), wanted)
+
+
+def test_only_a_quantized_checkpoint_s_head_is_rounded(quantized, monkeypatch):
+    ids = list(range(3, 40))
+    floating, whole = (load(path, kv_cache_tokens=64).logits(ids) for path in (MINI, quantized("w8a8")))
+    monkeypatch.setenv(HEAD_SETTING, "int8")
+    assert np.array_equal(load(MINI, kv_cache_tokens=64).logits(ids), floating)
+    rounded = load(quantized("w8a8"), kv_cache_tokens=64).logits(ids)
+    assert 0 < np.linalg.norm(rounded - whole) < 0.02 * np.linalg.norm(whole)
+    monkeypatch.setenv(HEAD_SETTING, "int4")
+    with pytest.raises(BackendError, match="wanted stored or int8"):
+        load(quantized("w8a8"), kv_cache_tokens=64)
 
 
 def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):

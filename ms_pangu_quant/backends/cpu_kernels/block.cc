@@ -1,6 +1,6 @@
-// A whole decoder block of quantized linear layers as one operator. The operators it replaces spend more time in MindSpore's
-// executor than in the kernels when a few tokens are decoded, and carry their results through memory when many are prefilled.
-// Each step is the function the operator of its own calls, so the bits are the same.
+// A whole decoder block of quantized linear layers as one operator, and many of them. The operators it replaces spend more
+// time in MindSpore's executor than in the kernels when a few tokens are decoded, and carry their results through memory when
+// many are prefilled. Each step is the function the operator of its own calls, so the bits are the same.
 #include <cstring>
 #include <vector>
 
@@ -109,4 +109,39 @@ OPERATOR(PanguBlock) {
   return 0;
 }
 SHAPE_OF(PanguBlock) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]); }
+
+// x, cos, sin, slot_mapping, block_tables, batch_valid_length, q_seq_lens as for PanguBlock, and table int64
+// [blocks, inputs of PanguBlock, kEntry] -> like x: one block after another. An entry says where an input is: address, or
+// -1 - i for input i of this operator; 1 where it is of uint8; number of dimensions, dimensions.
+// With weights as inputs of the graph, MindSpore's executor spends as long on them as memory does on a third of them.
+OPERATOR(PanguStack) {
+  const Arguments a(params, ndims, shapes);
+  constexpr int kTable = 7, kEntry = 7;
+  const int64_t blocks = a.dim(kTable, 0), inputs = a.dim(kTable, 1);
+  if (a.dim(kTable, 2) != kEntry) return 1;
+  std::vector<void*> data(inputs + 1);
+  std::vector<int> dims(inputs + 1);
+  std::vector<int64_t*> sizes(inputs + 1);
+  std::vector<const char*> types(inputs + 1);
+  data[inputs] = params[kTable + 1], dims[inputs] = ndims[0], sizes[inputs] = shapes[0], types[inputs] = dtypes[0];
+  for (int64_t block = 0; block < blocks; block++) {
+    for (int64_t i = 0; i < inputs; i++) {
+      int64_t* entry = a.data<int64_t>(kTable) + (block * inputs + i) * kEntry;
+      if (entry[0] == 0) return 1;  // no weights have been loaded
+      if (entry[0] < 0) {
+        const int own = static_cast<int>(-1 - entry[0]);
+        data[i] = params[own], dims[i] = ndims[own], sizes[i] = shapes[own], types[i] = dtypes[own];
+      } else {
+        data[i] = reinterpret_cast<void*>(entry[0]), types[i] = entry[1] ? "uint8" : "";
+        dims[i] = static_cast<int>(entry[2]), sizes[i] = entry + 3;
+      }
+    }
+    if (block > 0) data[0] = data[inputs];  // a block reads its input for the last time before it writes its output
+    if (const int failed = PanguBlock(static_cast<int>(inputs) + 1, data.data(), dims.data(), sizes.data(), types.data(),
+                                      stream, extra))
+      return failed;
+  }
+  return 0;
+}
+SHAPE_OF(PanguStack) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0]); }
 }

@@ -16,7 +16,7 @@ from mindspore.ops import CustomRegOp, DataType
 from ms_pangu_quant.backends.cpu_kernels.library import Library
 
 _F32, _I32, _I8 = DataType.F32_Default, DataType.I32_Default, DataType.I8_Default
-_U8, _U16 = DataType.U8_Default, DataType.U16_Default
+_U8, _U16, _I64 = DataType.U8_Default, DataType.U16_Default, DataType.I64_Default
 _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
     "PanguW8A8Dynamic": (_F32, _I8, _F32, _F32),
     "PanguW8A8Static": (_F32, _I8, _F32, _F32, _I8, _I32, _F32),
@@ -27,6 +27,7 @@ _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
     "PanguSwiGLU": (_F32,),
     "PanguEmbedding": (_I32, _U16),
     "PanguHead": (_F32, _U16),
+    "PanguStack": (_F32, _F32, _F32, _I32, _I32, _I32, _I32, _I64),
 }
 
 
