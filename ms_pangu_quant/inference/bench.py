@@ -77,7 +77,7 @@ def work_of(model: Model, kinds: Mapping[str, str] | None) -> Work:
     layers = head = 0
     integer_head = False
     for name, parameter in model.network.model.parameters_and_names():
-        if name.endswith(("key_cache", "value_cache")):
+        if name.endswith(("key_cache", "value_cache", ".run.table")):
             continue
         if parameter is model.network.model.output_layer.weight:
             head = parameter.nbytes
