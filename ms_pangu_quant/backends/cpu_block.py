@@ -30,10 +30,11 @@ class Run(nn.Cell):
     table  int64 [blocks, inputs of a block, 7], a parameter because the graph would take a tensor's values for constants.
     """
 
-    def __init__(self, library: Library, blocks: int, inputs: int) -> None:
+    def __init__(self, library: Library, first: int, blocks: int, inputs: int) -> None:
+        """first: place of its first block, since names of parameters are unique in a network."""
         super().__init__()
         shape = (blocks, inputs, _ENTRY)
-        self.table = Parameter(Tensor(np.zeros(shape, np.int64)), name="table", requires_grad=False)
+        self.table = Parameter(Tensor(np.zeros(shape, np.int64)), name=f"{first}.table", requires_grad=False)
         self.kernel = operator(library, "PanguStack")
         self.kept: list[NDArray[Any]] = []
 
@@ -61,12 +62,12 @@ def join(layers: Sequence[Any]) -> list[tuple[Run, list[Block]]]:
     """
     runs: list[tuple[Run, list[Block]]] = []
     row: list[Block] = []
-    for layer in [*layers, None]:
+    for place, layer in enumerate([*layers, None]):
         if layer is not None and isinstance(layer, Block) and layer.whole:
             row.append(layer)
             continue
         if row:
-            run = Run(kernels(), len(row), len(row[0].inputs(*range(7))))
+            run = Run(kernels(), place - len(row), len(row), len(row[0].inputs(*range(7))))
             row[0].run = run
             for passed in row[1:]:
                 passed.joined = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -63,6 +64,8 @@ def test_the_limit_of_a_phase_is_the_slower_of_arithmetic_and_memory():
     limits = Limits(int8=100.0, fp32=10.0, bandwidth=1000.0)
     work = Work(quantized=50, floating=5, head=20, layer_bytes=300, head_bytes=100)
     assert work.seconds(limits, tokens=10, logits=1, passes=1) == 2 * 10 * 50 / 100 + 2 * (10 * 5 + 20) / 10
+    integers = replace(work, integer_head=True)
+    assert integers.seconds(limits, tokens=10, logits=1, passes=1) == 2 * (10 * 50 + 20) / 100 + 2 * 10 * 5 / 10
     assert work.seconds(Limits(1e9, 1e9, 1000.0), tokens=1, logits=1, passes=3) == pytest.approx(3 * 400 / 1000)
 
 

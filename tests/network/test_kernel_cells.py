@@ -151,7 +151,8 @@ def test_blocks_as_one_operator_have_the_bits_of_single_ones_and_of_their_cells(
 
 
 def test_blocks_are_joined_between_the_layers_that_are_not_whole(quantized):
-    network = load(quantized("w8a8"), kv_cache_tokens=64).network
+    model, untouched = (load(quantized("w8a8"), kv_cache_tokens=64) for _ in range(2))
+    network = model.network
     from ms_pangu_quant.backends.cpu_block import join
 
     layers = list(network.model.decoder.layers)
@@ -163,6 +164,9 @@ def test_blocks_are_joined_between_the_layers_that_are_not_whole(quantized):
     assert [blocks for _, blocks in runs] == [layers[:middle], layers[middle + 1 :]]
     assert [layer.run is not None for layer in layers] == [index in (0, middle + 1) for index in range(len(layers))]
     assert not layers[middle].joined
+    for run, blocks in runs:
+        run.point(blocks)
+    assert np.array_equal(model.logits(list(range(3, 40))), untouched.logits(list(range(3, 40))))
 
 
 def test_weights_loaded_again_are_those_that_are_computed_with(quantized):

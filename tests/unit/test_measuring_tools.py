@@ -18,7 +18,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError
 
-NAMES = ("peers", "measure", "compare_peers", "rescale_outliers", "tables")
+NAMES = ("peers", "measure", "compare_peers", "rescale_outliers", "tables", "bench_quantize")
 
 
 @pytest.fixture
@@ -251,3 +251,11 @@ def test_a_factor_out_of_the_dtypes_range_is_refused(tools, mini, tmp_path):
     with pytest.raises(OutputError, match="out of bfloat16's range"), np.errstate(over="ignore"):
         tools.rescale_outliers.write(mini, tmp_path / "out", 2.0**127)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_times_of_quantization_are_medians_of_the_runs_that_ended(tools):
+    ran = [{"wall_seconds": wall, "cpu_seconds": 2 * wall, "peak_bytes": 3 << 30} for wall in (9, 1, 4)]
+    rows = {"pangu-quant": [*ran, {"failure": "exit code 1"}], "llm-compressor float32": [{"failure": "no interpreter"}]}
+    ours, theirs = tools.bench_quantize.table(rows).splitlines()[2:4]
+    assert ours.endswith("| 4 | 8 | 3.00 |")
+    assert "not measured: no interpreter" in theirs
