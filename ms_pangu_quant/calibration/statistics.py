@@ -7,13 +7,14 @@ and machines combine. Scaling is exact: the statistics of x / s follow from thos
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import DataError
+from ms_pangu_quant.quantizers.threads import in_parallel
 
 PIECE_TOKENS = 2048  # rows gathered before their products are added: the gram is read and written once for so many
 _STRIP = 1024
@@ -175,17 +176,27 @@ class StatsBuilder:
 
 def add_gram(total: NDArray[np.float64], x: NDArray[np.float32]) -> None:
     """total [in, in] += x^T x; one triangle is multiplied out, a strip at a time, and mirrored."""
-    for start in range(0, len(total), _STRIP):
-        stop = min(start + _STRIP, len(total))
-        strip = x[:, start:].T @ x[:, start:stop]
-        total[start:, start:stop] += strip
-        total[start:stop, stop:] += strip[stop - start :].T
+
+    def add(strip: slice) -> None:
+        product = x[:, strip.start :].T @ x[:, strip]
+        total[strip.start :, strip] += product
+        total[strip, strip.stop :] += product[strip.stop - strip.start :].T
+
+    in_parallel(add, _strips(len(total)))
 
 
 def add_product(total: NDArray[np.float64], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
     """total [in, in] += d^T x, a strip at a time."""
-    for start in range(0, len(total), _STRIP):
-        total[start : start + _STRIP] += d[:, start : start + _STRIP].T @ x
+
+    def add(strip: slice) -> None:
+        total[strip] += d[:, strip].T @ x
+
+    in_parallel(add, _strips(len(total)))
+
+
+def _strips(size: int) -> Iterator[slice]:
+    for start in range(0, size, _STRIP):
+        yield slice(start, min(start + _STRIP, size))
 
 
 def merge_all(parts: Iterable[InputStats]) -> InputStats:

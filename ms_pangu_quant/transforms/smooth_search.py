@@ -28,6 +28,7 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import QuantScheme
 from ms_pangu_quant.transforms.fold import expand_to_input, fold_scale, reduce_to_producer
 from ms_pangu_quant.transforms.smooth import check_inputs
@@ -69,7 +70,8 @@ class SmoothSearch:
             cost = OutputError([block.weight(site) for site in sites], seen, scheme)
             best, least = None, np.inf
             for s in self._candidates(block, input_name, seen):
-                error = cost(expand_to_input(block, input_name, s))
+                with one_thread():
+                    error = cost(expand_to_input(block, input_name, s))
                 if error < least:
                     best, least = s, error
             if best is not None:
