@@ -77,7 +77,7 @@ def work_of(model: Model, kinds: Mapping[str, str] | None) -> Work:
     layers = head = 0
     integer_head = False
     for name, parameter in model.network.model.parameters_and_names():
-        if name.endswith(("key_cache", "value_cache", ".run.table")):
+        if name.endswith(("key_cache", "value_cache", ".run.table")):  # no weights
             continue
         if parameter is model.network.model.output_layer.weight:
             head = parameter.nbytes
@@ -139,10 +139,18 @@ def bench(
                     row = _row(np.array(times[subject.name, phase]), tokens, least)
                     row = {"model": subject.name, "phase": phase, "batch_size": batch, "prompt_len": prompt_len, **row}
                     row["peak_rss_gib"] = peak / 2**30
+                    row["cache_mib"] = cache_bytes(subject.model) / 2**20
                     if phase == "prefill":
                         row["time_to_first_token_ms"] = 1e3 * float(np.median(times[subject.name, "first"]))
                     rows.append(row)
     return rows, limits
+
+
+def cache_bytes(model: Model) -> int:
+    """Memory of the keys and values of all the tokens that the model has room for."""
+    own = model.network.model.parameters_and_names()
+    tensors = [parameter for name, parameter in own if name.endswith(("key_cache", "value_cache"))]
+    return sum(tensor.nbytes for tensor in tensors + [each for caches in model.caches or () for each in caches])
 
 
 def blocks_needed(prompt_len: int, batch: int, new_tokens: int) -> int:
