@@ -23,11 +23,11 @@ from ms_pangu_quant.errors import PanguQuantError
 
 def save(directory: Path, device: str, data: Path, rows: int, length: int, output: Path) -> None:
     """float32 logits [tokens, vocabulary] of the first `length` tokens of each of the first `rows` texts."""
-    from ms_pangu_quant.cli.console import token_data
+    from ms_pangu_quant.api import read_data
     from ms_pangu_quant.inference.model import load
 
     model = load(directory, device=device, kv_cache_tokens=2 * length)
-    texts = token_data(data, directory, model.config, rows, length, None, True).sequences
+    texts = read_data(data, directory, model.config, rows, length, None, allow_benchmark_overlap=True).sequences
     arrays = {f"tokens{index}": text for index, text in enumerate(texts)}
     arrays.update({f"logits{index}": model.logits(text.tolist()) for index, text in enumerate(texts)})
     np.savez(output, **arrays)

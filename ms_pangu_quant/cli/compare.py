@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars, token_data
+from ms_pangu_quant.api import read_data
+from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars
 from ms_pangu_quant.formats.reader import open_checkpoint
 
 
@@ -35,7 +36,8 @@ def compare_command(
     from ms_pangu_quant.network import runtime
 
     config = open_checkpoint(checkpoint).config
-    rows = token_data(data, checkpoint, config, limit, min(max_length, config.max_position_embeddings), None, True)
+    longest = min(max_length, config.max_position_embeddings)
+    rows = read_data(data, checkpoint, config, limit, longest, None, allow_benchmark_overlap=True)
     runtime.start("cpu", "graph", verbose=verbose)
     with progress_bars() as progress:
         task = progress.add_task("blocks", total=2 * config.num_hidden_layers, kind="count")

@@ -18,9 +18,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ms_pangu_quant.calibration.data import TokenData, load_token_data
+from ms_pangu_quant.api import read_data
+from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import reader
 from ms_pangu_quant.formats.reader import FORMATS
@@ -51,33 +51,15 @@ def chosen_format(name: str) -> reader.Format:
     return FORMATS[name]
 
 
-def token_data(
-    path: Path,
-    checkpoint: Path,
-    config: ModelConfig,
-    samples: int | None,
-    max_length: int,
-    seed: int | None,
-    allow_benchmark_overlap: bool,
-) -> TokenData:
-    tokenizer = Tokenizer.from_directory(checkpoint) if (checkpoint / "tokenizer.model").exists() else None
-    return load_token_data(
-        path,
-        tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
-        max_length=max_length,
-        samples=samples,
-        seed=seed,
-        allow_benchmark_overlap=allow_benchmark_overlap,
-    )
-
-
 def calibration_data(
     path: Path, checkpoint: Path, config: ModelConfig, recipe: Recipe, allow_benchmark_overlap: bool
 ) -> TokenData:
     """As much of the file as the recipe uses."""
     amount = recipe.calibration
-    return token_data(path, checkpoint, config, amount.samples, amount.max_length, amount.seed, allow_benchmark_overlap)
+    return read_data(
+        path, checkpoint, config, amount.samples, amount.max_length, amount.seed,
+        allow_benchmark_overlap=allow_benchmark_overlap,
+    )  # fmt: skip
 
 
 def progress_bars() -> Progress:
