@@ -202,13 +202,8 @@ def test_graph_mode_equals_pynative(recipe, quantized):
 def test_quantizing_from_python_prints_nothing_and_leaves_nothing_else(tmp_path):
     (tmp_path / "ids.jsonl").write_text('{"token_ids": [5, 6, 7, 8]}\n{"token_ids": [9, 10, 11]}\n')
     code = f"""
-from pathlib import Path
-from ms_pangu_quant import quantize
-from ms_pangu_quant.calibration.data import load_token_data
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.recipe import find_recipe, load_recipe
-data = load_token_data(Path("ids.jsonl"), tokenizer=None, vocab_size=1024, max_length=8)
-quantize(CheckpointReader(Path({str(MINI)!r})), load_recipe(find_recipe("w8a8")), Path("out"), data=data)
+import ms_pangu_quant
+ms_pangu_quant.quantize({str(MINI)!r}, "w8a8", "out", calibration="ids.jsonl")
 """
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_DEFAULT_PATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
