@@ -42,7 +42,7 @@ setup(
             "backends/cpu_kernels/*.h",
             "report/templates/*",
         ],
-        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "msrun/*.yaml", "mindformers/*.yaml"],
+        "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "embedded/*.yaml", "msrun/*.yaml", "mindformers/*.yaml"],
     },
     install_requires=[
         # The pair that pip resolves without conflicts; see "Supported versions" in docs/README.md.

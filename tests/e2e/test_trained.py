@@ -305,7 +305,7 @@ def test_merge_without_what_it_needs_says_what(write_checkpoint, tmp_path, capsy
     (folder / "config.json").unlink()
     assert main(["merge", str(folder), "--output", str(tmp_path / "out")]) == 2
     assert "--config" in capsys.readouterr().err
-    assert main(["merge", str(folder), "--strategy", "x", "--output", str(tmp_path / "out")]) == 2
+    assert main(["merge", str(folder), "--strategy", str(source), "--output", str(tmp_path / "out")]) == 2
     assert "has no folder rank_0" in capsys.readouterr().err
     assert main(["merge", str(folder), "--config", str(source), "--output", str(tmp_path / "out")]) == 0
     assert CheckpointReader(tmp_path / "out").files.sha256() == CheckpointReader(source).files.sha256()

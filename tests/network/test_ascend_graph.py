@@ -186,8 +186,8 @@ def test_inspect_shows_the_graphs_of_a_directory(device, kind, quantized, capsys
             counts[each["kind"]] += each["count"]
         if kind:
             assert counts[kind] == 16
-        else:  # each block is one operator, if there is a compiler
+        else:  # all blocks are one operator, if there is a compiler
             assert counts["QuantBatchMatmul"] == 0
-            assert counts["Custom"] >= 4 if library() else counts.total() > 20
+            assert 1 <= counts["Custom"] <= 6 if library() else counts.total() > 20
     assert main(["inspect", str(quantized("w8a8")), "--graph", "--device", "tpu"]) == 2
     assert "wanted ascend or cpu" in capsys.readouterr().err

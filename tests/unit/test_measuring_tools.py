@@ -176,6 +176,14 @@ def test_the_page_has_markers_for_every_table_and_no_others(tools):
         assert len({row.name for row in table.rows}) == len(table.rows)
 
 
+def summary_entry(mode: str, passed: int) -> dict[str, object]:
+    """As an evaluation of 4 problems writes it."""
+    counted = dict.fromkeys(("judged_in_process", "truncated", "prompt_too_long", "repetitive"), 0)
+    known = {"task": "mini", "title": "Mini", "mode": mode, "data_sha256": "x", "prompts": ["p"], "complete": True}
+    empty = {"verdicts": {}, "pass@1": None, "pass@k": {}, "rules": {}, "lengths": {}}
+    return {**known, **counted, **empty, "problems": 4, "of": 4, "samples": 4, "passed": passed}
+
+
 def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, setting):
     """Of 4 problems the float model passes a, b, c and the other b, c, d: the same share, one lost and one gained. In the
     other mode it passes all, and the other two of them: 5 of 7 together."""
@@ -183,12 +191,13 @@ def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, sett
         ("float", {"no_think": "abc", "slow_think": "abcd"}),
         ("w8a8", {"no_think": "bcd", "slow_think": "ab"}),
     ):
-        entries = [{"task": "mini", "mode": mode, "data_sha256": "x", "prompts": ["p"]} for mode in right]
+        entries = [summary_entry(mode, len(right[mode])) for mode in right]
         results = [
             {
                 "task": "mini",
                 "mode": mode,
                 "task_id": key,
+                "sample_id": 0,
                 "verdict": "pass" if key in right[mode] else "exception",
                 "tokens": 3,
             }
