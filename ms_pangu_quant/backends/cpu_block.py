@@ -44,6 +44,11 @@ class Run(nn.Cell):
         self.table.set_data(Tensor(np.array([[_entry(one) for one in row] for row in arrays], np.int64)))
         self.kept = [one for row in arrays for one in row if not isinstance(one, int)]
 
+    def forget(self) -> None:
+        """Keep no parameter alive; the operator fails until it is pointed at some again."""
+        self.kept = []
+        self.table.set_data(Tensor(np.zeros(self.table.shape, np.int64)))
+
     def construct(self, *given):
         return self.kernel(*given, self.table)
 

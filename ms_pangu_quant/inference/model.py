@@ -119,7 +119,7 @@ class Model:
         compiled. Its graph, without values, stays in any case.
         """
         self.network.release()
-        self._caches = None
+        self.caches = None
         self._closed = True
 
     def __enter__(self) -> Model:

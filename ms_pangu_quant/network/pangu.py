@@ -277,6 +277,8 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             if cell.compile_cache:
                 _cell_graph_executor.del_net_res(cell, cell.compile_cache)
                 cell.compile_cache.clear()
+        for run, _ in getattr(self.model, "runs", ()):
+            run.forget()
         for parameter in self.get_parameters():
             parameter.set_data(Tensor(np.zeros(1), parameter.dtype), slice_shape=True)
             parameter.stored = None  # backends/cpu_tables.py

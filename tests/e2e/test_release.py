@@ -41,3 +41,17 @@ def test_five_loads_leave_less_than_a_tenth_of_the_weights_of_four(tmp_path, mon
     held = [int(line) for line in result.stdout.split()]
     assert len(held) == 5
     assert held[-1] - held[0] < 0.1 * 4 * weights, [round(each / 2**20) for each in held]
+
+
+def test_a_closed_model_of_joined_blocks_points_at_no_weight(quantized):
+    from ms_pangu_quant.backends.cpu_kernels.library import library
+    from ms_pangu_quant.errors import RequestError
+    from ms_pangu_quant.inference.model import load
+
+    with load(quantized("w8a8"), kv_cache_tokens=64) as model:
+        runs = [run for run, _ in model.network.model.runs]
+        assert bool(runs) == (library() is not None)
+        assert all(run.kept and run.table.asnumpy().any() for run in runs)
+    assert not any(run.kept or run.table.asnumpy().any() for run in runs)
+    with pytest.raises(RequestError, match="was closed"):
+        model.logits([1, 2, 3])
