@@ -9,12 +9,12 @@ evaluation/tasks/humaneval.py, and run make goldens and make tables.
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import sys
 from pathlib import Path
-
-from embedded import write_rows
+from typing import Any
 
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.writer import hash_file
@@ -24,6 +24,10 @@ from ms_pangu_quant.evaluation.mini.problems import problems
 ASSETS = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets"
 HELD_OUT = {2: 60, 3: 100, 4: 90, 5: 50}  # steps -> problems
 VALIDATION = {2: 40, 3: 67, 4: 60, 5: 33}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
 
 
 def write_data(output: Path, seed: int) -> None:

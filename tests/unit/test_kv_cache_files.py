@@ -8,12 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.checkpoint.writer import HASHES_FILE, QuantizedWriter
+from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.export import export
@@ -24,6 +23,7 @@ from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS
+from tests.unit.edited import edit
 
 HELD = ("mindformers", "ascend")
 HEADS, DIM = 2, 16  # of the tiny shape
@@ -70,15 +70,6 @@ def stored(make_checkpoint, tmp_path):
         return output, caches
 
     return make
-
-
-def edit(directory, change):
-    """change(dict of all tensors) in place."""
-    tensors = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
-    for file in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json", directory / HASHES_FILE):
-        file.unlink()
-    change(tensors)
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / "model.safetensors")
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", None], ids=str)

@@ -5,7 +5,6 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
@@ -20,6 +19,7 @@ from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS
 from ms_pangu_quant.transforms.smooth import SmoothQuant
+from tests.unit.edited import edit
 
 SMOOTH = "transforms:\n  - smooth: {alpha: 0.5}\nrounding: rtn\n"
 Q, UP, DOWN, O_PROJ = (
@@ -78,15 +78,6 @@ def quantized(make_checkpoint, tmp_path):
         return output, source
 
     return make
-
-
-def edit(directory, change):
-    """change(dict of all tensors) in place; the directory has one tensor file afterwards and no recorded hashes."""
-    tensors = {name: value for file in directory.glob("*.safetensors") for name, value in load_file(file).items()}
-    for file in (*directory.glob("*.safetensors"), directory / "model.safetensors.index.json", directory / HASHES_FILE):
-        file.unlink()
-    change(tensors)
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, directory / "model.safetensors")
 
 
 MIXED = {
