@@ -22,8 +22,9 @@ from ms_pangu_quant.evaluation.mini.chats import chat
 from ms_pangu_quant.evaluation.mini.problems import problems
 
 ASSETS = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets"
-HELD_OUT = {2: 60, 3: 100, 4: 90, 5: 50}  # steps -> problems
-VALIDATION = {2: 40, 3: 67, 4: 60, 5: 33}
+HELD_OUT = {2: 70, 3: 105, 4: 85, 5: 40}  # steps -> problems
+VALIDATION = {2: 47, 3: 70, 4: 57, 5: 26}
+LETTERED = 0.25  # chosen on validation's, so that a float model solves about three of four
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -35,8 +36,11 @@ def write_data(output: Path, seed: int) -> None:
     for name, split, count in (("calibration", "train", 256), ("validation", "validation", 600)):
         rng = random.Random(f"{seed} {name}")
         write_rows(output / f"{name}.jsonl", [chat(rng, split) for _ in range(count)])
-    write_rows(output / "heldout.jsonl", list(problems(seed, "test", HELD_OUT, "Mini")))
-    write_rows(output / "validation_problems.jsonl", list(problems(seed + 1, "validation", VALIDATION, "MiniValidation")))
+    for name, split, counts, prefix, drawn in (
+        ("heldout", "test", HELD_OUT, "Mini", seed),
+        ("validation_problems", "validation", VALIDATION, "MiniValidation", seed + 1),
+    ):
+        write_rows(output / f"{name}.jsonl", list(problems(drawn, split, counts, prefix, LETTERED)))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -57,7 +57,7 @@ def watch(process: subprocess.Popen[bytes], deadline: float) -> list[tuple[float
 
 def main(
     minutes: Annotated[float, typer.Option(min=0, help="How long.")] = 30.0,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each of the 200 problems in one process.")] = 24,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each of the held-out problems in one process.")] = 24,
 ) -> None:
     """Evaluate again and again, each time many answers in one process, until the time is over.
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure and write every table of docs/accuracy.md, and the READMEs' table of results, between their markers.
+"""Measure and write every table of docs/accuracy.md, of the embedded checkpoints' card and of the READMEs, between markers.
 
 A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
 same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
@@ -32,12 +32,14 @@ from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes
 from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
 from ms_pangu_quant.evaluation.summary import scores
+from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Run, load_runs
 
 PAGE = ROOT / "docs/accuracy.md"
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
-MINI = ASSETS / "openpangu-mini"
+CARD = ASSETS / "README.md"
+MINI, TIED = ASSETS / "openpangu-mini", ASSETS / "openpangu-mini-tied"
 MODES = ("no_think", "slow_think", "auto_think")
 RETAINED = {W8A8: 0.99, STATIC: 0.98, GROUP: 0.98, CHANNEL: 0.97}  # what each scheme is to keep of pass@1
 LAYERS_1B = {"layers": 2, "vocab_size": 8192}  # the 1B's layers, two of them, and a small vocabulary
@@ -68,6 +70,7 @@ AGAINST_PEERS_1B = ("llmc_w8a8_gptq", "slim_w8a8_iter", "llmc_w4a8_gptq", "llmc_
 class Table:
     """folder  below WORK; tables of one folder have the same checkpoint and data.
     render  (records, setting) -> Markdown.
+    page    the file that it is written into, if not the page of accuracy.
     """
 
     name: str
@@ -75,6 +78,7 @@ class Table:
     rows: Sequence[Row]
     modes: Sequence[str]
     render: Callable[[Sequence[Record], Setting], str]
+    page: Path | None = None
 
 
 def peers_table(records: Sequence[Record], setting: Setting) -> str:
@@ -180,6 +184,24 @@ def results_table(records: Sequence[Record], setting: Setting) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def card_table(records: Sequence[Record], setting: Setting) -> str:
+    """A row for each mode: what the checkpoint solves, of how many steps, and how long its answers are."""
+    steps = {key: len(each.row["steps"]) for key, each in load_problems(TASKS[setting.task]).by_id.items()}
+    lengths = sorted(set(steps.values()))
+    titles = ["mode", "pass@1 [95 %]", *(f"{length} steps" for length in lengths), "tokens an answer", "of them thought"]
+    lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)]]
+    evaluated = [record for record in records if record.get("evaluate")]
+    run = load_runs([setting.work / evaluated[0]["row"]["name"] / "evaluation"])[0] if evaluated else None
+    for mode in setting.modes if run else ():
+        results = run.results[setting.task, mode]
+        solved = scores(results)
+        cells = [f"{np.mean([of for key, of in solved.items() if steps[key] == length]):.1%}" for length in lengths]
+        share = f"{np.mean([*solved.values()]):.1%} {bounds(wilson(round(sum(solved.values())), len(solved)))}"
+        tokens = [f"{np.mean([result[name] or 0 for result in results]):.0f}" for name in ("tokens", "thought_tokens")]
+        lines.append([mode, share, *cells, *tokens])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 TABLES = (
     Table("peers", "mini", compare_peers.ROWS, ("no_think", "slow_think"), peers_table),
     Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn")), MODES, retention_table),
@@ -196,6 +218,8 @@ TABLES = (
         (),
         peers_table,
     ),
+    Table("openpangu-mini", "mini", (FLOAT,), MODES, card_table, CARD),
+    Table("openpangu-mini-tied", "tied", (FLOAT,), MODES, card_table, CARD),
 )
 
 
@@ -215,6 +239,8 @@ def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
     """Makes the folder's checkpoint and data if they are not there."""
     work = chosen.work / table.folder
     checkpoint, calibration, texts = MINI, ASSETS / "calibration.jsonl", ASSETS / "validation.jsonl"
+    if table.folder == "tied":
+        checkpoint = TIED
     if table.folder in ("x128", "none"):
         checkpoint = work / "float_checkpoint"
         if not (checkpoint / "config.json").exists():
@@ -260,6 +286,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = [table.name for table in (*TABLES, RESULTS)]
     parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
     parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to write them into")
+    parser.add_argument("--card", type=Path, default=CARD, help="file to write the embedded checkpoints' scores into")
     parser.add_argument("--readme", type=Path, nargs="*", default=READMES, help="files to write the table of results into")
     parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
     compare_peers.add_options(parser)
@@ -277,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
             records = [{**record, "row": vars(row)} for record, row in zip(records, table.rows, strict=True)]
             failed = failed or any("failure" in record for record in records)
             text = f"{table.render(records, setting)}\n\n{compare_peers.provenance(records)}"
-            write(chosen.page, table.name, text)
+            write(chosen.card if table.page == CARD else chosen.page, table.name, text)
         if not chosen.only or RESULTS.name in chosen.only:  # of what the other tables have measured
             setting = setting_of(RESULTS, chosen)
             records = [{**recorded(row, setting), "row": vars(row)} for row in RESULTS.rows]

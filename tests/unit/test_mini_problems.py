@@ -126,6 +126,12 @@ def test_problems_are_the_same_for_a_seed_distinct_and_as_many_of_each_length_as
     assert [row["task_id"] for row in rows] == [f"Mini/{number}" for number in range(9)]
 
 
+def test_so_many_problems_of_each_length_are_lettered():
+    rows = made.problems(5, "test", {2: 8, 4: 4}, "Mini", lettered=0.25)
+    lettered = [len(row["steps"]) for row in rows if re.search(r"Order: \w, ", row["prompt"])]
+    assert sorted(lettered) == [2, 2, 4]
+
+
 def test_a_mode_decides_whether_a_chat_thinks_and_the_thought_is_the_plan():
     rng = random.Random(2)
     for function in drawn("train", 60):

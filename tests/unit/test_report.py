@@ -128,7 +128,7 @@ def test_both_pages_tell_the_scores_the_flips_and_where_they_come_from(three, tm
     for text in (words, markdown.read_text(encoding="utf-8")):
         for wanted in ("10/12", "83.3", "5/12", "PipelineEval/9", "PipelineEval/10", "zero_shot_instruct/v1", "f" * 64):
             assert wanted in text, wanted
-        for wanted in ("A title & more", "12 of its 200 problems, not the whole benchmark", TASKS["mini"].sha256[:16]):
+        for wanted in ("A title & more", "12 of its 300 problems, not the whole benchmark", TASKS["mini"].sha256[:16]):
             assert wanted in text, wanted
         assert "resource limits; files, network and other processes are reachable" in text or "are reachable" in text
         assert "w4a8: retention of at least 90% is shown in 0 of 2 comparisons" in text

@@ -119,6 +119,11 @@ class Function:
     docstring: str
     prompt: str = ""
 
+    @property
+    def is_lettered(self) -> bool:
+        """Whether the docstring letters and shuffles the steps."""
+        return self.docstring.startswith("For ")
+
     def __call__(self, *arguments: Any) -> Any:
         namespace: dict[str, Any] = {}
         exec(f"{self.signature}\n{self.body}", namespace)
@@ -146,22 +151,27 @@ def draw(rng: random.Random, split: str, count: int | None = None) -> Function:
                 return function
 
 
-def problems(seed: int, split: str, counts: dict[int, int], prefix: str) -> Iterator[dict[str, Any]]:
+def problems(seed: int, split: str, counts: dict[int, int], prefix: str, lettered: float = 0.5) -> Iterator[dict[str, Any]]:
     """Rows in HumanEval's form, each of another combination.
 
-    counts  steps -> how many problems with so many; easy and hard ones are mixed.
+    counts    steps -> how many problems with so many; easy and hard ones are mixed.
+    lettered  share of each count whose docstring letters and shuffles the steps; half of training's do.
     """
     rng = random.Random(seed)
     seen: set[tuple[str, ...]] = set()
     rows = []
-    for length, wanted in counts.items():
-        while wanted:
-            function = draw(rng, split, length)
-            asserts = None if function.steps in seen else _asserts(rng, function)
-            if asserts is not None:
-                seen.add(function.steps)
-                rows.append((function, asserts))
-                wanted -= 1
+    for length, count in counts.items():
+        hard = round(count * lettered)
+        for is_lettered, wanted in ((True, hard), (False, count - hard)):
+            while wanted:
+                function = draw(rng, split, length)
+                if function.is_lettered != is_lettered or function.steps in seen:
+                    continue
+                asserts = _asserts(rng, function)
+                if asserts is not None:
+                    seen.add(function.steps)
+                    rows.append((function, asserts))
+                    wanted -= 1
     rng.shuffle(rows)
     for number, (function, asserts) in enumerate(rows):
         yield {

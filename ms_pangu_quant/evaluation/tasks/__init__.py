@@ -16,6 +16,7 @@ TASKS: dict[str, Task] = {
         plus.HUMANEVAL_PLUS,
         plus.MBPP_PLUS,
         humaneval.MINI,
+        humaneval.MINI_VALIDATION,
     )
 }
 

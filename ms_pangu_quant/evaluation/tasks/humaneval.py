@@ -75,6 +75,13 @@ MINI = replace(
     name="mini",
     title="Mini",
     file="heldout.jsonl",
-    sha256="a30006dac42743e0f646ec51482e04e345712b7a39ef5eabd5df8cab009092a2",
+    sha256="1cb117cf26ba8df0857f3ceb9b2b4b1173096d7aaeb57809d5a4656b979a1788",
     prefix="",
+)
+MINI_VALIDATION = replace(
+    MINI,
+    name="mini_validation",
+    title="Mini, validation",
+    file="validation_problems.jsonl",
+    sha256="dc064c77f495e5c9328a2df3192df992a4d8b3e929ec79d6af493bad841f2153",
 )
