@@ -97,7 +97,7 @@ def test_the_comparison_is_the_statistics_of_the_paired_problems(three):
     found = {(each.cell, each.run.name): each for each in compare(load_runs(three), 0.9)}
     assert len(found) == 4
     w8 = found[("mini", "slow_think"), "w8a8"]
-    assert (w8.flips.lost, w8.flips.gained, w8.problems) == (("PipelineEval/9",), ("PipelineEval/10",), 12)
+    assert (w8.flips.lost, w8.flips.gained, w8.problems) == (("Mini/9",), ("Mini/10",), 12)
     assert (w8.p, w8.difference.value, w8.retention.ratio.value) == (1, 0, 1)
     w4 = found[("mini", "slow_think"), "w4a8"]
     assert w4.p == statistics.mcnemar(5, 0)
@@ -126,7 +126,7 @@ def test_both_pages_tell_the_scores_the_flips_and_where_they_come_from(three, tm
     html, markdown = write(load_runs(three), tmp_path / "report", title="A title & more")
     words = " ".join("".join(Page(html.read_text(encoding="utf-8")).words).split())
     for text in (words, markdown.read_text(encoding="utf-8")):
-        for wanted in ("10/12", "83.3", "5/12", "PipelineEval/9", "PipelineEval/10", "zero_shot_instruct/v1", "f" * 64):
+        for wanted in ("10/12", "83.3", "5/12", "Mini/9", "Mini/10", "zero_shot_instruct/v1", "f" * 64):
             assert wanted in text, wanted
         for wanted in ("A title & more", "12 of its 300 problems, not the whole benchmark", TASKS["mini"].sha256[:16]):
             assert wanted in text, wanted

@@ -201,7 +201,7 @@ def test_samples_without_an_id_are_numbered_and_several_tasks_need_a_name(tmp_pa
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evaluation").mkdir()
-    write(tmp_path / "evaluation" / "samples.jsonl", [{"task_id": "PipelineEval/0", "completion": ""}])
+    write(tmp_path / "evaluation" / "samples.jsonl", [{"task_id": "Mini/0", "completion": ""}])
     assert main(["evaluate", *arguments]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("pangu-quant: error: ")
