@@ -179,9 +179,7 @@ def _answer(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     steps = []
     for step in range(new_tokens):
         started = time.perf_counter()
-        found = model.greedy(
-            [[token] for token in tokens], [len(prompts[0]) + step] * len(prompts), tables, phase="decode"
-        )
+        found = model.greedy([[token] for token in tokens], [len(prompts[0]) + step] * len(prompts), tables, phase="decode")
         tokens = found.tolist()
         steps.append(time.perf_counter() - started)
     return prefill, first, steps

@@ -63,7 +63,7 @@ def load(
     w4a8             how Ascend computes int4 weights: "grouped" in integers, "weight_only" with float activations, "auto"
                      in integers where the operator takes their groups; the CPU always computes in integers.
     head             "stored", or "int8": the CPU kernels round a quantized checkpoint's head when it is loaded, one scale
-                     for each word. Decoding is faster, and a tied table is in memory twice; docs/performance.md has the cost.
+                     for each word. Decoding is faster, a tied table is in memory twice; docs/performance.md has the cost.
     tensor_parallel  ranks of an msrun job that hold the network together, each a slice of its layers; all of them must
                      then make the same calls, and all get the same answers.
     Raises           CheckpointError, BackendError, RequestError.
@@ -271,7 +271,7 @@ class Model:
     def greedy(
         self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
     ) -> NDArray[np.int32]:
-        """numpy.argmax of each row that forward() would give. Kernels find it in the graph, which logits then do not leave."""
+        """numpy.argmax of each row that forward() would give; kernels find it in the graph, which logits do not leave."""
         if self.network.argmax is None:
             return self.forward(pieces, contexts, tables, phase=phase).argmax(1).astype(np.int32)
         return self._pass(pieces, contexts, tables, phase, greedy=True)

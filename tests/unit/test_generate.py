@@ -206,7 +206,8 @@ def test_only_ids_leave_the_model_where_the_largest_logit_is_all_that_is_wanted(
     (found,) = completions(scheduler(model, sampling=sampling), requests_of([((1, 2), 5)], sampling))
     assert found == alone((1, 2), 5, sampling, sampling.generator(0))
     assert all(type(token) is int for token in found.token_ids)
-    assert asked == (["greedy", "forward"] * 5 if sampling.greedy else ["forward"] * 5)  # the fake's greedy() asks forward()
+    calls = ["greedy", "forward"] if sampling.greedy else ["forward"]  # the fake's greedy() asks forward()
+    assert asked == calls * 5
 
 
 def test_a_finished_answer_makes_room_at_once():
