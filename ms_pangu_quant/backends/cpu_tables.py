@@ -3,8 +3,8 @@
 A bfloat16 is widened to float32 without loss when it is used, so logits are those of the float32 table up to the order of
 sums, in half the memory and half the memory traffic. A table of another dtype is held in float32 and computed by MindSpore.
 
-A quantized checkpoint's head may be rounded to int8 while it is loaded (library.HEAD_SETTING), one scale for each word. It
-is then a W8A8 layer like those of a block: half the bytes of a decode step's largest matrix. The embedding keeps its dtype.
+A quantized checkpoint's head may be rounded to int8 while it is loaded (load(head="int8")), one scale for each word. It is
+then a W8A8 layer like those of a block: half the bytes of a decode step's largest matrix. The embedding keeps its dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import CpuGPTModel
 from ms_pangu_quant.backends.cpu_block import join
-from ms_pangu_quant.backends.cpu_kernels.library import Library, head_setting
+from ms_pangu_quant.backends.cpu_kernels.library import Library
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.quantizers.grid import round_to_grid, row_pieces, weight_scale
@@ -100,8 +100,9 @@ class TableGPTModel(CpuGPTModel):
             self.output_layer.narrow, self.output_layer.vocab_size = False, self.vocab_size
             rows, rank = self.output_layer.output_size_per_partition, self.tp_rank
             self.output_layer.rows = slice(rank * rows, (rank + 1) * rows)
+            quantized = keywords.get("quant_config")
             self.output_layer.quant_method = HeadMethod(
-                library, rounded=keywords.get("quant_config") is not None and head_setting() == "int8"
+                library, rounded=quantized is not None and quantized.full_config.get("head") == "int8"
             )
             tables.append(self.output_layer)
         if share_embeddings_and_output_weights:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ms_pangu_quant.cli.console import AsJson, Device, Directory, Verbose, err, out, progress_bars, size
+from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
@@ -24,6 +24,7 @@ def bench_command(
     new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps of each repetition.")] = 8,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions after one that warms up.")] = 5,
     device: Device = "cpu",
+    head: Head = "stored",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
@@ -48,7 +49,8 @@ def bench_command(
     subjects = []
     for path, reader in zip(paths, readers, strict=True):
         kinds = reader.kinds if isinstance(reader, QuantizedReader) else None
-        model = load(path, device, kv_cache_tokens=cache, verbose=verbose)
+        own_head = "stored" if path == against else head
+        model = load(path, device, kv_cache_tokens=cache, head=own_head, verbose=verbose)
         subjects.append(Subject("float" if kinds is None else "quantized", model, work_of(model, kinds)))
     if len({subject.model.config.hidden_size for subject in subjects}) > 1:
         raise CheckpointError(f"{directory} and {against} are not the same model's")

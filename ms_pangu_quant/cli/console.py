@@ -36,6 +36,9 @@ Checkpoint = Annotated[
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory, float or quantized.", show_default=False)]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what MindSpore and MindFormers print.")]
 Device = Annotated[str, typer.Option(help="cpu or ascend.")]
+Head = Annotated[
+    str, typer.Option(help="stored, or int8: round a quantized checkpoint's head when it is loaded, for faster decoding.")
+]
 Format = Annotated[
     str, typer.Option("--format", help=f"Layout on disk: {', '.join(FORMATS)}. docs/formats.md says who reads which.")
 ]

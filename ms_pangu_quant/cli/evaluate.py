@@ -24,7 +24,7 @@ from rich.table import Table
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import AsJson, Device, Verbose, err, out
+from ms_pangu_quant.cli.console import AsJson, Device, Head, Verbose, err, out
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.prompts import PROMPTS, Prompt
@@ -79,6 +79,7 @@ def evaluate_command(
         int, typer.Option(min=1, help="Under msrun, ranks that hold one model together; by default each holds its own.")
     ] = 1,
     device: Device = "cpu",
+    head: Head = "stored",
     verbose: Verbose = False,
 ) -> None:
     """HumanEval and MBPP in the three thinking modes: generate answers, run them in a sandbox, count what passes.
@@ -103,7 +104,7 @@ def evaluate_command(
     if not score_only:
         if directory is None:
             raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
-        settings = run.Settings(max_new_tokens, n, temperature, top_p, top_k, seed)
+        settings = run.Settings(max_new_tokens, n, temperature, top_p, top_k, seed, head)
         wanted = _modes(modes)
         prompts = _prompts(prompt, chosen)
         _generate(directory, chosen, wanted, prompts, settings, limit, output, batch_size, tensor_parallel, device, verbose)
@@ -169,16 +170,18 @@ def _generate(
     verbose: bool,
 ) -> None:
     from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-    from ms_pangu_quant.inference.model import BLOCK_SIZE, load
+    from ms_pangu_quant.inference.model import BLOCK_SIZE, check_head, load
 
-    config = open_checkpoint(directory).config
+    reader = open_checkpoint(directory)
+    check_head(settings.head, reader, device)
+    config = reader.config
     tokenizer = Tokenizer.from_directory(directory)
     asked = [
         *run.questions(tasks, modes, prompts, lambda chat, mode: tokenizer.encode_chat(chat, mode=mode), settings, limit)
     ]
     runtime.start(device, "graph", verbose=verbose, tensor_parallel=tensor_parallel)
     job = ranks.current()
-    provenance = of_checkpoint(directory, device)
+    provenance = of_checkpoint(directory, device, settings.head)
     job.agree("checkpoint", provenance["checkpoint_sha256"])
     answer_tokens = min(
         max(len(each.token_ids) for each in asked) + settings.max_new_tokens, config.max_position_embeddings
@@ -188,6 +191,7 @@ def _generate(
         directory,
         device,
         kv_cache_tokens=min(job.gather(cache_tokens)),  # ranks that hold one model batch alike
+        head=settings.head,
         tensor_parallel=tensor_parallel,
         verbose=verbose,
     )

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import AsJson, Device, Directory, Verbose, err
+from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.network import ranks
 
@@ -36,6 +36,7 @@ def generate_command(
         int | None, typer.Option(min=1, help="Under msrun, ranks that hold the model together; all by default.")
     ] = None,
     device: Device = "cpu",
+    head: Head = "stored",
     verbose: Verbose = False,
 ) -> None:
     """Generate text from a float or quantized checkpoint in MindSpore graph mode.
@@ -59,6 +60,7 @@ def generate_command(
         directory,
         device,
         kv_cache_tokens=max(8192, 2 * needed),
+        head=head,
         tensor_parallel=tensor_parallel or ranks.job_size(),
         verbose=verbose,
     )

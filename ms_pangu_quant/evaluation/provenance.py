@@ -12,7 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ms_pangu_quant.backends.cpu_kernels.library import head_setting, library
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, read_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
@@ -21,8 +20,11 @@ REPORT_FILE = "quantization_report.json"
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
 
-def of_checkpoint(directory: Path, device: str, on_bytes: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Reads the whole checkpoint once. on_bytes is called with the bytes just read."""
+def of_checkpoint(
+    directory: Path, device: str, head: str = "stored", on_bytes: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Reads the whole checkpoint once. head as of load(), told where it is not stored; on_bytes is called with the bytes
+    just read."""
     reader = open_checkpoint(directory)
     config = json.dumps(dict(reader.config.raw), sort_keys=True)
     digest = hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()
@@ -33,15 +35,9 @@ def of_checkpoint(directory: Path, device: str, on_bytes: Callable[[int], None] 
         "precision": precision(reader),
         "recipe": _recipe(directory),
         "device": device,
-        **_rounded_head(reader, device),
+        **({} if head == "stored" else {"head": head}),
         **environment(),
     }
-
-
-def _rounded_head(reader: CheckpointReader | QuantizedReader, device: str) -> dict[str, str]:
-    """Said where the head is not computed as the checkpoint has it."""
-    rounded = device == "cpu" and isinstance(reader, QuantizedReader) and head_setting() == "int8" and library() is not None
-    return {"head": "int8"} if rounded else {}
 
 
 def environment() -> dict[str, Any]:

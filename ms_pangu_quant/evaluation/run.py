@@ -38,7 +38,7 @@ Key = tuple[str, str, str, int]
 
 @dataclass(frozen=True)
 class Settings:
-    """Of generation. Greedy where temperature is 0; `samples` answers to each problem otherwise."""
+    """Of generation. Greedy where temperature is 0; `samples` answers to each problem otherwise. head as of load()."""
 
     max_new_tokens: int = 4096
     samples: int = 1
@@ -46,6 +46,7 @@ class Settings:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    head: str = "stored"
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.temperature == 0:
@@ -74,6 +75,9 @@ class Question:
     def identity(self, model: str, settings: Settings) -> Record:
         """What a sample must share with a question to be its answer."""
         task, mode, task_id, sample_id = self.key
+        told = {name: value for name, value in asdict(settings).items() if name != "samples"}
+        if settings.head == "stored":
+            del told["head"]  # as in files of the time when there was no other
         return {
             "task": task,
             "mode": mode,
@@ -82,7 +86,7 @@ class Question:
             "model": model,
             "prompt": self.prompt_id,
             "prompt_sha256": hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest(),
-            "settings": {name: value for name, value in asdict(settings).items() if name != "samples"},
+            "settings": told,
         }
 
 

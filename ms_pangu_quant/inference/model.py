@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-from ms_pangu_quant.errors import RankLostError, RequestError
+from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
@@ -50,6 +51,7 @@ def load(
     *,
     kv_cache_tokens: int = 8192,
     w4a8: str = "auto",
+    head: str = "stored",
     tensor_parallel: int = 1,
     verbose: bool = False,
 ) -> Model:
@@ -60,22 +62,45 @@ def load(
     kv_cache_tokens  tokens that all sequences under way may hold together.
     w4a8             how Ascend computes int4 weights: "grouped" in integers, "weight_only" with float activations, "auto"
                      in integers where the operator takes their groups; the CPU always computes in integers.
+    head             "stored", or "int8": the CPU kernels round a quantized checkpoint's head when it is loaded, one scale
+                     for each word. Decoding is faster, a tied table is in memory twice; docs/performance.md has the cost.
     tensor_parallel  ranks of an msrun job that hold the network together, each a slice of its layers; all of them must
                      then make the same calls, and all get the same answers.
-    Raises           CheckpointError, BackendError.
+    Raises           CheckpointError, BackendError, RequestError.
     """
     reader = open_checkpoint(Path(path))
+    check_head(head, reader, device)
     runtime.start(device, mode, verbose=verbose, tensor_parallel=tensor_parallel)
     config = reader.config
     cache_bytes = 8 * kv_cache_tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     runtime.check_address_space(_GRAPHS + 3 * reader.files.nbytes + cache_bytes)
-    return Model(reader, kv_cache_tokens, w4a8)
+    return Model(reader, kv_cache_tokens, w4a8, head)
+
+
+def check_head(head: str, reader: CheckpointReader | QuantizedReader, device: str) -> None:
+    """Raises RequestError or BackendError where load() could not compute the head so."""
+    if head == "stored":
+        return
+    if head != "int8":
+        raise RequestError(f"head: got {head!r}, wanted stored or int8")
+    if not isinstance(reader, QuantizedReader):
+        raise RequestError(f"head int8: {reader.directory} is a float checkpoint, whose head stays as it is stored")
+    if device != "cpu":
+        raise RequestError(f"head int8: only the CPU kernels round a head; on {device} it stays as it is stored")
+    if library() is None:
+        raise BackendError("head int8: there are no CPU kernels to compute it; `pangu-quant doctor` says why")
 
 
 class Model:
     """A network with its weights and its key/value cache; made by load()."""
 
-    def __init__(self, reader: CheckpointReader | QuantizedReader, kv_cache_tokens: int, w4a8: str = "auto") -> None:
+    def __init__(
+        self,
+        reader: CheckpointReader | QuantizedReader,
+        kv_cache_tokens: int,
+        w4a8: str = "auto",
+        head: str = "stored",
+    ) -> None:
         from ms_pangu_quant.network.pangu import build_network
         from ms_pangu_quant.network.weights import served_tensors
 
@@ -98,6 +123,7 @@ class Model:
             num_blocks=self._num_blocks,
             block_size=BLOCK_SIZE,
             w4a8=w4a8,
+            head=head,
             int8_cache=quantized and reader.int8_cache,
         )
         self.network.load_tensors(served_tensors(reader, self.network.backend, int8_cache=self.network.int8_cache))
@@ -240,25 +266,43 @@ class Model:
         phase    "prefill" -> logits [batch, vocab] after each piece's last token; "decode" is the same for pieces of one
                  token; "logits" -> [tokens, vocab] after every token.
         """
+        return self._pass(pieces, contexts, tables, phase, greedy=False).reshape(-1, self.config.vocab_size)
+
+    def greedy(
+        self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
+    ) -> NDArray[np.int32]:
+        """numpy.argmax of each row that forward() would give; kernels find it in the graph, which logits do not leave."""
+        if self.network.argmax is None:
+            return self.forward(pieces, contexts, tables, phase=phase).argmax(1).astype(np.int32)
+        return self._pass(pieces, contexts, tables, phase, greedy=True)
+
+    def _pass(
+        self,
+        pieces: Sequence[Sequence[int]],
+        contexts: Sequence[int],
+        tables: Sequence[Sequence[int]],
+        phase: str,
+        *,
+        greedy: bool,
+    ) -> NDArray[Any]:
         from mindspore import Tensor
 
         from ms_pangu_quant.network.batch import packed_inputs
 
         if self._closed:
             raise RequestError(f"{self.directory}: this model was closed; load it again")
-        self.network.set_phase(phase)
-        if self._cut == ranks.current().size > 1 and phase not in self._compiled:
+        self.network.set_phase(phase, greedy=greedy)
+        if self._cut == ranks.current().size > 1 and self.network.phase not in self._compiled:
             ranks.current().meet()  # loading takes ranks different times, and MindSpore's collectives do not wait for long
-            self._compiled.add(phase)
+            self._compiled.add(self.network.phase)
         inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
         try:
-            out = self.network(ids, *inputs.values(), *(self.caches or ())).asnumpy()
+            return self.network(ids, *inputs.values(), *(self.caches or ())).asnumpy()
         except RuntimeError as error:
             if self._cut > 1 and any(name in str(error) for name in ("AllReduce", "AllGather")):
                 raise RankLostError(f"the ranks that hold the model did not meet: {str(error).splitlines()[0]}") from None
             raise
-        return out.reshape(-1, self.config.vocab_size)
 
     def _prompt_ids(self, prompt: Any, mode: str) -> list[int]:
         if isinstance(prompt, str):

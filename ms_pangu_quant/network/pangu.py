@@ -185,6 +185,8 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.compute_dtype = transformer_config.compute_dtype
         self.vocab_size = transformer_config.vocab_size
         self.is_prefill = True
+        self.greedy = False
+        self.argmax = self.backend.argmax() if self.backend.argmax and whole else None
         self.model = self.backend.gpt_model(
             config=transformer_config,
             transformer_layer_spec=layer_spec(
@@ -219,7 +221,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         key_cache=None,
         value_cache=None,
     ):
-        return self.model(
+        out = self.model(
             input_ids=input_ids,
             positions=positions,
             batch_valid_length=batch_valid_length,
@@ -231,15 +233,23 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             key_cache=key_cache,
             value_cache=value_cache,
         )
+        if self.greedy:
+            return self.argmax(out.reshape((-1, self.vocab_size)))
+        return out
 
-    def set_phase(self, phase: str) -> None:
+    def set_phase(self, phase: str, *, greedy: bool = False) -> None:
         """Choose the graph of the next call: "prefill" (logits after each sequence's last token), "decode" (one token a
-        sequence) or "logits" (after every token)."""
-        if phase == self.phase:
+        sequence) or "logits" (after every token).
+
+        greedy  ids of the largest logits come out instead, int32; for a backend that has argmax.
+        """
+        name = f"greedy_{phase}" if greedy else phase
+        if name == self.phase:
             return
         self.add_flags_custom_mcore(is_prefill=phase != "decode")
         self.model.all_positions = phase == "logits"
-        self.phase = phase
+        self.greedy = greedy
+        self.phase = name
 
     @property
     def compile_phase(self) -> str:
@@ -330,6 +340,7 @@ def build_network(
     layers: int | None = None,
     whole: bool = True,
     w4a8: str = "auto",
+    head: str = "stored",
     backend: Backend | None = None,
     int8_cache: bool = False,
 ) -> PanguEmbeddedForCausalLM:
@@ -340,6 +351,7 @@ def build_network(
     num_blocks  size of the key/value cache in blocks of block_size tokens.
     layers      build only the first so many decoder layers.
     w4a8        how an Ascend device computes int4 weights: auto, grouped or weight_only; see backends/ascend.py.
+    head        "stored", or "int8": the CPU kernels round a quantized network's when it is loaded.
     backend     whose cells to use; another device's than the process's builds a graph to look at, not to run.
     int8_cache  keys and values are cached in int8.
     """
@@ -372,6 +384,7 @@ def build_network(
                 "quantization": "golden-stick",
                 "group_size": group_size,
                 "w4a8": w4a8,
+                "head": head,
                 **({"quant_method": HADAMARD_METHOD} if config.online_hadamard else {}),
             },
             backend.linear_methods,

@@ -37,6 +37,15 @@ def test_bench_has_a_row_for_each_model_phase_batch_and_length_and_its_figures_a
             assert 0 < row["time_to_first_token_ms"] <= row["latency_ms"]
 
 
+@pytest.mark.skipif(library() is None, reason="no C++ compiler, or kernels switched off")
+def test_bench_rounds_the_head_of_the_quantized_model_alone(quantized, capsys):
+    arguments = ["--against", str(MINI), "--prompt-lens", "8", "--batch-sizes", "1", "--new-tokens", "2", "--repeats", "1"]
+    assert main(["bench", str(quantized("w8a8")), *arguments, "--head", "int8", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 4
+    assert main(["bench", str(MINI), "--head", "int8"]) == 2
+    assert "is a float checkpoint" in capsys.readouterr().err.replace("\n", " ")
+
+
 @pytest.mark.parametrize("chunked", [True, False])
 def test_a_device_that_takes_no_pieces_of_prompts_prefills_the_whole_batch_at_once(chunked):
     model = SimpleNamespace(network=SimpleNamespace(backend=SimpleNamespace(chunked_prefill=chunked)))

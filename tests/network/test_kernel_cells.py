@@ -7,8 +7,8 @@ import os
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import HEAD_SETTING, SETTING, library
-from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
+from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from tests.conftest import MINI, golden
@@ -216,16 +216,81 @@ def test_a_head_in_int8_has_the_integers_and_scales_of_the_definition():
     assert np.array_equal(method.apply(layer, Tensor(x)).asnumpy(), wanted)
 
 
-def test_only_a_quantized_checkpoint_s_head_is_rounded(quantized, monkeypatch):
-    ids = list(range(3, 40))
-    floating, whole = (load(path, kv_cache_tokens=64).logits(ids) for path in (MINI, quantized("w8a8")))
-    monkeypatch.setenv(HEAD_SETTING, "int8")
-    assert np.array_equal(load(MINI, kv_cache_tokens=64).logits(ids), floating)
-    rounded = load(quantized("w8a8"), kv_cache_tokens=64).logits(ids)
+def test_a_rounded_head_gives_nearly_the_logits_of_the_stored_one(quantized):
+    ids, path = list(range(3, 40)), quantized("w8a8")
+    whole = load(path, kv_cache_tokens=64).logits(ids)
+    rounded = load(path, kv_cache_tokens=64, head="int8").logits(ids)
     assert 0 < np.linalg.norm(rounded - whole) < 0.02 * np.linalg.norm(whole)
-    monkeypatch.setenv(HEAD_SETTING, "int4")
-    with pytest.raises(BackendError, match="wanted stored or int8"):
-        load(quantized("w8a8"), kv_cache_tokens=64)
+
+
+def test_a_head_that_cannot_be_rounded_is_refused_and_not_left_as_it_is(quantized, monkeypatch):
+    path = quantized("w8a8")
+    for given, error, said in (
+        ((path, "cpu", "int4"), RequestError, "got 'int4', wanted stored or int8"),
+        ((MINI, "cpu", "int8"), RequestError, "is a float checkpoint"),
+        ((path, "ascend", "int8"), RequestError, "only the CPU kernels"),
+    ):
+        with pytest.raises(error, match=said):
+            load(given[0], given[1], head=given[2])
+    monkeypatch.setenv(SETTING, "off")
+    with pytest.raises(BackendError, match="no CPU kernels"):
+        load(path, head="int8")
+
+
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+def test_argmax_in_a_graph_of_any_size_is_numpys(mode):
+    runtime.start("cpu", mode)
+    import mindspore as ms
+    from mindspore import Tensor, nn
+
+    from ms_pangu_quant.backends.cpu_fused import BACKEND
+    from tests.unit.test_kernels import rows_of_logits
+
+    class Cell(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.argmax = BACKEND.argmax()
+
+        def construct(self, x):
+            return self.argmax(x)
+
+    cell = Cell()
+    if mode == "graph":
+        cell.set_inputs(Tensor(shape=[None, None], dtype=ms.float32))
+    for vocab in (1, 67, 153376):
+        x = rows_of_logits(vocab)
+        for rows in (x, x[:1], x[7:8]):
+            got = cell(Tensor(rows)).asnumpy()
+            assert got.dtype == np.int32
+            assert np.array_equal(got, rows.argmax(1))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kernels", "head"),
+    [("graph", "auto", "stored"), ("graph", "auto", "int8"), ("pynative", "auto", "stored"), ("graph", "off", "stored")],
+)
+def test_greedy_ids_are_the_places_of_the_largest_logits(mode, kernels, head, quantized, monkeypatch):
+    monkeypatch.setenv(SETTING, kernels)
+    model = load(quantized("w8a8"), mode=mode, kv_cache_tokens=256, head=head)
+    assert (model.network.argmax is None) == (kernels == "off")
+    prompts, tables = [list(range(3, 20)), [7], list(range(40, 80))], [[0, 1], [2], [3, 4, 5]]
+    for batch in (1, 2, 3):
+        pieces, contexts, phase = prompts[:batch], [0] * batch, "prefill"
+        for _ in range(3):
+            ids = model.greedy(pieces, contexts, tables[:batch], phase=phase)
+            logits = model.forward(pieces, contexts, tables[:batch], phase=phase)  # writes the same keys and values again
+            assert ids.dtype == np.int32
+            assert np.array_equal(ids, logits.argmax(1))
+            contexts = [context + len(piece) for context, piece in zip(contexts, pieces, strict=True)]
+            pieces, phase = [[int(token)] for token in ids], "decode"
+
+
+def test_an_answer_is_the_one_that_numpy_would_take_from_the_logits(quantized):
+    prompts = [list(range(3, 3 + length)) for length in (1, 17, 40, 5)]
+    model, plain = (load(quantized("w4a8_g128"), kv_cache_tokens=2048) for _ in range(2))
+    plain.network.argmax = None
+    ours, theirs = (each.generate(prompts, 12) for each in (model, plain))
+    assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in theirs]
 
 
 def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):

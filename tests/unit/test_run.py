@@ -6,6 +6,7 @@ The model is a fake that draws its answers with the real scheduler's interface: 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,13 +100,13 @@ def test_more_problems_or_samples_are_added_to_an_earlier_run_and_other_tasks_st
     assert len(keys) == 2 * 3 * 2 + 2 * 3 * 3 == model.asked
 
 
-@pytest.mark.parametrize("change", ["model", "settings", "prompt_sha256"])
+@pytest.mark.parametrize("change", ["model", "settings", "head", "prompt_sha256"])
 def test_a_run_of_another_model_prompt_or_setting_is_not_continued(change, tmp_path):
     run.answer(FakeModel(), asked(), tmp_path, "model", SETTINGS)
     before = content(tmp_path)
-    settings = run.Settings(50, 2, 0.5, seed=3) if change == "settings" else SETTINGS
+    settings = {"settings": run.Settings(50, 2, 0.5, seed=3), "head": replace(SETTINGS, head="int8")}.get(change, SETTINGS)
     model = "another" if change == "model" else "model"
-    with pytest.raises(OutputError, match=f"another {change}"):
+    with pytest.raises(OutputError, match=f"another {'settings' if change == 'head' else change}"):
         run.answer(FakeModel(), asked(suffix="!" if change == "prompt_sha256" else ""), tmp_path, model, settings)
     assert content(tmp_path) == before
 

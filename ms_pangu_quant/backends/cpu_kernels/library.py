@@ -7,7 +7,6 @@ process at a time. All instruction sets are in one library; the one that is used
 Environment:
   MS_PANGU_QUANT_KERNELS  auto (default): the best path of this CPU; vnni, avx2, portable: that one; off: plain operators.
   MS_PANGU_QUANT_CACHE    folder of the library; default $XDG_CACHE_HOME/ms_pangu_quant or ~/.cache/ms_pangu_quant.
-  MS_PANGU_QUANT_HEAD     stored (default): the head of a quantized checkpoint stays as it is; int8: rounded when loaded.
   CXX                     compiler; default the first of c++, g++, clang++ that exists.
   OMP_NUM_THREADS         threads; default as many as CPUs this process may use.
 """
@@ -32,7 +31,6 @@ from ms_pangu_quant.errors import BackendError
 
 PATHS = ("portable", "avx2", "vnni")  # in the order of the library's numbers
 SETTING, CACHE = "MS_PANGU_QUANT_KERNELS", "MS_PANGU_QUANT_CACHE"
-HEAD_SETTING = "MS_PANGU_QUANT_HEAD"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
 # Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
@@ -115,14 +113,6 @@ def kernels() -> Library:
     if found is None:
         raise BackendError("the CPU kernels were switched off after the network's backend had been chosen")
     return found
-
-
-def head_setting() -> str:
-    """stored or int8. Raises BackendError for anything else."""
-    wanted = os.environ.get(HEAD_SETTING, "stored")
-    if wanted not in ("stored", "int8"):
-        raise BackendError(f"{HEAD_SETTING}: got {wanted!r}, wanted stored or int8")
-    return wanted
 
 
 def failure() -> str | None:
