@@ -33,6 +33,9 @@ class Backend:
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
+    integer_kernels    quantized layers are computed in integers, several times as fast as float ones.
+    float_method       LinearMethodBase class of float layers through which hundreds of tokens go at a time, or None for
+                       MindFormers' own.
     """
 
     norm: type
@@ -48,6 +51,8 @@ class Backend:
     dynamic_mask: tuple[list[None], Any]
     bfloat16_tables: bool = False
     layer: Callable[..., Any] | None = None
+    integer_kernels: bool = False
+    float_method: type | None = None
 
 
 def current_backend() -> Backend:
