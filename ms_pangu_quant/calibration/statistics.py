@@ -131,7 +131,7 @@ def _extremes(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.f
             np.add.reduce(sums, axis=0, out=squares[columns])
 
     by_element(take, [slice(start, start + _PIECE_COLUMNS) for start in range(0, x.shape[1], _PIECE_COLUMNS)])
-    return absmax, squares
+    return np.abs(absmax), squares  # no -0.0
 
 
 def _sum(one: NDArray[np.float64] | None, two: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
