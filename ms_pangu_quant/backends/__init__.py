@@ -35,6 +35,9 @@ class Backend:
     layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
     argmax             makes the operator that says where the largest of each row is, float32 [rows, n] -> int32 [rows], as
                        numpy.argmax; None: logits leave the graph and NumPy looks for it.
+    integer_kernels    quantized layers are computed in integers, several times as fast as float ones.
+    float_method       LinearMethodBase class of float layers through which hundreds of tokens go at a time, or None for
+                       MindFormers' own.
     """
 
     norm: type
@@ -51,6 +54,8 @@ class Backend:
     bfloat16_tables: bool = False
     layer: Callable[..., Any] | None = None
     argmax: Callable[[], Any] | None = None
+    integer_kernels: bool = False
+    float_method: type | None = None
 
 
 def current_backend() -> Backend:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import mindspore as ms
 import numpy as np
 from mindformers.parallel_core.inference.base_models.common.embeddings import rope_utils
+from mindformers.parallel_core.inference.tensor_parallel.layers import UnquantizedLinearMethod
 from mindformers.parallel_core.inference.transformer.mlp import MLP
 from mindformers.parallel_core.utils.spec_utils import ModuleSpec
 from mindspore import Parameter, Tensor, nn
@@ -57,8 +58,12 @@ class SwiGLUMLP(MLP):
         super().__init__(*arguments, **keywords)
         self.kernel = operator(kernels(), "PanguSwiGLU")
 
+    def gated(self, gate_and_up):
+        """silu(gate) * up [tokens, inner] of what linear_fc1 gives [tokens, 2 * inner]."""
+        return self.kernel(gate_and_up)
+
     def construct(self, hidden_states):
-        return self.linear_fc2(self.kernel(self.linear_fc1(hidden_states)))
+        return self.linear_fc2(self.gated(self.linear_fc1(hidden_states)))
 
 
 class PagedAttention(nn.Cell):
@@ -232,6 +237,21 @@ class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
         return self.code_kernel(codes, layer.weight, scale, self.no_factor, self.no_offset)
 
 
+class FloatLinear(UnquantizedLinearMethod):
+    """Of many tokens at a time; its weight is packed once for all of them."""
+
+    def __init__(self, quant_config=None):
+        super().__init__()
+        self.kernel, self.none = operator(kernels(), "PanguFloat"), Tensor(np.zeros(1, np.float32))
+
+    def process_weights_after_loading(self, layer):
+        kernels().functions.pangu_pack_f32(layer.weight.asnumpy().ctypes.data, *layer.weight.shape)
+
+    def apply(self, layer, x, weight=None, bias=None):
+        x = x.reshape((-1, self.input_size_per_partition))
+        return self.kernel(x, layer.weight, self.none if bias is None else bias)
+
+
 def _rope(**arguments):
     return cpu.rope(Rope, arguments)
 
@@ -254,4 +274,6 @@ BACKEND: Backend = replace(
     attention_mask=_no_mask,
     bfloat16_tables=True,
     argmax=lambda: operator(kernels(), "PanguArgmax"),
+    integer_kernels=True,
+    float_method=FloatLinear,
 )

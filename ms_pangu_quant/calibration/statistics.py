@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import DataError
-from ms_pangu_quant.quantizers.threads import in_parallel
+from ms_pangu_quant.quantizers.threads import by_element, in_parallel
 
 PIECE_TOKENS = 2048  # rows gathered before their products are added: the gram is read and written once for so many
 _STRIP = 1024
+_PIECE_ROWS, _PIECE_COLUMNS = 128, 512  # 512 KiB in float64
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class InputStats:
 
         Raises DataError if x has a NaN or an infinity: no scale made from it would mean anything.
         """
-        absmax = np.abs(x).max(axis=0, initial=0.0)
+        absmax, squares = _extremes(x)
         if not np.isfinite(absmax).all():
             channels = np.flatnonzero(~np.isfinite(absmax))
             raise DataError(
@@ -94,8 +95,7 @@ class InputStats:
             )
         sample = RowSample.draw(x, rows, start) if rows else None
         product = (x.T @ x).astype(np.float64) if gram else None
-        squares = np.einsum("ti,ti->i", x, x, dtype=np.float64)
-        return cls(len(x), absmax.astype(np.float32), product, sample, squares=squares)
+        return cls(len(x), absmax, product, sample, squares=squares)
 
     def merge(self, other: InputStats) -> InputStats:
         optional = [(getattr(self, name), getattr(other, name)) for name in ("gram", "sample", "drift", "squares")]
@@ -112,6 +112,26 @@ class InputStats:
         absmax = (self.absmax / s).astype(np.float32)
         squares = None if self.squares is None else self.squares / s.astype(np.float64) ** 2
         return InputStats(self.tokens, absmax, _divided(self.gram, s), sample, _divided(self.drift, s), squares)
+
+
+def _extremes(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """(absmax, squares) of x [tokens, in], a piece that stays in the cache at a time; rows are added one after another."""
+    absmax, squares = np.zeros(x.shape[1], np.float32), np.zeros(x.shape[1])
+
+    def take(columns: slice) -> None:
+        width = len(absmax[columns])
+        room = np.empty((_PIECE_ROWS + 1, width))
+        for start in range(0, len(x), _PIECE_ROWS):
+            piece = x[start : start + _PIECE_ROWS, columns]
+            for extreme in (piece.max(axis=0), -piece.min(axis=0)):
+                np.maximum(absmax[columns], extreme, out=absmax[columns])
+            sums = room[: len(piece) + 1]
+            sums[0], sums[1:] = squares[columns], piece
+            np.square(sums[1:], out=sums[1:])
+            np.add.reduce(sums, axis=0, out=squares[columns])
+
+    by_element(take, [slice(start, start + _PIECE_COLUMNS) for start in range(0, x.shape[1], _PIECE_COLUMNS)])
+    return np.abs(absmax), squares  # no -0.0
 
 
 def _sum(one: NDArray[np.float64] | None, two: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
@@ -131,7 +151,7 @@ class StatsBuilder:
     """Statistics of many batches in the memory of one: gathers rows, and adds their products to one gram in place.
 
     The same numbers as merging observe() of the gathered pieces; a gram of 12800 inputs is 1.3 GB, and merging would hold
-    four of them. Products of a piece are float32, their sum over pieces float64.
+    four of them. Products of a piece are float32, their sum over pieces float64. Without products nothing is gathered.
     """
 
     def __init__(self, *, gram: bool, rows: int, where: str, start: int = 0) -> None:
@@ -146,6 +166,9 @@ class StatsBuilder:
     def add(self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None) -> None:
         """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift."""
         difference = None if y is None else y - x
+        if difference is None and not self._wants_gram:
+            self._see(x)
+            return
         self._waiting.append((x.copy(), difference))  # the framework may use x's memory again
         if sum(len(piece) for piece, _ in self._waiting) >= PIECE_TOKENS:
             self._flush()
@@ -163,15 +186,18 @@ class StatsBuilder:
         x = np.concatenate([piece for piece, _ in self._waiting])
         differences = [difference for _, difference in self._waiting if difference is not None]
         self._waiting = []
-        seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)
-        self._seen += len(x)
-        self._total = seen if self._total is None else self._total.merge(seen)
+        self._see(x)
         if self._wants_gram:
             self._gram = np.zeros((x.shape[1], x.shape[1])) if self._gram is None else self._gram
             add_gram(self._gram, x)
         if differences:
             self._drift = np.zeros((x.shape[1], x.shape[1])) if self._drift is None else self._drift
             add_product(self._drift, np.concatenate(differences), x)
+
+    def _see(self, x: NDArray[np.float32]) -> None:
+        seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)
+        self._seen += len(x)
+        self._total = seen if self._total is None else self._total.merge(seen)
 
 
 def add_gram(total: NDArray[np.float64], x: NDArray[np.float32]) -> None:

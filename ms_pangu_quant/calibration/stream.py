@@ -2,7 +2,10 @@
 
 One block of the network is built, and its weights are swapped from block to block. The cell is MindFormers' own decoder
 layer with the backend's cells, the same that serves later: only its order of calls is written out again here, because the
-inputs of the linear layers must come out. A quantized block runs with the codes and scales it will be served with, but as
+inputs of the linear layers must come out.
+
+A quantized block whose outputs alone are wanted runs as it will be served (network/block.py), where the backend has integer
+kernels. Elsewhere, and where a part of it is looked at, it runs with the codes and scales it will be served with, but as
 float32 values: its inputs are rounded to their grid and its weights are dequantized, so the products are those of the
 integer layers up to float32 rounding, in the memory and at the speed of the float block.
 """
@@ -10,13 +13,15 @@ integer layers up to float32 rounding, in the memory and at the speed of the flo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
+from ms_pangu_quant.backends import current_backend
 from ms_pangu_quant.backends.cache import on_cache_grid
 from ms_pangu_quant.backends.cpu import per_token_codes
 from ms_pangu_quant.backends.hadamard import Hadamard
@@ -25,16 +30,18 @@ from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block
-from ms_pangu_quant.formats.linear import QuantizedLinear
-from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
+from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
+from ms_pangu_quant.formats.parameters import ArraySlice
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.network.batch import blocks_for, packed_inputs
+from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
+from ms_pangu_quant.network.block import BlockKind, ServedBlock, block_kind
 from ms_pangu_quant.network.pangu import build_network
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 BLOCK_SIZE = 16
 _CACHED = -1  # in the place of an input: the keys and values on their way into the cache
 _LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
+_SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up to 16 kinds of block
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ class BlockCell(nn.Cell):
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
+        self.gated = hasattr(self.layer.mlp, "gated")  # as one operator
         self.rounding = rounding
         self.until = until
         self.int8_cache = int8_cache
@@ -134,10 +142,12 @@ class BlockCell(nn.Cell):
         mlp_input = self.layer.pre_mlp_layernorm(residual)
         if self.until == 2:
             return (mlp_input,)
-        gate, up = ops.function.array_func.split_ext(
-            mlp.linear_fc1(self._round(mlp_input, 2, grids)), (self.inner, self.inner), -1
-        )
-        mlp_hidden = up * mlp.activation_func(gate)
+        gate_and_up = mlp.linear_fc1(self._round(mlp_input, 2, grids))
+        if self.gated:
+            mlp_hidden = mlp.gated(gate_and_up)
+        else:
+            gate, up = ops.function.array_func.split_ext(gate_and_up, (self.inner, self.inner), -1)
+            mlp_hidden = up * mlp.activation_func(gate)
         if self.hadamard is not None:
             mlp_hidden = self.hadamard(mlp_hidden)
         if self.until == 3:
@@ -164,8 +174,9 @@ class BlockRunner:
             for each in (lengths, *also)
             for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
         )
-        self._network = build_network(config, num_blocks=self._blocks, block_size=BLOCK_SIZE, layers=1, whole=False)
+        self._network = _float_network(config, self._blocks)
         self._cells: dict[tuple[tuple[str, ...], int | None, bool], BlockCell] = {}
+        self._served: dict[BlockKind, ServedBlock] = {}
 
     def observe(
         self, block: Block, hidden: Hidden, *, gram: bool, rows: int, where: str
@@ -232,8 +243,16 @@ class BlockRunner:
         """Hidden states after the block as it will be served, in `output` if given; linears maps site names to layers,
         cache is what an int8 cache holds keys and values in."""
         output = np.empty_like(hidden.states) if output is None else output
-        for rows, (states, *_) in self._run(block, linears, hidden, cache=cache):
-            output[rows] = states.asnumpy()
+        integers = current_backend().integer_kernels
+        kind = block_kind(linears, int8_cache=cache is not None) if integers else None
+        if kind is None:
+            for rows, (states, *_) in self._run(block, linears, hidden, cache=cache):
+                output[rows] = states.asnumpy()
+        else:
+            served = self._served_block(kind)
+            served.load(block, linears, cache)
+            for rows, states, inputs in self._batches(hidden):
+                output[rows] = served(states, inputs).asnumpy()
         return Hidden(output, hidden.lengths)
 
     def _run(
@@ -254,11 +273,23 @@ class BlockRunner:
         cache_grid = Tensor(np.zeros((4, channels), np.float32) if cache is None else cache.rows())
         grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
         self._network.load_tensors(_float_tensors(block, linears))
+        for rows, states, inputs in self._batches(hidden):
+            yield rows, cell(states, grids, cache_grid, *inputs.values())
+
+    def _batches(self, hidden: Hidden) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
+        """(rows, their hidden states, the other inputs of a block) of as many sequences as go through it at a time."""
         for rows, lengths in hidden.batches(self._max_tokens):
             free = iter(range(self._blocks))
             tables = [[next(free) for _ in range(blocks_for(length, BLOCK_SIZE))] for length in lengths]
             inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
-            yield rows, cell(Tensor(np.ascontiguousarray(hidden.states[rows])), grids, cache_grid, *inputs.values())
+            yield rows, Tensor(np.ascontiguousarray(hidden.states[rows])), inputs
+
+    def _served_block(self, kind: BlockKind) -> ServedBlock:
+        if kind not in self._served:
+            if len(self._served) == _SERVED_BLOCKS:
+                self._served.pop(next(iter(self._served))).release()
+            self._served[kind] = ServedBlock(self._config, kind, num_blocks=self._blocks, block_size=BLOCK_SIZE)
+        return self._served[kind]
 
     def _cell(self, rounding: tuple[str, ...], until: int | None, int8_cache: bool) -> BlockCell:
         key = (rounding, until, int8_cache)
@@ -266,19 +297,11 @@ class BlockRunner:
             cell = BlockCell(self._network, rounding, until, self._config.online_hadamard, int8_cache)
             cell.set_train(False)
             if runtime.mode() == "graph":
-                vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
-                mask_shape, mask_dtype = self._network.backend.dynamic_mask
                 cell.set_inputs(
                     Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
                     Tensor(shape=[2, len(rounding)], dtype=ms.float32),
                     Tensor(shape=[4, self._config.num_key_value_heads * self._config.head_dim], dtype=ms.float32),
-                    vector,
-                    vector,
-                    vector,
-                    vector,
-                    table,
-                    vector,
-                    Tensor(shape=mask_shape, dtype=mask_dtype),
+                    *dynamic_inputs(self._network.backend),
                 )
             self._cells[key] = cell
         return self._cells[key]
@@ -302,8 +325,27 @@ def _grid(linear: QuantizedLinear | None) -> tuple[float, float]:
     return (1.0, 0.0) if linear is None else (linear.input_scale or 1.0, linear.input_offset)
 
 
+def _float_network(config: ModelConfig, num_blocks: int) -> Any:
+    """A block of float layers, those for many tokens where the backend has them. BlockCell multiplies by the Hadamard matrix."""
+    backend, kinds = current_backend(), None
+    if backend.float_method is not None:
+        backend = replace(backend, linear_methods={**backend.linear_methods, FLOAT: backend.float_method})
+        kinds = {f"{layout.block_prefix(0)}{site.name}.weight": FLOAT for site in layout.SITES}
+    config = replace(config, online_hadamard=False)
+    return build_network(
+        config, kinds=kinds, num_blocks=num_blocks, block_size=BLOCK_SIZE, layers=1, whole=False, backend=backend
+    )
+
+
 def _float_tensors(block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, ArraySlice]]:
-    """A block for the float network, quantized layers dequantized; one of them in memory at a time."""
-    yield from network_tensors(layout.block_prefix(0), block, {})
+    """A block for the float network, quantized layers dequantized; one of them in memory at a time.
+
+    A weight that is a layer of its own is copied: MindFormers' loader keeps the array, and a kernel may pack it in place.
+    """
+    prefix, joined = layout.block_prefix(0), [site.fused for site in layout.SITES]
+    alone = {f"{site.name}.weight" for site in layout.SITES if joined.count(site.fused) == 1}
+    for name, value in block.tensors.items():
+        if name.removesuffix(".weight") not in linears:
+            yield prefix + name, ArraySlice(value.copy() if name in alone else value)
     for site, linear in linears.items():
-        yield f"{layout.block_prefix(0)}{site}.weight", ArraySlice(linear.weight.dequantize())
+        yield f"{prefix}{site}.weight", ArraySlice(linear.weight.dequantize())

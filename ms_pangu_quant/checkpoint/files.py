@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from ms_pangu_quant.errors import CheckpointError, OutputError
+from ms_pangu_quant.quantizers.threads import by_element
 
 INDEX_FILE = "model.safetensors.index.json"
 _CHUNK = 16 << 20
+_HASHED_AT_A_TIME = 2  # tensors; more are seldom read any faster
+_PIECE = 1 << 18  # numbers widened at a time
 _LONGEST_NAME = 255  # bytes, on every common file system
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -200,12 +204,12 @@ class TensorFiles:
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
         """Hash of every stored tensor's name, type, shape and bytes, in name order, whichever files they are in.
 
-        progress is called with the bytes just read. Raises CheckpointError for a NaN or an infinity: rounding would turn it
-        into some code or other, and nothing later could tell.
+        progress is called with the bytes just read, from any thread. Raises CheckpointError for a NaN or an infinity:
+        rounding would turn it into some code or other, and nothing later could tell.
         """
-        total = hashlib.sha256()
-        for name, entry in sorted(self._stored.items()):
-            digest = hashlib.sha256()
+
+        def digest_of(name: str) -> str:
+            digest, entry = hashlib.sha256(), self._stored[name]
             for piece in entry.chunks():
                 digest.update(piece)
                 if not _finite(piece, entry.dtype):
@@ -215,7 +219,16 @@ class TensorFiles:
                     )
                 if progress:
                     progress(len(piece))
-            total.update(f"{name}:{entry.dtype}:{list(entry.shape)}:{digest.hexdigest()}\n".encode())
+            return digest.hexdigest()
+
+        total, names = hashlib.sha256(), sorted(self._stored)
+        with ThreadPoolExecutor(_HASHED_AT_A_TIME) as pool:
+            try:
+                for name, digest in zip(names, pool.map(digest_of, names), strict=True):
+                    entry = self._stored[name]
+                    total.update(f"{name}:{entry.dtype}:{list(entry.shape)}:{digest}\n".encode())
+            finally:
+                pool.shutdown(cancel_futures=True)
         return total.hexdigest()
 
     def check(self, expected: Mapping[str, tuple[int, ...]], *, optional: Iterable[str] = ()) -> None:
@@ -256,9 +269,14 @@ def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
     if raw.dtype == np.float32:
         return raw
     if raw.dtype == ml_dtypes.bfloat16:  # a bfloat16 is the upper half of a float32
-        wide = raw.view(np.uint16).astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
+        bits = np.ascontiguousarray(raw).reshape(-1).view(np.uint16)
+        wide = np.empty(bits.shape, np.uint32)
+
+        def shift(piece: slice) -> None:
+            np.left_shift(bits[piece], np.uint32(16), out=wide[piece], dtype=np.uint32)
+
+        by_element(shift, [slice(start, start + _PIECE) for start in range(0, len(bits), _PIECE)])
+        return wide.view(np.float32).reshape(raw.shape)
     return raw.astype(np.float32)
 
 

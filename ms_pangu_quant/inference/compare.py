@@ -1,8 +1,8 @@
 """How far a quantized checkpoint's next-token distributions are from the float one's: KL, agreement, perplexity.
 
 Both models are streamed block by block and the vocabulary slice by slice, so two 7B models compare in the memory of one
-block. Quantized layers run with their codes and scales as float32 values (see calibration.stream), which gives the served
-network's results up to float32 rounding.
+block. Quantized blocks run as they are served where the backend has integer kernels, else with their codes and scales as
+float32 values (see calibration.stream), which gives the served network's results up to float32 rounding.
 """
 
 from __future__ import annotations

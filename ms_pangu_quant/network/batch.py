@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import mindspore as ms
 import numpy as np
 from mindspore import Tensor
 
@@ -12,6 +13,13 @@ from ms_pangu_quant.backends import Backend, current_backend
 
 def blocks_for(tokens: int, block_size: int) -> int:
     return -(-tokens // block_size)
+
+
+def dynamic_inputs(backend: Backend) -> list[Tensor]:
+    """What stands for the tensors of packed_inputs, in their order, where a graph is compiled for every size."""
+    vector, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
+    shape, dtype = backend.dynamic_mask
+    return [vector, vector, vector, vector, table, vector, Tensor(shape=shape, dtype=dtype)]
 
 
 def packed_inputs(

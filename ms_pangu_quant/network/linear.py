@@ -20,6 +20,7 @@ class PanguQuantConfig(GoldenStickConfig):
 
     full_config maps "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT", plus
     "weight_mapping", "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where down_proj's input is rotated.
+    linear_methods may have one for "FLOAT", in place of MindFormers' own.
     """
 
     def __init__(self, full_config: Mapping[str, object], linear_methods: Mapping[str, type]) -> None:
@@ -43,7 +44,7 @@ class PanguQuantConfig(GoldenStickConfig):
         return method
 
     def _method(self, part: str, kind: object):
-        if kind == "FLOAT":
+        if kind == "FLOAT" and kind not in self._methods:
             return UnquantizedLinearMethod()
         if kind not in self._methods:
             raise BackendError(

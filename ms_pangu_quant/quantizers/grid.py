@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_pangu_quant.quantizers.threads import by_element, in_parallel
 from ms_pangu_quant.scheme import TensorScheme
 
-_PIECE_ELEMENTS = 1 << 20
+_PIECE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,27 @@ class QuantizedWeight:
 
     def dequantize(self) -> NDArray[np.float32]:
         """[out, in] float32."""
-        out_features, groups = self.scale.shape
-        grouped = self.codes.reshape(out_features, groups, -1).astype(np.float32)
-        return (grouped * self.scale[:, :, None]).reshape(self.codes.shape)
+        weight = np.empty(self.codes.shape, np.float32)
+
+        def multiply(rows: slice) -> None:
+            grouped = self.codes[rows].reshape(-1, self.scale.shape[1], weight.shape[1] // self.scale.shape[1])
+            np.multiply(grouped, self.scale[rows, :, None], out=weight[rows].reshape(grouped.shape))
+
+        by_element(multiply, row_pieces(weight))
+        return weight
 
 
 def weight_scale(weight: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:
     """Scale [out, groups] of weight [out, in] from the largest |w| of each channel or group; 1.0 where all are zero."""
-    grouped = weight.reshape(len(weight), scheme.groups(weight.shape[1]), -1)
-    return scale_from_absmax(np.abs(grouped).max(axis=2), scheme)
+    groups = scheme.groups(weight.shape[1])
+    absmax = np.empty((len(weight), groups), np.float32)
+
+    def take(rows: slice) -> None:
+        grouped = weight[rows].reshape(-1, groups, weight.shape[1] // groups)
+        absmax[rows] = np.abs(grouped).max(axis=2)
+
+    by_element(take, row_pieces(weight))
+    return scale_from_absmax(absmax, scheme)
 
 
 def scale_from_absmax(absmax: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.float32]:
@@ -66,28 +78,33 @@ def is_bfloat16(values: NDArray[np.float32]) -> bool:
 def round_to_grid(weight: NDArray[np.float32], scale: NDArray[np.float32], scheme: TensorScheme) -> NDArray[np.int8]:
     """Codes int8 [out, in]: weight [out, in] over scale [out, groups], half to even, clipped to the scheme's codes."""
     codes = np.empty(weight.shape, np.int8)
-    for rows in row_pieces(weight):
+
+    def round_rows(rows: slice) -> None:
         piece = weight[rows]
         grouped = piece.reshape(len(piece), scale.shape[1], -1) / scale[rows, :, None]
         np.rint(grouped, out=grouped)
         np.clip(grouped, scheme.code_min, scheme.code_max, out=grouped)
         codes[rows] = grouped.reshape(piece.shape)
+
+    by_element(round_rows, row_pieces(weight))
     return codes
 
 
 def relative_weight_error(quantized: QuantizedWeight, weight: NDArray[np.float32]) -> float:
     """||dequantized - weight|| / ||weight||, Frobenius; 0 for a weight of zeros."""
-    difference, norm = 0.0, 0.0
-    for rows in row_pieces(weight):
+    squares: dict[int, tuple[float, float]] = {}
+
+    def add(rows: slice) -> None:
         rounded = QuantizedWeight(quantized.codes[rows], quantized.scale[rows]).dequantize()
         rounded -= weight[rows]
-        difference += float(np.vdot(rounded, rounded))
-        norm += float(np.vdot(weight[rows], weight[rows]))
+        squares[rows.start] = float(np.vdot(rounded, rounded)), float(np.vdot(weight[rows], weight[rows]))
+
+    in_parallel(add, row_pieces(weight))
+    difference, norm = (sum(squares[start][place] for start in sorted(squares)) for place in (0, 1))
     return float(np.sqrt(difference / norm)) if norm else 0.0
 
 
-def row_pieces(weight: NDArray[np.float32]) -> Iterator[slice]:
-    """Slices of rows of a few MiB each: temporaries stay small and in the cache."""
+def row_pieces(weight: NDArray[np.float32]) -> list[slice]:
+    """Slices of rows of a MiB each, whatever the machine: temporaries stay small and in the cache."""
     step = max(1, _PIECE_ELEMENTS // max(weight.shape[1], 1))
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)
+    return [slice(start, start + step) for start in range(0, len(weight), step)]

@@ -7,7 +7,7 @@ pieces whose size does not depend on the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
@@ -29,8 +29,24 @@ def one_thread() -> AbstractContextManager[object]:
 
 def in_parallel(work: Callable[[slice], None], pieces: Iterable[slice]) -> None:
     """work(piece) for each piece, as many at a time as OpenBLAS has threads."""
-    libraries = [library for library in _controller().lib_controllers if library.user_api == "blas"]
-    threads = max((int(library.num_threads) for library in libraries), default=1)
+    threads = _threads()
     with one_thread(), ThreadPoolExecutor(min(threads, _MOST)) as pool:
         for _ in pool.map(work, pieces):
             pass
+
+
+def by_element(work: Callable[[slice], None], pieces: Sequence[slice]) -> None:
+    """The same for work that calls no linear algebra, whatever it costs to begin: a single piece is done at once."""
+    threads = min(_threads(), _MOST, len(pieces)) if len(pieces) > 1 else 1
+    if threads == 1:
+        for piece in pieces:
+            work(piece)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, pieces):
+            pass
+
+
+def _threads() -> int:
+    libraries = [library for library in _controller().lib_controllers if library.user_api == "blas"]
+    return max((int(library.num_threads) for library in libraries), default=1)

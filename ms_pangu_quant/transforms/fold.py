@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.layout import NORMS, sites_reading
 from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.quantizers.grid import row_pieces
+from ms_pangu_quant.quantizers.threads import by_element
 
 
 def scale_channels(block: Block, input_name: str) -> int:
@@ -54,7 +56,7 @@ def fold_scale(
         raise ValueError(f"scale of {input_name}: wanted {scale_channels(block, input_name)} positive finite numbers")
     wide = expand_to_input(block, input_name, s)
     sites = sites_reading(input_name)
-    changed = {f"{site.name}.weight": block.weight(site) * wide for site in sites}
+    changed = {f"{site.name}.weight": _times_inputs(block.weight(site), wide) for site in sites}
     producer = sites[0].producer
     weight = changed.get(f"{producer}.weight", block[f"{producer}.weight"])
     changed[f"{producer}.weight"] = weight / (s if producer in NORMS else s[:, None])
@@ -62,6 +64,13 @@ def fold_scale(
     if bias is not None:
         changed[f"{producer}.bias"] = bias / s
     return block.replace(changed), {**stats, input_name: stats[input_name].scaled(wide)}
+
+
+def _times_inputs(weight: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:
+    """weight [out, in] * s [in]."""
+    product = np.empty_like(weight)
+    by_element(lambda rows: np.multiply(weight[rows], s, out=product[rows]), row_pieces(weight))
+    return product
 
 
 def _by_group(block: Block, values: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -16,6 +16,8 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.checkpoint.reader import Block
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.grid import row_pieces
+from ms_pangu_quant.quantizers.threads import by_element
 from ms_pangu_quant.scheme import QuantScheme
 from ms_pangu_quant.transforms.fold import fold_scale, reduce_to_producer
 
@@ -37,6 +39,19 @@ def smooth_scale(absmax_x: NDArray[np.float32], absmax_w: NDArray[np.float32], a
     return np.maximum(s, _SMALLEST).astype(np.float32)
 
 
+def input_absmax(weight: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest |w| of each input of weight [out, in], over the outputs; [in]."""
+    pieces = row_pieces(weight)
+    found = np.empty((len(pieces), weight.shape[1]), np.float32)
+
+    def take(rows: slice) -> None:
+        piece = weight[rows]
+        np.maximum(piece.max(axis=0), -piece.min(axis=0), out=found[pieces.index(rows)])
+
+    by_element(take, pieces)
+    return np.abs(found.max(axis=0))
+
+
 @dataclass(frozen=True)
 class SmoothQuant:
     """alpha for the block inputs in `inputs`, downstream inputs first, so that a producer is scaled before it is read."""
@@ -55,8 +70,7 @@ class SmoothQuant:
         self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None] | None = None
     ) -> tuple[Block, dict[str, InputStats]]:
         for input_name in reversed([name for name in INPUT_NAMES if name in self.inputs]):
-            weights = [block.weight(site) for site in sites_reading(input_name)]
-            absmax_w = np.maximum.reduce([np.abs(weight).max(axis=0) for weight in weights])
+            absmax_w = np.maximum.reduce([input_absmax(block.weight(site)) for site in sites_reading(input_name)])
             s = smooth_scale(
                 reduce_to_producer(block, input_name, stats[input_name].absmax),
                 reduce_to_producer(block, input_name, absmax_w),

@@ -31,7 +31,7 @@ from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import QuantScheme
 from ms_pangu_quant.transforms.fold import expand_to_input, fold_scale, reduce_to_producer
-from ms_pangu_quant.transforms.smooth import check_inputs
+from ms_pangu_quant.transforms.smooth import check_inputs, input_absmax
 
 _ROWS = 512  # output channels of a layer that stand for all of them
 _SMALLEST = 1e-5
@@ -81,7 +81,7 @@ class SmoothSearch:
     def _candidates(self, block: Block, input_name: str, seen: InputStats) -> Iterator[NDArray[np.float32]]:
         """Scales [scale_channels] to try, the first one all ones."""
         assert seen.squares is not None
-        absmax_w = np.maximum.reduce([np.abs(block.weight(site)).max(axis=0) for site in sites_reading(input_name)])
+        absmax_w = np.maximum.reduce([input_absmax(block.weight(site)) for site in sites_reading(input_name)])
         rms = np.sqrt(seen.squares / max(seen.tokens, 1)).astype(np.float32)
         w = reduce_to_producer(block, input_name, absmax_w)
         yield np.ones_like(w)

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ms_pangu_quant.quantizers import grid
-from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid, scale_from_absmax, weight_scale
+from ms_pangu_quant.quantizers.grid import (
+    QuantizedWeight,
+    relative_weight_error,
+    round_to_grid,
+    scale_from_absmax,
+    weight_scale,
+)
 from ms_pangu_quant.scheme import TensorScheme
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
@@ -155,3 +161,19 @@ def test_dequantize_multiplies_each_code_by_its_groups_scale(out_features, group
         for row in range(out_features)
     ]
     assert back.tolist() == np.array(wanted).tolist()
+
+
+def test_pieces_of_a_large_weight_are_rounded_like_the_whole(monkeypatch):
+    weight = np.random.default_rng(0).normal(size=(37, 24)).astype(np.float32)
+    scheme = TensorScheme(4, "group", group_size=8)
+    scale = weight_scale(weight, scheme)
+    codes = round_to_grid(weight, scale, scheme)
+    whole = QuantizedWeight(codes, scale)
+    error = relative_weight_error(whole, weight)
+    assert error == pytest.approx(np.linalg.norm(whole.dequantize() - weight) / np.linalg.norm(weight), rel=1e-6)
+    monkeypatch.setattr(grid, "_PIECE_ELEMENTS", 100)  # rows in fours, the last alone
+    assert [len(weight[rows]) for rows in grid.row_pieces(weight)] == [4] * 9 + [1]
+    assert np.array_equal(weight_scale(weight, scheme), scale)
+    assert np.array_equal(round_to_grid(weight, scale, scheme), codes)
+    assert np.array_equal(whole.dequantize(), np.repeat(scale, 8, axis=1) * codes)
+    assert relative_weight_error(whole, weight) == pytest.approx(error, rel=1e-6)

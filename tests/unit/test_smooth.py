@@ -11,8 +11,9 @@ from hypothesis.extra import numpy as hnp
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers import grid
 from ms_pangu_quant.transforms.fold import reduce_to_producer
-from ms_pangu_quant.transforms.smooth import SmoothQuant, smooth_scale
+from ms_pangu_quant.transforms.smooth import SmoothQuant, input_absmax, smooth_scale
 
 SUBSETS = [names for count in range(1, 5) for names in itertools.combinations(INPUT_NAMES, count)]
 SIZES = st.floats(0, float(np.float32(1e38)), width=32)
@@ -161,3 +162,14 @@ def test_an_alpha_outside_zero_to_one_is_refused(alpha):
 def test_inputs_that_do_not_exist_are_refused_with_a_list_of_those_that_do(inputs):
     with pytest.raises(RecipeError, match=rf"smooth\.inputs: .*{', '.join(INPUT_NAMES)}"):
         SmoothQuant(0.5, inputs)
+
+
+def test_pieces_of_a_large_weight_are_smoothed_like_the_whole(outlier_block, monkeypatch):
+    block, _, stats = outlier_block()
+    weight = block["mlp.up_proj.weight"]
+    whole, seen = SmoothQuant(alpha=0.5)(block, stats)
+    monkeypatch.setattr(grid, "_PIECE_ELEMENTS", 2 * weight.shape[1] + 1)  # rows in twos
+    assert np.array_equal(input_absmax(weight), np.abs(weight).max(axis=0))
+    parts, seen_too = SmoothQuant(alpha=0.5)(block, stats)
+    assert all(np.array_equal(parts[name], whole[name]) for name in whole.tensors)
+    assert all(np.array_equal(seen_too[name].absmax, seen[name].absmax) for name in seen)

@@ -103,6 +103,14 @@ def test_a_long_sum_of_grams_does_not_lose_small_batches():
     assert total.gram.tolist() == [[2.0**24 + 3]]
 
 
+def test_extremes_and_squares_are_those_of_all_rows_in_their_order_whatever_the_pieces():
+    x = np.random.default_rng(0).normal(size=(300, 1100)).astype(np.float32)
+    x[7, 3], x[200, 4] = -9, 9
+    stats = InputStats.observe(x)
+    assert np.array_equal(stats.absmax, np.abs(x).max(axis=0))
+    assert np.array_equal(stats.squares, np.add.accumulate(x.astype(np.float64) ** 2)[-1])  # one row after another
+
+
 def test_no_rows_are_the_neutral_element():
     none = InputStats.observe(np.empty((0, 3), np.float32), gram=True)
     some = InputStats.observe(np.array([[1, -2, 0]], np.float32), gram=True)

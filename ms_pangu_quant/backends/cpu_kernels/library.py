@@ -38,6 +38,7 @@ _UNITS = {
     "parallel.cc": (),
     "linear.cc": ("-ffp-contract=off",),
     "layer.cc": ("-ffp-contract=fast",),
+    "matrix.cc": ("-ffp-contract=fast",),
     "limits.cc": (),
     "block.cc": (),
 }
@@ -47,6 +48,7 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pangu_pack_w8": (_POINTER, _INTEGER, _INTEGER),
     "pangu_pack_w4": (_POINTER, _INTEGER, _INTEGER, _INTEGER),
     "pangu_pack_scale": (_POINTER, _INTEGER, _INTEGER),
+    "pangu_pack_f32": (_POINTER, _INTEGER, _INTEGER),
     "pangu_transpose_w4": (_POINTER, _POINTER, _INTEGER, _INTEGER),
 }
 
