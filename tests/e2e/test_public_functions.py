@@ -43,13 +43,13 @@ def as_it_is():
 
 @pytest.mark.parametrize("recipe", [SMOOTH, ROTATE])
 def test_what_is_observed_after_a_transform_is_other_numbers_with_the_same_products(recipe, as_it_is):
-    """gate_proj's outputs: nothing that is done to a block scales its rows."""
+    """gate_proj's outputs: nothing that is done to a block scales its rows. A rotated embedding is rounded to bfloat16."""
     (block, stats), (changed, changed_stats) = as_it_is, pq.observe(MINI, 1, DATA, recipe=recipe, samples=3)
     x, y = (each["mlp_input"].sample.rows for each in (stats, changed_stats))
     w, v = (each["mlp.gate_proj.weight"] for each in (block, changed))
     assert len(x) == stats["mlp_input"].tokens > 100
     assert np.abs(y).max() / y.std() < np.abs(x).max() / x.std() / 2  # the outliers that the embedded checkpoint has
-    np.testing.assert_allclose(y @ v.T, x @ w.T, rtol=0, atol=1e-3 * np.abs(x @ w.T).max())
+    np.testing.assert_allclose(y @ v.T, x @ w.T, rtol=0, atol=2**-9 * np.abs(x @ w.T).max())
 
 
 def test_no_more_rows_are_kept_than_asked_for(as_it_is):
