@@ -53,7 +53,8 @@ sys.exit(code if code >= 0 else 128 - code)
 @dataclass(frozen=True)
 class Row:
     """name      of its directory.  scheme  rows of one are compared with each other.
-    settings  a recipe's name for ours, modifiers for llm-compressor, processors for msModelSlim; None: the float model.
+    settings  for ours a recipe's name or content, modifiers for llm-compressor, processors for msModelSlim; None: the float
+              model.
     """
 
     name: str
@@ -123,7 +124,7 @@ def recorded(row: Row, setting: Setting) -> Record:
 def _begin(directory: Path, row: Row, setting: Setting) -> Record:
     """The record so far; a new one, and an empty directory, where the old one is of another row, tool or data."""
     settings = row.settings
-    if row.tool == OURS and settings is not None:
+    if row.tool == OURS and isinstance(settings, str):
         settings = find_recipe(settings).read_text(encoding="utf-8")
     parts = [row.tool, settings, setting.limit, (SAMPLES, MAX_LENGTH, SEED)]
     files = [setting.calibration, setting.texts, setting.checkpoint / "config.json"]
@@ -165,8 +166,13 @@ def _quantize(row: Row, setting: Setting, directory: Path) -> Record:
     shutil.rmtree(output, ignore_errors=True)  # of a run that was stopped
     output.parent.mkdir(parents=True, exist_ok=True)
     if row.tool == OURS:
-        command = [*_ours("quantize"), str(setting.checkpoint), "--recipe", row.settings, "--output", str(output)]
-        if load_recipe(find_recipe(row.settings)).needs_calibration:
+        recipe = directory / "recipe.yaml"
+        if isinstance(row.settings, str):
+            recipe = find_recipe(row.settings)
+        else:
+            write_json(recipe, row.settings)
+        command = [*_ours("quantize"), str(setting.checkpoint), "--recipe", str(recipe.absolute()), "--output", str(output)]
+        if load_recipe(recipe).needs_calibration:
             command += ["--calibration", str(setting.calibration)]
         cost = run(command, setting, directory / "quantize.log")
     else:

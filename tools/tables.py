@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Measure and write every table of docs/accuracy.md, of the embedded checkpoints' card and of the READMEs, between markers.
+"""Measure and write every table that stands on the embedded checkpoints: docs/accuracy.md, recipes.md and kv_cache.md, the
+checkpoints' card and the READMEs, between their markers.
 
 A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
 same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
@@ -18,11 +19,13 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import compare_peers
 import make_checkpoint
 import numpy as np
 import rescale_outliers
+import yaml
 from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, number, passed
 from measure import OURS, ROOT, Record, Row, Setting, recorded
 
@@ -33,10 +36,11 @@ from ms_pangu_quant.evaluation.samples import write_bytes
 from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
 from ms_pangu_quant.evaluation.summary import scores
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.recipe import find_recipe
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Run, load_runs
 
-PAGE = ROOT / "docs/accuracy.md"
+PAGE, RECIPES, KV_CACHE = (ROOT / f"docs/{name}.md" for name in ("accuracy", "recipes", "kv_cache"))
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
 CARD = ASSETS / "README.md"
 MINI, TIED = ASSETS / "openpangu-mini", ASSETS / "openpangu-mini-tied"
@@ -45,12 +49,12 @@ RETAINED = {W8A8: 0.99, STATIC: 0.98, GROUP: 0.98, CHANNEL: 0.97}  # what each s
 LAYERS_1B = {"layers": 2, "vocab_size": 8192}  # the 1B's layers, two of them, and a small vocabulary
 
 
-def recipes(*names: str, scheme: dict[str, str] | None = None) -> tuple[Row, ...]:
-    """Rows of this project's recipes, by name."""
+def recipes(*names: str, scheme: dict[str, str] | None = None, what: str = "") -> tuple[Row, ...]:
+    """Rows of this project's recipes, by name, which is also what the table calls them."""
     schemes = {"w8a8": W8A8, "w8a8_static": STATIC, "w4a8_g128": GROUP, "w4a8": CHANNEL, "w4a8_rtn": CHANNEL}
     schemes["w4a8_mixed"] = MIXED
     schemes |= scheme or {}
-    return tuple(Row(name, schemes.get(name, ""), OURS, f"`{name}`", name) for name in names)
+    return tuple(Row(name, schemes.get(name, ""), OURS, what or f"`{name}`", name) for name in names)
 
 
 MAIN = ("w8a8", "w8a8_static", "w4a8_g128", "w4a8")
@@ -63,6 +67,49 @@ PAPER = tuple(
         ("paper_w4a8_hadamard", "W4A8 + Hadamard"),
     )
 )
+EVERY = ("w8a8_rtn", "w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128_rtn", "w4a8", "w4a8_mixed", "w4a8_g128", "w4a8_g256")
+HALF, GPTQ = {"smooth": {"alpha": 0.5}}, {"damping": 0.01, "sweeps": 2}
+
+
+def own(name: str, what: str, *, of: str = "w4a8_g128", **changed: Any) -> Row:
+    """A row of a shipped recipe with some of its keys changed."""
+    recipe = yaml.safe_load(find_recipe(of).read_text(encoding="utf-8"))
+    return Row(name, "", OURS, what, {**recipe, **changed})
+
+
+PARTS = (
+    own("smooth_rtn", "smoothing with alpha 0.5, rounding to nearest", transforms=[HALF], rounding="rtn"),
+    own("smooth_gptq", "smoothing with alpha 0.5, GPTQ", transforms=[HALF], rounding={"gptq": {"damping": 0.01}}),
+    own("search_gptq", "`smooth_search`, GPTQ with two sweeps", rounding={"gptq": GPTQ}),
+    own("search_correct", "the same with `correct`", rounding={"gptq": {**GPTQ, "correct": True}}),
+    *recipes("w4a8_g128", what="the same, damping 0.003 for 0.01: `w4a8_g128`"),
+    own("chats_256", "`w4a8_g128`, 256 chats for 128", calibration={"samples": 256, "max_length": 512, "seed": 0}),
+    own(
+        "rotated_half",
+        "rotated, smoothing with alpha 0.5 in front of o_proj and down_proj, GPTQ",
+        transforms=[{"rotate": {"seed": 0}}, {"smooth": {"alpha": 0.5, "inputs": ["attention_output", "mlp_hidden"]}}],
+        rounding={"gptq": {"damping": 0.01}},
+    ),
+)
+
+
+def cached(name: str, what: str, of: str = "kv8", **settings: Any) -> Row:
+    return own(name, what, of=of, kv_cache={"int8": settings} if settings else "int8")
+
+
+CACHES = (
+    *recipes("kv8", what="float weights, **a scale for each channel** (`kv8`)"),
+    cached("kv_zero_points", "the same with zero points", symmetric=False),
+    cached("kv_mse", "the same, range by `mse`", method="mse"),
+    cached("kv_percentile", "the same, range by `percentile`", method="percentile"),
+    cached("kv_keys_head", "keys a scale for each head, values for each channel", keys="head"),
+    cached("kv_values_head", "values a scale for each head, keys for each channel", values="head"),
+    cached("kv_heads", "both a scale for each head", keys="head", values="head"),
+    *recipes("w8a8", "w8a8_kv8", "w4a8"),
+    cached("w4a8_kv8", "`w4a8` with `kv_cache: int8`", of="w4a8"),
+    *recipes("w4a8_g128"),
+    cached("w4a8_g128_kv8", "`w4a8_g128` with `kv_cache: int8`", of="w4a8_g128"),
+)
 AGAINST_PEERS_1B = ("llmc_w8a8_gptq", "slim_w8a8_iter", "llmc_w4a8_gptq", "llmc_w4a8_channel", "slim_w4a8_iter")
 
 
@@ -70,7 +117,7 @@ AGAINST_PEERS_1B = ("llmc_w8a8_gptq", "slim_w8a8_iter", "llmc_w4a8_gptq", "llmc_
 class Table:
     """folder  below WORK; tables of one folder have the same checkpoint and data.
     render  (records, setting) -> Markdown.
-    page    the file that it is written into, if not the page of accuracy.
+    page    the file that it is written into.
     """
 
     name: str
@@ -78,7 +125,7 @@ class Table:
     rows: Sequence[Row]
     modes: Sequence[str]
     render: Callable[[Sequence[Record], Setting], str]
-    page: Path | None = None
+    page: Path = PAGE
 
 
 def peers_table(records: Sequence[Record], setting: Setting) -> str:
@@ -106,7 +153,7 @@ def retention_table(records: Sequence[Record], setting: Setting) -> str:
 def paired(records: Sequence[Record], setting: Setting) -> tuple[dict[str, dict[str, Comparison]], dict[str, Interval]]:
     """Of the rows whose answers are there, against the float model's: row -> mode -> comparison, and row -> retention over
     all modes, a problem's score being the share of the modes in which it is solved."""
-    names = [record["row"]["name"] for record in records if record.get("evaluate")]
+    names = [record["row"]["name"] for record in records if is_evaluated(record, setting)]
     if FLOAT.name not in names or len(names) < 2:
         return {}, {}
     ordered = [FLOAT.name, *(name for name in names if name != FLOAT.name)]
@@ -124,6 +171,11 @@ def paired(records: Sequence[Record], setting: Setting) -> tuple[dict[str, dict[
         if found is not None:
             together[name] = found.ratio
     return against, together
+
+
+def is_evaluated(record: Record, setting: Setting) -> bool:
+    """In all of the setting's modes."""
+    return bool(setting.modes) and set(setting.modes) <= set(record.get("evaluate", ()))
 
 
 def shares(run: Run, setting: Setting) -> dict[str, float]:
@@ -184,13 +236,25 @@ def results_table(records: Sequence[Record], setting: Setting) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def chosen_table(records: Sequence[Record], setting: Setting) -> str:
+    """What recipes are chosen by."""
+    lines = [["", "mean KL, nats", "s.e.", "top-1"], ["---", "---:", "---:", "---:"]]
+    for record in records:
+        found = record.get("compare")
+        cells = ["not measured", "", ""]
+        if found is not None:
+            cells = [number(found["kl_mean"]), number(found["kl_se"], 1), f"{found['top1_agreement']:.2%}"]
+        lines.append([record["row"]["what"], *cells])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def card_table(records: Sequence[Record], setting: Setting) -> str:
     """A row for each mode: what the checkpoint solves, of how many steps, and how long its answers are."""
     steps = {key: len(each.row["steps"]) for key, each in load_problems(TASKS[setting.task]).by_id.items()}
     lengths = sorted(set(steps.values()))
     titles = ["mode", "pass@1 [95 %]", *(f"{length} steps" for length in lengths), "tokens an answer", "of them thought"]
     lines = [titles, ["---", "---", *["---:"] * (len(titles) - 2)]]
-    evaluated = [record for record in records if record.get("evaluate")]
+    evaluated = [record for record in records if is_evaluated(record, setting)]
     run = load_runs([setting.work / evaluated[0]["row"]["name"] / "evaluation"])[0] if evaluated else None
     for mode in setting.modes if run else ():
         results = run.results[setting.task, mode]
@@ -218,6 +282,9 @@ TABLES = (
         (),
         peers_table,
     ),
+    Table("recipes", "mini", recipes(*EVERY, "w4a8_g128_rotated", *(row.name for row in PAPER)), (), chosen_table, RECIPES),
+    Table("parts", "choice", PARTS, (), chosen_table, RECIPES),
+    Table("kv_cache", "choice", CACHES, (), chosen_table, KV_CACHE),
     Table("openpangu-mini", "mini", (FLOAT,), MODES, card_table, CARD),
     Table("openpangu-mini-tied", "tied", (FLOAT,), MODES, card_table, CARD),
 )
@@ -247,8 +314,14 @@ def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
             rescale_outliers.write(MINI, checkpoint, 2.0 if table.folder == "x128" else None)
     if table.folder == "layers_1b":
         checkpoint, calibration, texts = random_checkpoint(work)
+    limit = Setting.limit
+    if table.folder == "choice":  # the rows on which recipes are chosen
+        texts, limit = work / "texts.jsonl", 150
+        if not texts.exists():
+            rows = (ASSETS / "validation.jsonl").read_bytes().splitlines(keepends=True)
+            write_bytes(texts, b"".join(rows[300 : 300 + limit]))
     setting = compare_peers.setting_of(chosen, checkpoint, calibration, texts, work)
-    return replace(setting, modes=table.modes)
+    return replace(setting, modes=table.modes, limit=limit)
 
 
 def random_checkpoint(work: Path) -> tuple[Path, Path, Path]:
@@ -281,13 +354,22 @@ def write(page: Path, name: str, text: str) -> None:
     write_bytes(page, replaced(page.read_text(encoding="utf-8"), name, text).encode())
 
 
+def page_of(page: Path, into: Path | None) -> Path:
+    """The page itself, or its copy in a folder, made if it is not there."""
+    if into is None:
+        return page
+    copy = into / page.relative_to(ROOT)
+    if not copy.exists():
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(copy, page.read_bytes())
+    return copy
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/tables.py --only retention --page tables.md")
+    parser = Parser(description=__doc__, example="python tools/tables.py --only retention --into copies")
     names = [table.name for table in (*TABLES, RESULTS)]
     parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
-    parser.add_argument("--page", type=Path, default=PAGE, help="Markdown file to write them into")
-    parser.add_argument("--card", type=Path, default=CARD, help="file to write the embedded checkpoints' scores into")
-    parser.add_argument("--readme", type=Path, nargs="*", default=READMES, help="files to write the table of results into")
+    parser.add_argument("--into", type=Path, help="folder for copies of the pages to write into, in place of themselves")
     parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
     compare_peers.add_options(parser)
     chosen = parser.parse_args(arguments)
@@ -304,12 +386,12 @@ def main(arguments: list[str] | None = None) -> int:
             records = [{**record, "row": vars(row)} for record, row in zip(records, table.rows, strict=True)]
             failed = failed or any("failure" in record for record in records)
             text = f"{table.render(records, setting)}\n\n{compare_peers.provenance(records)}"
-            write(chosen.card if table.page == CARD else chosen.page, table.name, text)
+            write(page_of(table.page, chosen.into), table.name, text)
         if not chosen.only or RESULTS.name in chosen.only:  # of what the other tables have measured
             setting = setting_of(RESULTS, chosen)
             records = [{**recorded(row, setting), "row": vars(row)} for row in RESULTS.rows]
-            for page in chosen.readme:
-                write(page, RESULTS.name, RESULTS.render(records, setting))
+            for page in READMES:
+                write(page_of(page, chosen.into), RESULTS.name, RESULTS.render(records, setting))
     except (PanguQuantError, make_checkpoint.MakeCheckpointError, ValueError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2
