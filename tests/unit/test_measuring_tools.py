@@ -209,8 +209,8 @@ def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, sett
         (folder / "summary.json").write_text(json.dumps({"entries": entries}))
         (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
     rows = [tools.compare_peers.FLOAT, row_of(tools, "w8a8")]
-    records = [record_of(row, 0.1, evaluate={"no_think": {"passed": 3, "problems": 4}}) for row in rows]
     modes = ("no_think", "slow_think")
+    records = [record_of(row, 0.1, evaluate={mode: {"passed": 3, "problems": 4} for mode in modes}) for row in rows]
     titles, *_, line = tools.tables.retention_table(records, tools.tables.replace(setting(), modes=modes)).splitlines()
     assert titles.count("|") == line.count("|")
     assert "75.0%, 100.0% [" in line
