@@ -33,8 +33,6 @@ class Backend:
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
-    argmax             makes the operator that says where the largest of each row is, float32 [rows, n] -> int32 [rows], as
-                       numpy.argmax; None: logits leave the graph and NumPy looks for it.
     """
 
     norm: type
@@ -50,7 +48,6 @@ class Backend:
     dynamic_mask: tuple[list[None], Any]
     bfloat16_tables: bool = False
     layer: Callable[..., Any] | None = None
-    argmax: Callable[[], Any] | None = None
 
 
 def current_backend() -> Backend:
