@@ -33,8 +33,6 @@ class Backend:
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
-    argmax             makes the operator that says where the largest of each row is, float32 [rows, n] -> int32 [rows], as
-                       numpy.argmax; None: logits leave the graph and NumPy looks for it.
     integer_kernels    quantized layers are computed in integers, several times as fast as float ones.
     float_method       LinearMethodBase class of float layers through which hundreds of tokens go at a time, or None for
                        MindFormers' own.
@@ -53,7 +51,6 @@ class Backend:
     dynamic_mask: tuple[list[None], Any]
     bfloat16_tables: bool = False
     layer: Callable[..., Any] | None = None
-    argmax: Callable[[], Any] | None = None
     integer_kernels: bool = False
     float_method: type | None = None
 

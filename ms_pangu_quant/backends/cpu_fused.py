@@ -273,7 +273,6 @@ BACKEND: Backend = replace(
     linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},
     attention_mask=_no_mask,
     bfloat16_tables=True,
-    argmax=lambda: operator(kernels(), "PanguArgmax"),
     integer_kernels=True,
     float_method=FloatLinear,
 )

@@ -165,22 +165,24 @@ def _answer(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     first = 0.0
     tokens = [0] * len(prompts)
     for chosen in _passes(prompts, model):
-        found = model.greedy(
+        logits = model.forward(
             [prompts[index][start:end] for index, start, end in chosen],
             [start for _, start, _ in chosen],
             [tables[index] for index, _, _ in chosen],
             phase="prefill",
         )
-        for (index, _, end), token in zip(chosen, found, strict=True):
+        for (index, _, end), row in zip(chosen, logits, strict=True):
             if end == len(prompts[index]):
-                tokens[index] = int(token)
+                tokens[index] = int(row.argmax())
                 first = first or time.perf_counter() - started
     prefill = time.perf_counter() - started
     steps = []
     for step in range(new_tokens):
         started = time.perf_counter()
-        found = model.greedy([[token] for token in tokens], [len(prompts[0]) + step] * len(prompts), tables, phase="decode")
-        tokens = found.tolist()
+        logits = model.forward(
+            [[token] for token in tokens], [len(prompts[0]) + step] * len(prompts), tables, phase="decode"
+        )
+        tokens = logits.argmax(1).tolist()
         steps.append(time.perf_counter() - started)
     return prefill, first, steps
 

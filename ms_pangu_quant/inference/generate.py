@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,15 +37,11 @@ class Completion:
 
 
 class Forward(Protocol):
-    """What the scheduler needs of a model: logits [batch, vocab] after each piece, or the ids [batch] of their largest."""
+    """What the scheduler needs of a model."""
 
     def forward(
         self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
     ) -> NDArray[np.float32]: ...
-
-    def greedy(
-        self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
-    ) -> NDArray[np.int32]: ...
 
     @property
     def tokenizer(self) -> TextDecoder: ...
@@ -138,9 +134,11 @@ class Scheduler:
                 room -= len(piece)
                 if room <= 0:
                     break
-            rows = self._rows(chosen, pieces, "prefill")
+            logits = self._model.forward(
+                pieces, [sequence.cached for sequence in chosen], [sequence.table for sequence in chosen], phase="prefill"
+            )
             before = sum(len(sequence.answer) for sequence in chosen)
-            for sequence, piece, row in zip(chosen, pieces, rows, strict=True):
+            for sequence, piece, row in zip(chosen, pieces, logits, strict=True):
                 sequence.cached += len(piece)
                 if sequence.cached == len(sequence.request.prompt):
                     self._take(sequence, row)
@@ -150,20 +148,19 @@ class Scheduler:
     def _decode(self, sequences: Sequence[_Sequence]) -> None:
         if not sequences:
             return
-        rows = self._rows(sequences, [sequence.answer[-1:] for sequence in sequences], "decode")
-        for sequence, row in zip(sequences, rows, strict=True):
+        logits = self._model.forward(
+            [sequence.answer[-1:] for sequence in sequences],
+            [sequence.cached for sequence in sequences],
+            [sequence.table for sequence in sequences],
+            phase="decode",
+        )
+        for sequence, row in zip(sequences, logits, strict=True):
             sequence.cached += 1
             self._take(sequence, row)
         self._on_tokens(len(sequences))
 
-    def _rows(self, sequences: Sequence[_Sequence], pieces: Sequence[Sequence[int]], phase: str) -> NDArray[Any]:
-        """What _take() wants of each sequence: its logits [vocab], or the next token where sampling is greedy."""
-        run = self._model.greedy if self._sampling.greedy else self._model.forward
-        return run(pieces, [each.cached for each in sequences], [each.table for each in sequences], phase=phase)
-
-    def _take(self, sequence: _Sequence, row: Any) -> None:
-        greedy = self._sampling.greedy
-        sequence.answer.append(int(row) if greedy else self._sampling.next_token(row, sequence.request.generator))
+    def _take(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
+        sequence.answer.append(self._sampling.next_token(logits, sequence.request.generator))
 
     def _without_ended(
         self, sequences: Sequence[_Sequence]

@@ -266,43 +266,25 @@ class Model:
         phase    "prefill" -> logits [batch, vocab] after each piece's last token; "decode" is the same for pieces of one
                  token; "logits" -> [tokens, vocab] after every token.
         """
-        return self._pass(pieces, contexts, tables, phase, greedy=False).reshape(-1, self.config.vocab_size)
-
-    def greedy(
-        self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
-    ) -> NDArray[np.int32]:
-        """numpy.argmax of each row that forward() would give; kernels find it in the graph, which logits do not leave."""
-        if self.network.argmax is None:
-            return self.forward(pieces, contexts, tables, phase=phase).argmax(1).astype(np.int32)
-        return self._pass(pieces, contexts, tables, phase, greedy=True)
-
-    def _pass(
-        self,
-        pieces: Sequence[Sequence[int]],
-        contexts: Sequence[int],
-        tables: Sequence[Sequence[int]],
-        phase: str,
-        *,
-        greedy: bool,
-    ) -> NDArray[Any]:
         from mindspore import Tensor
 
         from ms_pangu_quant.network.batch import packed_inputs
 
         if self._closed:
             raise RequestError(f"{self.directory}: this model was closed; load it again")
-        self.network.set_phase(phase, greedy=greedy)
-        if self._cut == ranks.current().size > 1 and self.network.phase not in self._compiled:
+        self.network.set_phase(phase)
+        if self._cut == ranks.current().size > 1 and phase not in self._compiled:
             ranks.current().meet()  # loading takes ranks different times, and MindSpore's collectives do not wait for long
-            self._compiled.add(self.network.phase)
+            self._compiled.add(phase)
         inputs = packed_inputs([len(piece) for piece in pieces], contexts, tables, BLOCK_SIZE, self.network.backend)
         ids = Tensor(np.concatenate([np.asarray(piece, np.int32) for piece in pieces]))
         try:
-            return self.network(ids, *inputs.values(), *(self.caches or ())).asnumpy()
+            out = self.network(ids, *inputs.values(), *(self.caches or ())).asnumpy()
         except RuntimeError as error:
             if self._cut > 1 and any(name in str(error) for name in ("AllReduce", "AllGather")):
                 raise RankLostError(f"the ranks that hold the model did not meet: {str(error).splitlines()[0]}") from None
             raise
+        return out.reshape(-1, self.config.vocab_size)
 
     def _prompt_ids(self, prompt: Any, mode: str) -> list[int]:
         if isinstance(prompt, str):

@@ -27,17 +27,13 @@ class Sampling:
         if self.top_k < 0 or self.seed < 0:
             raise RequestError("top_k and seed: wanted whole numbers of at least 0")
 
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0
-
     def generator(self, prompt_index: int) -> np.random.Generator:
         """A stream of its own for each prompt, so that what else is in the batch cannot change a draw."""
         return np.random.Generator(np.random.PCG64([self.seed, prompt_index]))
 
     def next_token(self, logits: NDArray[np.float32], generator: np.random.Generator) -> int:
         """logits [vocab] -> token id."""
-        if self.greedy:
+        if self.temperature == 0:
             return int(logits.argmax())
         probabilities = self.probabilities(logits)
         cumulative = np.cumsum(probabilities)

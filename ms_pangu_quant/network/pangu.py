@@ -185,8 +185,6 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         self.compute_dtype = transformer_config.compute_dtype
         self.vocab_size = transformer_config.vocab_size
         self.is_prefill = True
-        self.greedy = False
-        self.argmax = self.backend.argmax() if self.backend.argmax and whole else None
         self.model = self.backend.gpt_model(
             config=transformer_config,
             transformer_layer_spec=layer_spec(
@@ -221,7 +219,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         key_cache=None,
         value_cache=None,
     ):
-        out = self.model(
+        return self.model(
             input_ids=input_ids,
             positions=positions,
             batch_valid_length=batch_valid_length,
@@ -233,23 +231,15 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
             key_cache=key_cache,
             value_cache=value_cache,
         )
-        if self.greedy:
-            return self.argmax(out.reshape((-1, self.vocab_size)))
-        return out
 
-    def set_phase(self, phase: str, *, greedy: bool = False) -> None:
+    def set_phase(self, phase: str) -> None:
         """Choose the graph of the next call: "prefill" (logits after each sequence's last token), "decode" (one token a
-        sequence) or "logits" (after every token).
-
-        greedy  ids of the largest logits come out instead, int32; for a backend that has argmax.
-        """
-        name = f"greedy_{phase}" if greedy else phase
-        if name == self.phase:
+        sequence) or "logits" (after every token)."""
+        if phase == self.phase:
             return
         self.add_flags_custom_mcore(is_prefill=phase != "decode")
         self.model.all_positions = phase == "logits"
-        self.greedy = greedy
-        self.phase = name
+        self.phase = phase
 
     @property
     def compile_phase(self) -> str:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.evaluation.samples import read_records
 from tests.conftest import MINI
@@ -51,6 +52,17 @@ def test_answers_do_not_depend_on_the_batch_size(whole, tmp_path):
     found = [record for _, record in read_records(tmp_path / "samples.jsonl")]
     assert len(found) == 12
     assert all(record == wanted[record["prompt_sha256"]] for record in found)
+
+
+@pytest.mark.skipif(library() is None, reason="no C++ compiler, or kernels switched off")
+def test_a_run_with_a_rounded_head_says_so_and_is_not_continued_with_the_stored_one(quantized, tmp_path, capsys):
+    arguments = ["evaluate", str(quantized("w8a8_rtn")), "--tasks", "mini", "--modes", "no_think", "--limit", "2"]
+    arguments += ["--output", str(tmp_path), "--max-new-tokens", "8", "--samples-only"]
+    assert main([*arguments, "--head", "int8"]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["head"] == "int8"
+    assert [record["settings"]["head"] for _, record in read_records(tmp_path / "samples.jsonl")] == ["int8"] * 2
+    assert main(arguments) == 2
+    assert "another settings" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.slow

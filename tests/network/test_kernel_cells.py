@@ -237,62 +237,6 @@ def test_a_head_that_cannot_be_rounded_is_refused_and_not_left_as_it_is(quantize
         load(path, head="int8")
 
 
-@pytest.mark.parametrize("mode", ["graph", "pynative"])
-def test_argmax_in_a_graph_of_any_size_is_numpys(mode):
-    runtime.start("cpu", mode)
-    import mindspore as ms
-    from mindspore import Tensor, nn
-
-    from ms_pangu_quant.backends.cpu_fused import BACKEND
-    from tests.unit.test_kernels import rows_of_logits
-
-    class Cell(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.argmax = BACKEND.argmax()
-
-        def construct(self, x):
-            return self.argmax(x)
-
-    cell = Cell()
-    if mode == "graph":
-        cell.set_inputs(Tensor(shape=[None, None], dtype=ms.float32))
-    for vocab in (1, 67, 153376):
-        x = rows_of_logits(vocab)
-        for rows in (x, x[:1], x[7:8]):
-            got = cell(Tensor(rows)).asnumpy()
-            assert got.dtype == np.int32
-            assert np.array_equal(got, rows.argmax(1))
-
-
-@pytest.mark.parametrize(
-    ("mode", "kernels", "head"),
-    [("graph", "auto", "stored"), ("graph", "auto", "int8"), ("pynative", "auto", "stored"), ("graph", "off", "stored")],
-)
-def test_greedy_ids_are_the_places_of_the_largest_logits(mode, kernels, head, quantized, monkeypatch):
-    monkeypatch.setenv(SETTING, kernels)
-    model = load(quantized("w8a8"), mode=mode, kv_cache_tokens=256, head=head)
-    assert (model.network.argmax is None) == (kernels == "off")
-    prompts, tables = [list(range(3, 20)), [7], list(range(40, 80))], [[0, 1], [2], [3, 4, 5]]
-    for batch in (1, 2, 3):
-        pieces, contexts, phase = prompts[:batch], [0] * batch, "prefill"
-        for _ in range(3):
-            ids = model.greedy(pieces, contexts, tables[:batch], phase=phase)
-            logits = model.forward(pieces, contexts, tables[:batch], phase=phase)  # writes the same keys and values again
-            assert ids.dtype == np.int32
-            assert np.array_equal(ids, logits.argmax(1))
-            contexts = [context + len(piece) for context, piece in zip(contexts, pieces, strict=True)]
-            pieces, phase = [[int(token)] for token in ids], "decode"
-
-
-def test_an_answer_is_the_one_that_numpy_would_take_from_the_logits(quantized):
-    prompts = [list(range(3, 3 + length)) for length in (1, 17, 40, 5)]
-    model, plain = (load(quantized("w4a8_g128"), kv_cache_tokens=2048) for _ in range(2))
-    plain.network.argmax = None
-    ours, theirs = (each.generate(prompts, 12) for each in (model, plain))
-    assert [answer.token_ids for answer in ours] == [answer.token_ids for answer in theirs]
-
-
 def test_a_batch_of_answers_has_the_tokens_of_each_alone(quantized):
     model = load(quantized("w8a8"), kv_cache_tokens=2048)
     prompts = [list(range(3, 3 + length)) for length in (1, 17, 40, 5)]

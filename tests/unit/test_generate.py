@@ -49,9 +49,6 @@ class FakeModel:
         ]
         return np.stack([self.next_logits(tokens) for tokens in seen])
 
-    def greedy(self, pieces, contexts, tables, *, phase):
-        return self.forward(pieces, contexts, tables, phase=phase).argmax(1).astype(np.int32)
-
     @property
     def tokenizer(self):
         return self
@@ -194,20 +191,6 @@ def test_requests_are_decoded_together():
     """Eight answers of ten tokens take nine decode passes after their prefill, not seventy-two."""
     _, model = run([((token, 7), 10) for token in range(8)])
     assert [(phase, len(pieces)) for phase, pieces, _, _ in model.calls] == [("prefill", 8), *[("decode", 8)] * 9]
-
-
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=1)])
-def test_only_ids_leave_the_model_where_the_largest_logit_is_all_that_is_wanted(sampling):
-    model = FakeModel(100, 4)
-    asked = []
-    for name in ("greedy", "forward"):
-        call = getattr(model, name)
-        setattr(model, name, lambda *given, phase, name=name, call=call: asked.append(name) or call(*given, phase=phase))
-    (found,) = completions(scheduler(model, sampling=sampling), requests_of([((1, 2), 5)], sampling))
-    assert found == alone((1, 2), 5, sampling, sampling.generator(0))
-    assert all(type(token) is int for token in found.token_ids)
-    calls = ["greedy", "forward"] if sampling.greedy else ["forward"]  # the fake's greedy() asks forward()
-    assert asked == calls * 5
 
 
 def test_a_finished_answer_makes_room_at_once():

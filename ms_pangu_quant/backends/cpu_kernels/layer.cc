@@ -193,31 +193,4 @@ OPERATOR(PanguHead) {
   return 0;
 }
 SHAPE_OF_LINEAR(PanguHead)
-
-// x [.., n] -> int32 [..]: where the largest of each row is; the first of equals, or the first NaN, as numpy.argmax
-OPERATOR(PanguArgmax) {
-  const Arguments a(params, ndims, shapes);
-  constexpr int64_t kPiece = 8192;
-  const int64_t rows = a.rows(0), n = a.last(0), pieces = (n + kPiece - 1) / kPiece;
-  const auto width = [&](int64_t piece) { return n - piece * kPiece < kPiece ? n - piece * kPiece : kPiece; };
-  if (n < 1) return 1;
-  std::vector<float> tops(rows * pieces);
-  parallel_for(rows * pieces, [&](int64_t i) {
-    const int64_t piece = i % pieces;
-    tops[i] = DISPATCH(largest_of(a.data<float>(0) + i / pieces * n + piece * kPiece, width(piece)));
-  });
-  for (int64_t row = 0; row < rows; row++) {
-    const float* top = tops.data() + row * pieces;
-    int64_t best = 0;
-    for (int64_t i = 1; i < pieces && top[best] == top[best]; i++)
-      if (top[i] > top[best] || top[i] != top[i]) best = i;
-    const float* x = a.data<float>(0) + row * n + best * kPiece;
-    const bool bad = top[best] != top[best];
-    int64_t place = 0;
-    while (bad ? x[place] == x[place] : x[place] != top[best]) place++;
-    a.data<int32_t>(1)[row] = static_cast<int32_t>(best * kPiece + place);
-  }
-  return 0;
-}
-SHAPE_OF(PanguArgmax) { return std::vector<int64_t>(shapes[0], shapes[0] + ndims[0] - 1); }
 }

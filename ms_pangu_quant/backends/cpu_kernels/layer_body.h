@@ -278,22 +278,6 @@ void head(const float* x, int64_t rows, const uint16_t* w, int64_t inputs, int64
 #undef EACH_ROW
 #undef EACH_VECTOR
 
-// Largest of count > 0 numbers; NaN where one of them is.
-PANGU_INLINE float largest(const float* x, int64_t count) {
-  f32x16 top = splat(-__builtin_inff());
-  i32x16 bad = {};
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
-    const f32x16 v = load(x + k);
-    top = v > top ? v : top;
-    bad |= v != v;
-  }
-  float best = max_of(top);
-  for (int i = 0; i < kLanes; i++) best = bad[i] ? __builtin_nanf("") : best;
-  for (; k < count; k++) best = x[k] > best || x[k] != x[k] ? x[k] : best;
-  return best;
-}
-
 // ---- one row each, out of line so that layer.cc can call them ------------------------------------------------------------
 
 void norm_row(const float* x, const float* weight, float eps, int64_t n, float* y) { norm_of(x, weight, eps, n, y); }
@@ -302,4 +286,3 @@ void rope_row(const float* x, const float* c, const float* s, int64_t heads, int
 }
 void swiglu_row(const float* gate, const float* up, int64_t n, float* y) { gated(gate, up, n, y); }
 void embed_row(const uint16_t* row, int64_t n, float* y) { embed(row, n, y); }
-float largest_of(const float* x, int64_t n) { return largest(x, n); }

@@ -28,7 +28,6 @@ _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
     "PanguSwiGLU": (_F32,),
     "PanguEmbedding": (_I32, _U16),
     "PanguHead": (_F32, _U16),
-    "PanguArgmax": (_F32,),
     "PanguStack": (_F32, _F32, _F32, _I32, _I32, _I32, _I32, _I64),
 }
 
@@ -42,11 +41,9 @@ def _attention(cache: Any) -> tuple[Any, ...]:
 
 
 def operator(library: Library, name: str) -> ops.Custom:
-    """One kernel; the output is float32, of PanguArgmax int32."""
+    """One kernel; every output is float32."""
     if name == "PanguAttention":
         return _operator(library, name, [_attention(cache) for cache in _CACHES])
-    if name == "PanguArgmax":
-        return _operator(library, name, [_INPUTS[name]], _I32, ms.int32)
     return _operator(library, name, [_INPUTS[name]])
 
 
@@ -64,20 +61,18 @@ def block_operator(library: Library) -> ops.Custom:
     )
 
 
-def _operator(
-    library: Library, name: str, types: Sequence[tuple[Any, ...]], output: Any = _F32, out_dtype: Any = ms.float32
-) -> ops.Custom:
-    """types: the input dtypes it takes; output and out_dtype: what it gives, in MindSpore's two notations."""
+def _operator(library: Library, name: str, types: Sequence[tuple[Any, ...]]) -> ops.Custom:
+    """types: the input dtypes it takes."""
     registration = CustomRegOp(name)
     for index in range(len(types[0])):
         registration = registration.input(index, f"x{index}")
     registration = registration.output(0, "y")
     for inputs in types:
-        registration = registration.dtype_format(*inputs, output)
+        registration = registration.dtype_format(*inputs, _F32)
     return ops.Custom(
         f"{library.file}:{name}",
         out_shape=None,
-        out_dtype=out_dtype,
+        out_dtype=ms.float32,
         func_type="aot",
         reg_info=registration.target("CPU").get_op_info(),
     )
