@@ -27,7 +27,7 @@ def one_thread() -> AbstractContextManager[object]:
     return limit
 
 
-def in_parallel(work: Callable[[slice], None], pieces: Iterable[slice]) -> None:
+def in_parallel(work: Callable[[slice], object], pieces: Iterable[slice]) -> None:
     """work(piece) for each piece, as many at a time as OpenBLAS has threads."""
     threads = _threads()
     with one_thread(), ThreadPoolExecutor(min(threads, _MOST)) as pool:
@@ -35,7 +35,7 @@ def in_parallel(work: Callable[[slice], None], pieces: Iterable[slice]) -> None:
             pass
 
 
-def by_element(work: Callable[[slice], None], pieces: Sequence[slice]) -> None:
+def by_element(work: Callable[[slice], object], pieces: Sequence[slice]) -> None:
     """The same for work that calls no linear algebra, whatever it costs to begin: a single piece is done at once."""
     threads = min(_threads(), _MOST, len(pieces)) if len(pieces) > 1 else 1
     if threads == 1:

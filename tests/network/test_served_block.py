@@ -1,4 +1,4 @@
-"""A block run by itself during calibration is the block of the served network; float layers for many tokens are the layers."""
+"""A block run by itself during calibration is the served network's; float layers for many tokens are the plain layers."""
 
 from __future__ import annotations
 
