@@ -326,7 +326,7 @@ def _grid(linear: QuantizedLinear | None) -> tuple[float, float]:
 
 
 def _float_network(config: ModelConfig, num_blocks: int) -> Any:
-    """A block of float layers, those for many tokens where the backend has them. BlockCell multiplies by the Hadamard matrix."""
+    """A block of float layers, those for many tokens where the backend has them; the Hadamard matrix is BlockCell's."""
     backend, kinds = current_backend(), None
     if backend.float_method is not None:
         backend = replace(backend, linear_methods={**backend.linear_methods, FLOAT: backend.float_method})

@@ -27,7 +27,7 @@ from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 @dataclass(frozen=True)
 class BlockKind:
-    """What decides which network computes a block. kinds: of layout.SITES, in their order; group_size as in build_network."""
+    """What decides which network computes a block. kinds: of layout.SITES, in order; group_size: as in build_network."""
 
     kinds: tuple[str, ...]
     group_size: int

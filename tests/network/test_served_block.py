@@ -1,4 +1,4 @@
-"""A block run by itself during calibration is the block of the served network; float layers for many tokens are the layers."""
+"""A block run while calibrating is the block of the served network, and float layers for many tokens are the layers."""
 
 from __future__ import annotations
 
