@@ -49,7 +49,7 @@ def input_absmax(weight: NDArray[np.float32]) -> NDArray[np.float32]:
         np.maximum(piece.max(axis=0), -piece.min(axis=0), out=found[pieces.index(rows)])
 
     by_element(take, pieces)
-    return np.abs(found.max(axis=0))
+    return np.asarray(np.abs(found.max(axis=0)))
 
 
 @dataclass(frozen=True)
