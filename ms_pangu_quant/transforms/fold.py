@@ -69,7 +69,11 @@ def fold_scale(
 def _times_inputs(weight: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:
     """weight [out, in] * s [in]."""
     product = np.empty_like(weight)
-    by_element(lambda rows: np.multiply(weight[rows], s, out=product[rows]), row_pieces(weight))
+
+    def multiply(rows: slice) -> None:
+        np.multiply(weight[rows], s, out=product[rows])
+
+    by_element(multiply, row_pieces(weight))
     return product
 
 
