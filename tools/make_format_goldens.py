@@ -12,7 +12,7 @@ compressed_tensors.npz     logits of transformers with the compressed-tensors li
 Each needs packages that contradict each other's and this project's, so each is made by its own interpreter:
   make_format_goldens.py msmodelslim        --python PY   with msmodelslim==26.1.0 torch transformers==4.57.1
   make_format_goldens.py llmcompressor      --python PY   with llmcompressor==0.14.0.1
-  make_format_goldens.py compressed_tensors --python PY   with compressed-tensors==0.20.0 transformers==4.57.1 accelerate
+  make_format_goldens.py compressed_tensors --python PY   with compressed-tensors==0.19.0 transformers==5.17.0 accelerate
 PY is any Python that has them; this file is run by the project's own.
 """
 
