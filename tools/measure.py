@@ -148,7 +148,8 @@ def commit() -> str:
     """Of the code that measures; with a + where files differ from it."""
     git = ["git", "-C", str(ROOT)]
     head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run([*git, "status", "--porcelain", "ms_pangu_quant", "configs", ":!*.md"], capture_output=True).stdout
+    status = [*git, "status", "--porcelain", "ms_pangu_quant", "configs", ":!*.md"]  # the card is written by the tables
+    changed = subprocess.run(status, capture_output=True).stdout
     return (head or "no git") + ("+" if changed else "")
 
 
