@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "ms_pangu_quant" / "assets"
-MINI = ASSETS / "openpangu-mini"
+MINI, TIED = ASSETS / "openpangu-mini", ASSETS / "openpangu-mini-tied"
 
 
 def load_tool(name: str) -> ModuleType:

@@ -20,7 +20,7 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import find_recipe, load_recipe
-from tests.conftest import MINI, calibration, load_tool, token_data
+from tests.conftest import MINI, TIED, calibration, load_tool, token_data
 
 ROTATED_FLOAT = "scheme: float\ntransforms: [{rotate: {seed: 3}}]\n"
 TINY = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "vocab_size": 96}
@@ -72,7 +72,7 @@ def test_a_rotated_float_checkpoint_is_served_with_the_logits_of_the_original(ti
 
 def test_the_embedded_checkpoint_rotated_has_its_own_logits(recipe, rounded, tmp_path):
     """In float32, so that nothing but the rotation acts; its head is tied and becomes a tensor of its own."""
-    wide = rewrite(MINI, tmp_path / "wide", lambda tensors: None)
+    wide = rewrite(TIED, tmp_path / "wide", lambda tensors: None)
     made = rounded(wide, recipe(ROTATED_FLOAT), chats=0)
     ids = token_data("validation", 1).sequences[0].tolist()
     wanted, got = (load(path, kv_cache_tokens=512).logits(ids) for path in (wide, made))
@@ -100,8 +100,8 @@ def test_each_input_alone_is_seen_as_all_of_them_together(tmp_path):
 
 def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(rounded):
     chosen = load_recipe(find_recipe("paper_w4a8_hadamard"))
-    made = rounded(MINI, chosen, chats=0)
-    reader = chosen.rewritten(CheckpointReader(MINI))
+    made = rounded(TIED, chosen, chats=0)
+    reader = chosen.rewritten(CheckpointReader(TIED))
     stored = QuantizedReader(made)
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == stored.files.nbytes
     head, embedding = (stored.files.entries[name] for name in ("lm_head.weight", "model.embed_tokens.weight"))
