@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -46,15 +47,33 @@ def quantized(tmp_path_factory) -> Callable[[str], Path]:
 
     def make(recipe: str) -> Path:
         if recipe not in made:
-            from ms_pangu_quant.checkpoint.reader import CheckpointReader
-            from ms_pangu_quant.network import runtime
-            from ms_pangu_quant.pipeline import quantize
-            from ms_pangu_quant.recipe import find_recipe, load_recipe
+            from ms_pangu_quant.recipe import find_recipe
 
-            runtime.start("cpu", "graph")
-            made[recipe] = tmp_path_factory.mktemp("quantized") / recipe
-            quantize(CheckpointReader(MINI), load_recipe(find_recipe(recipe)), made[recipe], data=calibration(128))
+            made[recipe] = rounded_mini(find_recipe(recipe), tmp_path_factory.mktemp("quantized") / recipe, 128)
         return made[recipe]
+
+    return make
+
+
+def rounded_mini(recipe: Path, output: Path, chats: int) -> Path:
+    """The embedded checkpoint quantized with a recipe's file, calibrated on so many chats."""
+    from ms_pangu_quant.checkpoint.reader import CheckpointReader
+    from ms_pangu_quant.network import runtime
+    from ms_pangu_quant.pipeline import quantize
+    from ms_pangu_quant.recipe import load_recipe
+
+    runtime.start("cpu", "graph")
+    quantize(CheckpointReader(MINI), load_recipe(recipe), output, data=calibration(chats))
+    return output
+
+
+def rounded_as_told(folder: Path, recipes: Callable[[str], str], chats: int) -> Callable[[str], Path]:
+    """name -> the embedded checkpoint quantized once with the recipe whose text is recipes(name)."""
+
+    @cache
+    def make(name: str) -> Path:
+        (folder / f"{name}.yaml").write_text(recipes(name))
+        return rounded_mini(folder / f"{name}.yaml", folder / name, chats)
 
     return make
 

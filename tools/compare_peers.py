@@ -162,6 +162,11 @@ def table(records: Sequence[Record], modes: Sequence[str]) -> str:
     titles += [*(f"pass@1, {mode}" for mode in modes), "CPU s", "peak memory", "size"]
     lines = [titles, ["---", "---", "---", *["---:"] * (len(titles) - 3)]]
     lines += [cells(record, modes) for record in records]
+    return markdown(lines)
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table: titles, the line below them, rows."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

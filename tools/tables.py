@@ -26,7 +26,7 @@ import make_checkpoint
 import numpy as np
 import rescale_outliers
 import yaml
-from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, number, passed
+from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, markdown, number, passed
 from measure import OURS, ROOT, Record, Row, Setting, recorded
 
 from ms_pangu_quant.arguments import Parser
@@ -147,7 +147,7 @@ def retention_table(records: Sequence[Record], setting: Setting) -> str:
         kl = number(record["compare"]["kl_mean"]) if "compare" in record else "0"
         cells = [kept(record, mode, against.get(mode)) for mode in modes]
         lines.append([row["scheme"], row["what"], *cells, whole, wanted, kl, "; ".join(map(flipped, against.values()))])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def paired(records: Sequence[Record], setting: Setting) -> tuple[dict[str, dict[str, Comparison]], dict[str, Interval]]:
@@ -233,7 +233,7 @@ def results_table(records: Sequence[Record], setting: Setting) -> str:
         whole = percent(together[row["name"]]) if row["name"] in together else ""
         size = f"{record['quantize']['bytes'] / 2**20:.2f} MiB"
         lines.append([row["scheme"], row["what"], number(record["compare"]["kl_mean"]), best, whole, size])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def chosen_table(records: Sequence[Record], setting: Setting) -> str:
@@ -245,7 +245,7 @@ def chosen_table(records: Sequence[Record], setting: Setting) -> str:
         if found is not None:
             cells = [number(found["kl_mean"]), number(found["kl_se"], 1), f"{found['top1_agreement']:.2%}"]
         lines.append([record["row"]["what"], *cells])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 def card_table(records: Sequence[Record], setting: Setting) -> str:
@@ -263,7 +263,7 @@ def card_table(records: Sequence[Record], setting: Setting) -> str:
         share = f"{np.mean([*solved.values()]):.1%} {bounds(wilson(round(sum(solved.values())), len(solved)))}"
         tokens = [f"{np.mean([result[name] or 0 for result in results]):.0f}" for name in ("tokens", "thought_tokens")]
         lines.append([mode, share, *cells, *tokens])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return markdown(lines)
 
 
 TABLES = (

@@ -22,23 +22,13 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.quantizers.kv_cache import CacheGrid, Int8Cache, QuantizedCache, grid_of_range
 from ms_pangu_quant.recipe import load_recipe
-from tests.conftest import MINI, calibration, golden, token_data
+from tests.conftest import MINI, calibration, golden, rounded_as_told, token_data
 
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """scheme -> the embedded checkpoint, its layers in that scheme and its cache in int8, calibrated on a few chats."""
-    folder, made = tmp_path_factory.mktemp("int8"), {}
-
-    def make(scheme):
-        if scheme not in made:
-            runtime.start("cpu", "graph")
-            (folder / f"{scheme}.yaml").write_text(f"scheme: {scheme}\nkv_cache: int8\n")
-            made[scheme] = folder / scheme
-            quantize(CheckpointReader(MINI), load_recipe(folder / f"{scheme}.yaml"), made[scheme], data=calibration(16))
-        return made[scheme]
-
-    return make
+    return rounded_as_told(tmp_path_factory.mktemp("int8"), lambda scheme: f"scheme: {scheme}\nkv_cache: int8\n", 16)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,9 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.model import load
-from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.block import BlockKind, block_kind
-from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.recipe import load_recipe
-from tests.conftest import MINI, calibration, golden
+from tests.conftest import MINI, golden, rounded_as_told
 
 if library() is None:
     pytest.skip("no C++ compiler, or kernels switched off", allow_module_level=True)
@@ -40,17 +37,7 @@ LENGTHS = [70, 1, 33]
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
     """name in RECIPES -> the embedded checkpoint quantized so."""
-    folder, made = tmp_path_factory.mktemp("served"), {}
-
-    def make(name):
-        if name not in made:
-            runtime.start("cpu", "graph")
-            (folder / f"{name}.yaml").write_text(f"why: A test.\n{RECIPES[name]}\n")
-            made[name] = folder / name
-            quantize(CheckpointReader(MINI), load_recipe(folder / f"{name}.yaml"), made[name], data=calibration(4))
-        return made[name]
-
-    return make
+    return rounded_as_told(tmp_path_factory.mktemp("served"), lambda name: f"why: A test.\n{RECIPES[name]}\n", 4)
 
 
 def begun(reader):
