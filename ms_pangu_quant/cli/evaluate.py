@@ -40,7 +40,7 @@ from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.network import ranks, runtime
 from ms_pangu_quant.suggestion import did_you_mean
 
-RESULTS_FILE, SUMMARY_FILE, RUN_FILE = "results.jsonl", "summary.json", "run.json"
+RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
 
 
 def evaluate_command(
@@ -195,8 +195,6 @@ def _generate(
         tensor_parallel=tensor_parallel,
         verbose=verbose,
     )
-    if job.is_first:
-        write_json(output / RUN_FILE, provenance)
     with _generation_progress(len(asked)) as (on_tokens, on_answer):
         run.answer(
             model,
@@ -204,6 +202,7 @@ def _generate(
             output,
             provenance["checkpoint_sha256"],
             settings,
+            provenance=provenance,
             ranks=job,
             tensor_parallel=tensor_parallel,
             max_batch=batch_size,

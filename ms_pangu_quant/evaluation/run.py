@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ms_pangu_quant.errors import OutputError, RequestError
 from ms_pangu_quant.evaluation.lengths import periodic_tail
 from ms_pangu_quant.evaluation.prompts import Prompt
-from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange
+from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange, write_json
 from ms_pangu_quant.evaluation.tasks import Problem
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.network.ranks import ALONE, Ranks
@@ -31,7 +31,7 @@ from ms_pangu_quant.network.ranks import ALONE, Ranks
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.model import Generation, Model
 
-SAMPLES_FILE = "samples.jsonl"
+SAMPLES_FILE, RUN_FILE = "samples.jsonl", "run.json"
 _RANK_FILES = "samples.rank*.jsonl"
 Key = tuple[str, str, str, int]
 
@@ -114,6 +114,7 @@ def answer(
     model_id: str,
     settings: Settings,
     *,
+    provenance: Record | None = None,
     ranks: Ranks = ALONE,
     tensor_parallel: int = 1,
     max_batch: int | None = None,
@@ -122,6 +123,7 @@ def answer(
 ) -> None:
     """Write the answers into `output`/samples.jsonl, in the questions' order once all are there.
 
+    provenance written to `output`/run.json once the samples there are known to be of this model and these settings.
     ranks      of this job; every tensor_parallel of them hold one model together and answer the same questions.
     on_answer  called for each answer of this rank, also for those that an earlier run has written.
     Raises     OutputError where the file has samples of another model, prompt or settings.
@@ -131,7 +133,10 @@ def answer(
 
     def written() -> set[Key]:
         _bring_together(path)
-        return _written(path, records, model_id)
+        found = _written(path, records, model_id)
+        if provenance is not None:
+            write_json(output / RUN_FILE, provenance)
+        return found
 
     found = ranks.from_first(written)
     for _ in found:

@@ -102,13 +102,15 @@ def test_more_problems_or_samples_are_added_to_an_earlier_run_and_other_tasks_st
 
 @pytest.mark.parametrize("change", ["model", "settings", "head", "prompt_sha256"])
 def test_a_run_of_another_model_prompt_or_setting_is_not_continued(change, tmp_path):
-    run.answer(FakeModel(), asked(), tmp_path, "model", SETTINGS)
+    run.answer(FakeModel(), asked(), tmp_path, "model", SETTINGS, provenance={"run": "first"})
     before = content(tmp_path)
     settings = {"settings": run.Settings(50, 2, 0.5, seed=3), "head": replace(SETTINGS, head="int8")}.get(change, SETTINGS)
     model = "another" if change == "model" else "model"
+    questions = asked(suffix="!" if change == "prompt_sha256" else "")
     with pytest.raises(OutputError, match=f"another {'settings' if change == 'head' else change}"):
-        run.answer(FakeModel(), asked(suffix="!" if change == "prompt_sha256" else ""), tmp_path, model, settings)
+        run.answer(FakeModel(), questions, tmp_path, model, settings, provenance={"run": "second"})
     assert content(tmp_path) == before
+    assert json.loads((tmp_path / "run.json").read_text()) == {"run": "first"}
 
 
 def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
