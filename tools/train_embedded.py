@@ -47,8 +47,8 @@ COMMON = {
     "torch_dtype": "bfloat16",
 }
 EXAMPLE = """\
-python tools/train_embedded.py --config configs/embedded/openpangu-mini-tied.yaml --output runs/tied
-python tools/train_embedded.py --config configs/embedded/openpangu-mini.yaml --start runs/tied --output runs/untied"""
+python tools/train_embedded.py --config configs/embedded/openpangu-mini-base.yaml --output runs/base
+python tools/train_embedded.py --config configs/embedded/openpangu-mini.yaml --start runs/base --output runs/untied"""
 
 
 @dataclass(frozen=True)
