@@ -102,12 +102,16 @@ def start_engines(arguments: argparse.Namespace) -> list[Engine]:
         ("llama.cpp Q8_0, bfloat16 head", "int8", peers, ["llama.cpp", str(files["Q8_0+bf16"])]),
         ("llama.cpp Q4_0", "int4", peers, ["llama.cpp", str(files["Q4_0"])]),
         ("llama.cpp Q4_0, bfloat16 head", "int4", peers, ["llama.cpp", str(files["Q4_0+bf16"])]),
-        ("ours W8A8", "int8", sys.executable, ["ours", str(arguments.w8a8)]),
-        ("ours W4A8", "int4", sys.executable, ["ours", str(arguments.w4a8)]),
+        ("ours W8A8", "int8", sys.executable, ["ours", str(arguments.w8a8), "stored"]),
+        ("ours W8A8, int8 head", "int8", sys.executable, ["ours", str(arguments.w8a8), "int8"]),
+        ("ours W4A8", "int4", sys.executable, ["ours", str(arguments.w4a8), "stored"]),
+        ("ours W4A8, int8 head", "int4", sys.executable, ["ours", str(arguments.w4a8), "int8"]),
     ]
     if arguments.with_ours_float:
-        wanted.append(("ours float32", "float32", sys.executable, ["ours", str(arguments.float)]))
-    return [Engine(name, precision, python, command, arguments.threads) for name, precision, python, command in wanted]
+        wanted.append(("ours float32", "float32", sys.executable, ["ours", str(arguments.float), "stored"]))
+    reference, *others = wanted
+    chosen = [reference, *(each for each in others if not any(text in each[0] for text in arguments.without))]
+    return [Engine(name, precision, python, command, arguments.threads) for name, precision, python, command in chosen]
 
 
 def check(engines: list[Engine], ids: list[int], work: Path) -> None:
@@ -179,6 +183,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--peers-python", default=sys.executable, help="interpreter that has the peers")
     parser.add_argument("--with-ours-float", action="store_true", help="our float graph too: 5 GB more for the 1B")
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="TEXT", help="leave out engines whose names have one of these in them"
+    )
     parser.add_argument("--prompt-len", type=int, default=256)
     parser.add_argument("--steps", type=int, default=16, help="decode steps of a repetition")
     parser.add_argument("--repeats", type=int, default=5, help="repetitions after one that warms up")

@@ -23,10 +23,10 @@ CONTEXT = 1024  # tokens of every engine's cache
 
 
 class Ours:
-    def __init__(self, directory: str, threads: int) -> None:
+    def __init__(self, directory: str, threads: int, head: str) -> None:
         from ms_pangu_quant.inference.model import BLOCK_SIZE, load
 
-        self.model = load(directory, kv_cache_tokens=CONTEXT)
+        self.model = load(directory, kv_cache_tokens=CONTEXT, head=head)
         self.table = [list(range(CONTEXT // BLOCK_SIZE))]
         self.cached = 0
 

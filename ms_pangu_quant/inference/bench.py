@@ -1,8 +1,9 @@
 """Speed of a served model, float and quantized in turns, beside what the machine can do at most.
 
-Every repetition measures each model once, so a disturbance hits all of them alike and the ratios stay true. The limit of a
-phase is the time its multiplications take at the machine's peak or its weights take to be read from memory, whichever is
-longer; both peaks are measured in the same run, on the CPU only. Prompts are random ids: speed does not depend on which.
+Every repetition measures each model once, and then the machine's peaks (on the CPU only), so a disturbance hits all of them
+alike and the ratios stay true: a virtual machine's share of its host's memory moves by a factor of two within minutes. The
+limit of a phase is the time its multiplications take at the peak or its weights take to be read from memory, whichever is
+longer. Prompts are random ids: speed does not depend on which.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -40,8 +41,9 @@ class Limits:
         fp32 = 2 * 1024**3 / min(_seconds(lambda: matrix @ matrix) for _ in range(10))
         return Limits(fp32, fp32, memory.nbytes / min(_seconds(lambda: memory.view(np.uint64).sum()) for _ in range(5)))
 
-    def best(self, other: Limits) -> Limits:
-        return Limits(max(self.int8, other.int8), max(self.fp32, other.fp32), max(self.bandwidth, other.bandwidth))
+    @staticmethod
+    def median(measured: Sequence[Limits]) -> Limits:
+        return Limits(*(float(np.median(each)) for each in zip(*map(astuple, measured), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -111,11 +113,13 @@ def bench(
 
     latency_ms      median over repetitions: prefill until all first tokens are known; decode for one step of the batch.
     spread          (third - first quartile) / median of the latency.
-    limit_fraction  least possible time / latency; None without limits, which are this CPU's (with_limits).
+    limit_fraction  least possible time / latency; None without limits, which are this CPU's (with_limits): medians of what
+                    was measured in turns with the row's repetitions. Those that are returned are medians of the whole run.
     time_to_first_token_ms  prefill rows: until the first sequence's first token is known.
     """
     generator = np.random.default_rng(seed)
-    limits, rows = Limits.measure() if with_limits else None, []
+    measured: list[Limits] = []
+    rows = []
     for prompt_len in prompt_lens:
         for batch in batch_sizes:
             vocab = subjects[0].model.config.vocab_size
@@ -130,7 +134,9 @@ def bench(
                         times.setdefault((subject.name, "decode"), []).extend(steps)
                     if repeat == repeats:
                         on_measured()
-            limits = limits and limits.best(Limits.measure())
+                if repeat and with_limits:
+                    measured.append(Limits.measure())
+            limits = Limits.median(measured[-repeats:]) if with_limits else None
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             for subject in subjects:
                 for phase, tokens in (("prefill", batch * prompt_len), ("decode", batch)):
@@ -143,7 +149,7 @@ def bench(
                     if phase == "prefill":
                         row["time_to_first_token_ms"] = 1e3 * float(np.median(times[subject.name, "first"]))
                     rows.append(row)
-    return rows, limits
+    return rows, Limits.median(measured) if with_limits else None
 
 
 def cache_bytes(model: Model) -> int:
