@@ -280,7 +280,7 @@ def _score(
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 1, 0, 0))  # the longest names fit into 80 columns
     for title in ("benchmark", "mode", "passed", "pass@1, %", "95 %", "length", "cut", "repeats"):
         table.add_column(title, justify="left" if title in ("benchmark", "mode") else "right", no_wrap=True)
     for entry in entries:

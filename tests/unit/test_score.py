@@ -66,6 +66,27 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
     assert "reachable" in summary["sandbox"]["description"]
 
 
+def test_the_longest_names_fit_into_eighty_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    problems = [*load_problems(TASKS["mini_validation"]).by_id.values()][:2]
+    rows = [
+        {
+            "task": "mini_validation",
+            "mode": "slow_think",
+            "task_id": each.task_id,
+            "sample_id": 0,
+            "completion": "no " * 1500,
+        }
+        for each in problems
+    ]
+    arguments = ["--samples", str(write(tmp_path / "samples.jsonl", rows)), "--output", str(tmp_path / "out")]
+    assert main([*SCORE[:2], "--tasks", "mini_validation", *SCORE[4:], *arguments]) == 0
+    titles, cells = capsys.readouterr().out.splitlines()[:2]
+    assert titles.split() == ["benchmark", "mode", "passed", "pass@1,", "%", "95", "%", "length", "cut", "repeats"]
+    assert cells.split()[:3] == ["mini_validation", "slow_think", "0/2"]
+    assert "1500 words" in cells
+
+
 def test_a_generated_sample_is_cut_by_its_tokens_and_not_by_text(tmp_path):
     """The text [unused17] in an answer is text, where the tokens said where the thought ends."""
     (row,) = solutions(1)
