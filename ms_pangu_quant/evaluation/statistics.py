@@ -1,9 +1,12 @@
 """What a score means and whether two differ: exact, paired where the problems are the same.
 
 Where an answer is one greedy sample, a problem either passes or fails, and two runs are compared with the exact McNemar
-test on the problems that flipped. Differences, retention ratios and lengths are resampled over problems, the unit that was
-drawn: samples of one problem depend on each other. Below a few hundred problems normal approximations are too narrow
-(Bowyer et al. 2025, arXiv:2503.01747), so none is used.
+test on the problems that flipped. Everything else is resampled over problems, the unit that was drawn: samples of one
+problem depend on each other. Below a few hundred problems normal approximations are too narrow (Bowyer et al. 2025,
+arXiv:2503.01747), so none is used. Nor is the plain bootstrap for scores: of two runs that agree on all of 40 problems it
+makes a certainty. Scores are resampled by the Bayesian bootstrap (Rubin 1981) with one more problem at either end, a lost
+one below and a gained one above, as Clopper and Pearson's exact interval does: for a single share, and for two runs of
+which one only loses, the two are the same.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from ms_pangu_quant.errors import RequestError
 RESAMPLES = 10_000
 SEED = 0
 CONFIDENCE = 0.95
+_LOST, _GAINED = (1.0, 0.0), (0.0, 1.0)  # a problem that the reference alone passes, and one that it alone fails
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ def wilson(passed: int, total: int) -> Interval:
     return Interval(passed / total, float(interval.low), float(interval.high))
 
 
-def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean over problems with its percentile bootstrap interval."""
-    array = np.asarray(values, np.float64)
-    return _interval(float(array.mean()), _resampled_means(array[:, None])[:, 0])
+def mean_interval(scores: Sequence[float]) -> Interval:
+    """Mean over problems of scores from 0 to 1, with its interval."""
+    array = np.asarray(scores, np.float64)[:, None]
+    return _interval(float(array.mean()), _means_with(array, (0.0,))[:, 0], _means_with(array, (1.0,))[:, 0])
 
 
 def flips(reference: Mapping[str, bool], new: Mapping[str, bool]) -> Flips:
@@ -114,24 +118,33 @@ def sign_flip(reference: Sequence[float], new: Sequence[float]) -> float:
 
 
 def difference(reference: Sequence[float], new: Sequence[float]) -> Interval:
-    """mean(new) - mean(reference) of values paired by problem, with its bootstrap interval."""
+    """mean(new) - mean(reference) of values paired by problem, such as lengths, with its percentile bootstrap interval."""
     pairs = _pairs(reference, new)
-    means = _resampled_means(pairs)
-    return _interval(float(pairs[:, 1].mean() - pairs[:, 0].mean()), means[:, 1] - means[:, 0])
+    means = _draws(len(pairs)) @ pairs / len(pairs)
+    resampled = means[:, 1] - means[:, 0]
+    return _interval(float(pairs[:, 1].mean() - pairs[:, 0].mean()), resampled, resampled)
+
+
+def score_difference(reference: Sequence[float], new: Sequence[float]) -> Interval:
+    """The same of scores from 0 to 1."""
+    pairs = _pairs(reference, new)
+    low, high = (means[:, 1] - means[:, 0] for means in (_means_with(pairs, _LOST), _means_with(pairs, _GAINED)))
+    return _interval(float(pairs[:, 1].mean() - pairs[:, 0].mean()), low, high)
 
 
 def retention(reference: Sequence[float], new: Sequence[float], wanted: float = 0.9) -> Retention | None:
-    """mean(new) / mean(reference) of scores paired by problem. None where the reference passes nothing.
+    """mean(new) / mean(reference) of scores from 0 to 1, paired by problem. None where the reference passes nothing.
 
     The test asks whether mean(new - wanted * reference) is above 0, which is the same question without a quotient; its p
-    is the share of resamples in which it is not, counting the data themselves as one.
+    is the share of the interval's lower resamples in which it is not, counting the data themselves as one. Where nothing
+    is gained it is that of the exact binomial test of "lost <= 1 - wanted".
     """
     pairs = _pairs(reference, new)
     if pairs[:, 0].sum() == 0:
         return None
-    means = _resampled_means(pairs)
-    usable = means[means[:, 0] > 0]
-    ratio = _interval(float(pairs[:, 1].mean() / pairs[:, 0].mean()), usable[:, 1] / usable[:, 0])
+    means, above = _means_with(pairs, _LOST), _means_with(pairs, _GAINED)
+    value = float(pairs[:, 1].mean() / pairs[:, 0].mean())
+    ratio = _interval(value, means[:, 1] / means[:, 0], above[:, 1] / above[:, 0])
     failed = int(np.count_nonzero(means[:, 1] - wanted * means[:, 0] < -1e-12))
     return Retention(ratio, wanted, (failed + 1) / (RESAMPLES + 1))
 
@@ -152,10 +165,16 @@ def _pairs(reference: Sequence[float], new: Sequence[float]) -> NDArray[np.float
     return np.stack([np.asarray(reference, np.float64), np.asarray(new, np.float64)], axis=1)
 
 
-def _resampled_means(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Means [RESAMPLES, columns] of rows drawn with replacement from values [problems, columns]."""
-    means: NDArray[np.float64] = _draws(len(values)) @ values / len(values)
+def _means_with(values: NDArray[np.float64], extra: tuple[float, ...]) -> NDArray[np.float64]:
+    """Means [RESAMPLES, columns] of values [problems, columns] and one more row, under the Bayesian bootstrap."""
+    means: NDArray[np.float64] = _weights(len(values) + 1) @ np.vstack([values, extra])
     return means
+
+
+@lru_cache(maxsize=2)
+def _weights(size: int) -> NDArray[np.float64]:
+    """[RESAMPLES, size], each row drawn evenly from all that are positive and sum to one; the same in every run."""
+    return np.random.default_rng(SEED).dirichlet(np.ones(size), size=RESAMPLES)
 
 
 @lru_cache(maxsize=2)
@@ -165,7 +184,7 @@ def _draws(size: int) -> NDArray[np.float64]:
     return draws.astype(np.float64)
 
 
-def _interval(value: float, resampled: NDArray[np.float64]) -> Interval:
+def _interval(value: float, below: NDArray[np.float64], above: NDArray[np.float64]) -> Interval:
+    """From what was resampled for the lower and for the upper end."""
     tail = 100 * (1 - CONFIDENCE) / 2
-    low, high = np.percentile(resampled, [tail, 100 - tail])
-    return Interval(value, float(low), float(high))
+    return Interval(value, float(np.percentile(below, tail)), float(np.percentile(above, 100 - tail)))

@@ -68,7 +68,7 @@ def _compare(cell: Cell, reference: Sequence[Record], run: Run, wanted: float) -
         cell,
         run,
         len(shared),
-        statistics.difference(a, b),
+        statistics.score_difference(a, b),
         statistics.retention(a, b, wanted),
         flips,
         flips.p if flips else statistics.sign_flip(a, b),
