@@ -137,7 +137,7 @@ def retention(reference: Sequence[float], new: Sequence[float], wanted: float = 
 
     The test asks whether mean(new - wanted * reference) is above 0, which is the same question without a quotient; its p
     is the share of the interval's lower resamples in which it is not, counting the data themselves as one. Where nothing
-    is gained it is that of the exact binomial test of "lost <= 1 - wanted".
+    is gained it is the exact binomial test's, whether less than 1 - wanted is lost.
     """
     pairs = _pairs(reference, new)
     if pairs[:, 0].sum() == 0:
