@@ -16,7 +16,8 @@ import numpy as np
 from ms_pangu_quant.calibration.data import TokenData, load_token_data
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
+from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.reader import FORMATS, open_checkpoint

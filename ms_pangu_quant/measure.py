@@ -28,7 +28,8 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import write_json
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
+from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows

@@ -23,7 +23,8 @@ from ms_pangu_quant.budget import Assignment, Budget
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import PanguQuantError, RecipeError
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq

@@ -8,7 +8,7 @@ weights, and per-token activations of these models are centred well enough that 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ms_pangu_quant.errors import RecipeError
 
@@ -70,9 +70,23 @@ class TensorScheme:
         return in_features // self.group_size
 
 
+class Arithmetic(NamedTuple):
+    """What decides which kernel multiplies a layer: backends have a linear method for each, formats a word and a layout.
+
+    dynamic  each token's scale is taken from it at run time; else one scale for the whole input is stored.
+    """
+
+    weight_bits: int
+    activation_bits: int
+    dynamic: bool
+
+
+W8A8_STATIC, W8A8, W4A8 = Arithmetic(8, 8, False), Arithmetic(8, 8, True), Arithmetic(4, 8, True)
+
+
 @dataclass(frozen=True)
 class QuantScheme:
-    """A weight scheme and the activation scheme it is multiplied with; `kind` is the name MindFormers knows it by."""
+    """A weight scheme and the activation scheme it is multiplied with."""
 
     weight: TensorScheme
     activation: TensorScheme
@@ -86,14 +100,22 @@ class QuantScheme:
             raise RecipeError("static activations go with 8-bit per-channel weights only (QuantBatchMatmul's contract)")
 
     @property
-    def kind(self) -> str:
-        if self.weight.bits == 4:
-            return "W4A8_DYNAMIC"
-        return "W8A8_DYNAMIC" if self.activation.dynamic else "W8A8"
+    def arithmetic(self) -> Arithmetic:
+        return Arithmetic(self.weight.bits, self.activation.bits, self.activation.dynamic)
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a weight scale; 0 where a whole output channel does."""
+        return self.weight.group_size
 
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits per weight, scales included (a scale is 32 bits)."""
         return self.weight.bits + 32 * self.weight.groups(in_features) / in_features
+
+    def grouped(self, size: int) -> QuantScheme:
+        """The same with a weight scale for every `size` inputs; 0: for every output channel."""
+        granularity: Granularity = "group" if size else "channel"
+        return replace(self, weight=replace(self.weight, granularity=granularity, group_size=size))
 
     def with_range(self, *, full_range: bool) -> QuantScheme:
         return replace(self, weight=replace(self.weight, full_range=full_range))
@@ -112,3 +134,5 @@ PRESETS: dict[str, QuantScheme] = {
     "w4a8_g64": QuantScheme(TensorScheme(bits=4, granularity="group", group_size=64), _PER_TOKEN),
     "w4a8_g32": QuantScheme(TensorScheme(bits=4, granularity="group", group_size=32), _PER_TOKEN),
 }
+
+INT8_CACHE = TensorScheme(bits=8, granularity="channel")  # of keys and values

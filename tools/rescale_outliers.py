@@ -23,7 +23,8 @@ from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import write_safetensors
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError, PanguQuantError
 from ms_pangu_quant.transforms.fold import fold_scale
 

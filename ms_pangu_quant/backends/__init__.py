@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms_pangu_quant.backends.cpu_kernels.library import library
+from ms_pangu_quant.scheme import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -19,16 +20,16 @@ class Backend:
 
     norm               RMSNorm cell class.
     mlp                MLP cell class in place of MindFormers', or None.
-    core_attention     (num_blocks, block_size, int8_cache) by name -> ModuleSpec or cell class of attention over the paged
-                       cache; for an int8 one the cell has a parameter cache_grid [4, kv_heads * head_dim].
+    core_attention     (num_blocks, block_size, cache) by name -> ModuleSpec or cell class of attention over the paged
+                       cache; where `cache`, its scheme, is not None the cell has a parameter cache_grid [4, kv_heads * head_dim].
     rope_name          MindFormers' position_embedding_type.
     gpt_model          GPTModel or a subclass.
-    linear_methods     quantization kind ("W8A8_DYNAMIC", ...) -> LinearMethodBase class.
+    linear_methods     Arithmetic -> LinearMethodBase class; None -> that of float layers, where it is not MindFormers' own.
     dtypes             keyword arguments of MindFormers' model config.
     chunked_prefill    prefill attends to the cache, so a prompt may come in pieces.
     attention_mask     (new tokens of each sequence, cached tokens of each, longest cache in tokens) -> the tensor the
                        attention cell wants.
-    new_caches         (layers, num_blocks, block_size, kv_heads, head_dim, int8_cache by name) -> (key_caches,
+    new_caches         (layers, num_blocks, block_size, kv_heads, head_dim, cache by name) -> (key_caches,
                        value_caches) to pass in, or None where the attention cells own their cache.
     dynamic_mask       (shape, MindSpore dtype) of attention_mask for graph compilation.
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
@@ -43,7 +44,7 @@ class Backend:
     core_attention: Callable[..., Any]
     rope_name: str
     gpt_model: type
-    linear_methods: Mapping[str, type]
+    linear_methods: Mapping[Arithmetic | None, type]
     dtypes: Mapping[str, str]
     chunked_prefill: bool
     attention_mask: Callable[[Sequence[int], Sequence[int], int], Any]

@@ -32,6 +32,7 @@ from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cut import set_column_loader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats import packing
+from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC, TensorScheme
 
 # aclnnGroupedMatmulV5, "A8W4" (CANN, ops-transformer): quantGroupSize 256, n a multiple of 8, k at most 18432.
 GROUPED_SIZE, GROUPED_OUTPUTS, GROUPED_INPUTS = 256, 8, 18432
@@ -267,16 +268,16 @@ class Int8CacheAttention(FlashAttention):
         )
 
 
-def _core_attention(*, num_blocks: int, block_size: int, int8_cache: bool):
-    return Int8CacheAttention if int8_cache else FlashAttention
+def _core_attention(*, num_blocks: int, block_size: int, cache: TensorScheme | None):
+    return Int8CacheAttention if cache else FlashAttention
 
 
 def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
     return Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16)
 
 
-def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, *, int8_cache: bool):
-    shape, dtype = (num_blocks, block_size, kv_heads, head_dim), ms.int8 if int8_cache else ms.bfloat16
+def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, *, cache: TensorScheme | None):
+    shape, dtype = (num_blocks, block_size, kv_heads, head_dim), ms.int8 if cache else ms.bfloat16
 
     def caches():
         return mutable([Tensor(np.zeros(shape, np.float32), dtype) for _ in range(layers)])
@@ -290,7 +291,7 @@ BACKEND = Backend(
     core_attention=_core_attention,
     rope_name="rope",
     gpt_model=AscendGPTModel,
-    linear_methods={"W8A8": A8W8LinearMethod, "W8A8_DYNAMIC": A8W8DynamicLinearMethod, "W4A8_DYNAMIC": int4_method},
+    linear_methods={W8A8_STATIC: A8W8LinearMethod, W8A8: A8W8DynamicLinearMethod, W4A8: int4_method},
     dtypes={
         "compute_dtype": "bfloat16",
         "params_dtype": "bfloat16",

@@ -26,6 +26,7 @@ from mindspore.common.initializer import initializer
 from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.cache import cache_codes, cache_grid_parameter
 from ms_pangu_quant.backends.cut import Meeting, ranks_of, set_column_loader
+from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
 EXACT_INPUTS_W4 = 16384  # 128 * 8 * 16384 = 2^24
@@ -84,7 +85,7 @@ class PagedAttention(nn.Cell):
     The query heads that share a key head are rows of one matrix, so keys are not copied for each of them, and heads come
     in front of tokens by gathers of whole rows (8x faster than Transpose).
 
-    With int8_cache the caches hold codes of `cache_grid`, and attention sees what they stand for, the new tokens' too.
+    With a scheme for the cache it holds codes of `cache_grid`, and attention sees what they stand for, the new tokens' too.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class PagedAttention(nn.Cell):
         pa_kv_head_num=None,
         num_blocks=1,
         block_size=16,
-        int8_cache=False,
+        cache=None,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = head_num, kv_head_num, head_dim
@@ -106,10 +107,10 @@ class PagedAttention(nn.Cell):
         self.block_size = block_size
         shape = (num_blocks * block_size * kv_head_num, head_dim)  # row = slot * kv_heads + head; a reshape would copy
         # A plain operator cannot write into an input tensor in a CPU graph, so the cell owns its cache.
-        self.int8_cache, dtype = int8_cache, ms.int8 if int8_cache else ms.float32
+        self.rounds_cache, dtype = cache is not None, ms.int8 if cache else ms.float32
         self.key_cache = Parameter(initializer("zeros", shape, dtype), name="key_cache", requires_grad=False)
         self.value_cache = Parameter(initializer("zeros", shape, dtype), name="value_cache", requires_grad=False)
-        if int8_cache:
+        if cache:
             self.cache_grid = cache_grid_parameter(kv_head_num * head_dim)
         kv_head, head = np.arange(kv_head_num, dtype=np.int32), np.arange(head_num, dtype=np.int32)
         self.kv_head, self.head = Tensor(kv_head), Tensor(head)
@@ -140,7 +141,7 @@ class PagedAttention(nn.Cell):
         value_cache=None,
     ):
         rows = (slot_mapping * self.kv_heads).expand_dims(1) + self.kv_head  # [tokens, kv_heads]
-        if self.int8_cache:
+        if self.rounds_cache:
             key = cache_codes(key, self.cache_grid[0:1], self.cache_grid[1:2]).astype(ms.int8)
             value = cache_codes(value, self.cache_grid[2:3], self.cache_grid[3:4]).astype(ms.int8)
         keys = self.write(self.key_cache, rows, key.reshape((-1, self.kv_heads, self.head_dim)))
@@ -149,7 +150,7 @@ class PagedAttention(nn.Cell):
         blocks = (block_tables * (self.block_size * self.kv_heads)).reshape((batch, 1, -1, 1))
         rows = (blocks + self.block_rows).reshape((batch, self.kv_heads, -1))
         keys, values = ops.gather(keys, rows, 0), ops.gather(values, rows, 0)  # [batch, kv_heads, kv_tokens, head_dim]
-        if self.int8_cache:
+        if self.rounds_cache:
             grid = self.cache_grid.reshape((4, self.kv_heads, 1, self.head_dim))
             keys = (keys.astype(ms.float32) - grid[1]) * grid[0]
             values = (values.astype(ms.float32) - grid[3]) * grid[2]
@@ -381,7 +382,7 @@ BACKEND = Backend(
     core_attention=lambda **sizes: ModuleSpec(module=PagedAttention, params=sizes),
     rope_name="pangu_cpu_rope",
     gpt_model=CpuGPTModel,
-    linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},
+    linear_methods={W8A8_STATIC: W8A8StaticLinear, W8A8: W8A8DynamicLinear, W4A8: W4A8DynamicLinear},
     dtypes={
         "compute_dtype": "float32",
         "params_dtype": "float32",
@@ -390,6 +391,6 @@ BACKEND = Backend(
     },
     chunked_prefill=True,
     attention_mask=lambda *lengths: Tensor(visible_mask(*lengths)),
-    new_caches=lambda *sizes, int8_cache: None,
+    new_caches=lambda *sizes, cache: None,
     dynamic_mask=([None, None, None], ms.float32),
 )

@@ -26,6 +26,7 @@ from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.backends.cut import ranks_of
 from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC
 
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
 LARGEST_SHARE = 32  # query heads to one key head: rows of a tile in layer.h
@@ -83,7 +84,7 @@ class PagedAttention(nn.Cell):
         pa_kv_head_num=None,
         num_blocks=1,
         block_size=16,
-        int8_cache=False,
+        cache=None,
     ):
         super().__init__()
         if block_size % LANES:
@@ -92,11 +93,11 @@ class PagedAttention(nn.Cell):
             raise BackendError(f"{head_num} heads share {kv_head_num} key heads, wanted at most {LARGEST_SHARE} to one")
         keys = (num_blocks, kv_head_num, head_dim, block_size)
         values = (num_blocks, kv_head_num, block_size, -(-head_dim // LANES) * LANES)
-        dtype = ms.int8 if int8_cache else ms.float32
+        dtype = ms.int8 if cache else ms.float32
         self.key_cache = Parameter(initializer("zeros", keys, dtype), name="key_cache", requires_grad=False)
         self.value_cache = Parameter(initializer("zeros", values, dtype), name="value_cache", requires_grad=False)
         self.cache_grid = Tensor([0], ms.float32)
-        if int8_cache:
+        if cache:
             self.cache_grid = cache_grid_parameter(kv_head_num * head_dim)
         self.scale = Tensor([scale_value], ms.float32)
         self.kernel = operator(kernels(), "PanguAttention")
@@ -270,7 +271,7 @@ BACKEND: Backend = replace(
     core_attention=lambda **sizes: ModuleSpec(module=PagedAttention, params=sizes),
     rope_name="pangu_cpu_fused_rope",
     gpt_model=lambda **arguments: TableGPTModel(kernels(), **arguments),
-    linear_methods={"W8A8": W8A8StaticLinear, "W8A8_DYNAMIC": W8A8DynamicLinear, "W4A8_DYNAMIC": W4A8DynamicLinear},
+    linear_methods={W8A8_STATIC: W8A8StaticLinear, W8A8: W8A8DynamicLinear, W4A8: W4A8DynamicLinear},
     attention_mask=_no_mask,
     bfloat16_tables=True,
     integer_kernels=True,

@@ -22,6 +22,31 @@ _PIECE_ROWS, _PIECE_COLUMNS = 128, 512  # 512 KiB in float64
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What an algorithm must be given of a layer's input; `one | other` is what both need.
+
+    data   statistics at all, so calibration data.
+    gram   the sum of x x^T, see InputStats.
+    rows   so many rows of it.
+    drift  gram and drift from the float model, of the input as the layers rounded before it make it: layers are then
+           rounded one input after another, and the float model runs beside the quantized one.
+    """
+
+    data: bool = False
+    gram: bool = False
+    rows: int = 0
+    drift: bool = False
+
+    def __or__(self, other: Needs) -> Needs:
+        return Needs(
+            self.data or other.data, self.gram or other.gram, max(self.rows, other.rows), self.drift or other.drift
+        )
+
+
+NOTHING = Needs()
+
+
+@dataclass(frozen=True)
 class RowSample:
     """A uniform sample of rows: of all rows seen, the `size` whose keys are smallest.
 

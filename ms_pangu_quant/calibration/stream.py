@@ -1,351 +1,156 @@
-"""Runs one decoder block after another over packed calibration sequences.
+"""The calibration data on its way through the model, in front of the block whose turn it is.
 
-One block of the network is built, and its weights are swapped from block to block. The cell is MindFormers' own decoder
-layer with the backend's cells, the same that serves later: only its order of calls is written out again here, because the
-inputs of the linear layers must come out.
+Stream holds what the quantized blocks so far make of it, so that each block is looked at with the hidden states it will
+meet when it is served. Where the rounding aims at the float model (Needs.drift), it also holds what that model makes of it,
+one block beside the other. NoStream stands in its place where there is no data: nothing is seen and nothing is measured.
 
-A quantized block whose outputs alone are wanted runs as it will be served (network/block.py), where the backend has integer
-kernels. Elsewhere, and where a part of it is looked at, it runs with the codes and scales it will be served with, but as
-float32 values: its inputs are rounded to their grid and its weights are dequantized, so the products are those of the
-integer layers up to float32 rounding, in the memory and at the speed of the float block.
+Of a job's ranks each has a share of the data; what they see is merged, so all of them know the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Protocol
 
-import mindspore as ms
 import numpy as np
-from mindspore import Tensor, nn, ops
 from numpy.typing import NDArray
 
-from ms_pangu_quant.backends import current_backend
-from ms_pangu_quant.backends.cache import on_cache_grid
-from ms_pangu_quant.backends.cpu import per_token_codes
-from ms_pangu_quant.backends.hadamard import Hadamard
+from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.ranges import RangeStats
-from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
-from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block
-from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
-from ms_pangu_quant.formats.parameters import ArraySlice
+from ms_pangu_quant.calibration.share import share_of
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
+from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
-from ms_pangu_quant.network.block import BlockKind, ServedBlock, block_kind
-from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
-
-BLOCK_SIZE = 16
-_CACHED = -1  # in the place of an input: the keys and values on their way into the cache
-_LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
-_SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up to 16 kinds of block
+from ms_pangu_quant.network.ranks import ALONE, Ranks
+from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
 
 
-@dataclass(frozen=True)
-class Hidden:
-    """Hidden states of all sequences, packed: states [tokens, hidden] float32, lengths tokens of each sequence."""
+class BlockStream(Protocol):
+    """What the loop asks of the calibration data, block after block in this order; ranks are those of the job.
 
-    states: NDArray[np.float32]
-    lengths: Sequence[int]
-
-    def batches(self, max_tokens: int) -> Iterator[tuple[slice, list[int]]]:
-        """(rows, lengths) of consecutive sequences holding at most max_tokens tokens, at least one sequence each."""
-        start, chosen = 0, []
-        for length in self.lengths:
-            if chosen and sum(chosen) + length > max_tokens:
-                yield slice(start, start + sum(chosen)), chosen
-                start, chosen = start + sum(chosen), []
-            chosen.append(length)
-        yield slice(start, start + sum(chosen)), chosen
-
-
-class BlockCell(nn.Cell):
-    """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out.
-
-    rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
-              with the factor that `grids` [2, inputs] has for it in its first row and the zero point in its second.
-    online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
-    until     place in layout.INPUT_NAMES of the only output wanted, or _CACHED: nothing behind it is computed. None: the
-              whole block.
-    int8_cache  keys and values are rounded as the int8 cache of `cache_grid` [4, kv_heads * head_dim] would hold them.
+    one_by_one  whether layers must be rounded one input after another, each seen as those before it make it.
     """
 
-    def __init__(
-        self,
-        network,
-        rounding: tuple[str, ...],
-        until: int | None,
-        online_hadamard: bool = False,
-        int8_cache: bool = False,
-    ) -> None:
-        super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
-        self.rope = network.model.rotary_pos_emb
-        self.layer = network.model.decoder.layers[0]
-        self.inner = self.layer.mlp.ffn_hidden_size_per_partition
-        self.gated = hasattr(self.layer.mlp, "gated")  # as one operator
-        self.rounding = rounding
-        self.until = until
-        self.int8_cache = int8_cache
-        self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
+    ranks: Ranks
 
-    def _round(self, x, place, grids):
-        if self.rounding[place] == "":
-            return x
-        if self.rounding[place] == "dynamic":
-            codes, scale = per_token_codes(x, x.shape[-1])
-            return codes * ops.tile(scale, (1, x.shape[-1]))
-        factor, zero_point = grids[0, place], grids[1, place]
-        return (ops.clamp(ops.Rint()(x * factor) + zero_point, -128.0, 127.0) - zero_point) / factor
+    @property
+    def one_by_one(self) -> bool: ...
 
-    def construct(
-        self,
-        hidden,
-        grids,
-        cache_grid,
-        positions,
-        batch_valid_length,
-        context_lens_tensor,
-        q_seq_lens,
-        block_tables,
-        slot_mapping,
-        attention_mask,
-    ):
-        attention, mlp = self.layer.self_attention, self.layer.mlp
-        cos, sin = self.rope.get_cos_sin_for_decode(positions)
-        attention_input = self.layer.input_layernorm(hidden)
-        if self.until == 0:
-            return (attention_input,)
-        query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, grids))
-        query, key = attention.rotary_emb(query, key, cos, sin, batch_valid_length)
-        if self.until == _CACHED:
-            return (key, value)
-        if self.int8_cache:
-            key = on_cache_grid(key, cache_grid[0:1], cache_grid[1:2])
-            value = on_cache_grid(value, cache_grid[2:3], cache_grid[3:4])
-        attention_output = attention.core_attention(
-            query=query,
-            key=key,
-            value=value,
-            slot_mapping=slot_mapping,
-            block_tables=block_tables,
-            batch_valid_length=batch_valid_length,
-            context_lens_tensor=context_lens_tensor,
-            q_seq_lens=q_seq_lens,
-            attn_mask=attention_mask,
-        )
-        if self.until == 1:
-            return (attention_output,)
-        residual = hidden + attention.linear_proj(self._round(attention_output, 1, grids))
-        mlp_input = self.layer.pre_mlp_layernorm(residual)
-        if self.until == 2:
-            return (mlp_input,)
-        gate_and_up = mlp.linear_fc1(self._round(mlp_input, 2, grids))
-        if self.gated:
-            mlp_hidden = mlp.gated(gate_and_up)
-        else:
-            gate, up = ops.function.array_func.split_ext(gate_and_up, (self.inner, self.inner), -1)
-            mlp_hidden = up * mlp.activation_func(gate)
-        if self.hadamard is not None:
-            mlp_hidden = self.hadamard(mlp_hidden)
-        if self.until == 3:
-            return (mlp_hidden,)
-        output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, grids))
-        return output, attention_input, attention_output, mlp_input, mlp_hidden
+    def observe(self, block: Block, index: int) -> dict[str, InputStats]:
+        """What enters the linear layers of a float block, by input name."""
 
+    def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
+        """What is known of one input when its layers' turn comes. stats are those of observe, as transforms left them;
+        each is handed out once and not kept, for a gram may be 1.3 GB."""
 
-class BlockRunner:
-    """Runs float and quantized blocks of one checkpoint in the mode the process was started in.
+    def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
+        """The grids of an int8 cache, from the keys and values that the layers, as they are rounded, make."""
 
-    lengths    tokens of each sequence it will be given.
-    also       those of every other Hidden that it will run, or of a longer one that begins with the same.
-    first_row  place of the first token in the calibration data, of which these sequences may be a part.
-    """
+    def advance(self, block: RoundedBlock) -> float | None:
+        """Go behind the block as it will be served; its relative output error.
 
-    def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], first_row: int = 0, *, also: Sequence[Sequence[int]] = ()
-    ) -> None:
-        self._config, self._first_row = config, first_row
-        self._max_tokens = self._batch_tokens()
-        self._blocks = max(
-            sum(blocks_for(length, BLOCK_SIZE) for length in batch)
-            for each in (lengths, *also)
-            for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
-        )
-        self._network = _float_network(config, self._blocks)
-        self._cells: dict[tuple[tuple[str, ...], int | None, bool], BlockCell] = {}
-        self._served: dict[BlockKind, ServedBlock] = {}
-
-    def observe(
-        self, block: Block, hidden: Hidden, *, gram: bool, rows: int, where: str
-    ) -> tuple[dict[str, InputStats], NDArray[np.float32]]:
-        """Float outputs [tokens, hidden] of the block and the statistics of its linear layers' inputs."""
-        builders = {name: self._builder(gram, rows, f"{where}: {name}") for name in layout.INPUT_NAMES}
-        output = np.empty_like(hidden.states)
-        for place, (states, *inputs) in self._run(block, {}, hidden):
-            output[place] = states.asnumpy()
-            for builder, x in zip(builders.values(), inputs, strict=True):
-                builder.add(x.asnumpy())
-        return {name: builder.finish() for name, builder in builders.items()}, output
-
-    def observe_input(
-        self,
-        input_name: str,
-        block: Block,
-        linears: Mapping[str, QuantizedLinear],
-        hidden: Hidden,
-        floats: BlockRunner,
-        float_hidden: Hidden,
-        *,
-        rows: int,
-        where: str,
-        cache: QuantizedCache | None = None,
-    ) -> InputStats:
-        """Statistics of one input with gram and drift, the layers in `linears` and the cache in front of it quantized.
-
-        floats  another runner of the same sequences, which runs the float block on float_hidden [tokens, hidden], the
-                float model's hidden states, at the same time.
+        It is measured against what the float block makes of the quantized block's input; where the rounding aims at the
+        float model, against that model's hidden states: then the error is that of all blocks so far.
         """
-        place = layout.INPUT_NAMES.index(input_name)
-        builder = self._builder(True, rows, f"{where}: {input_name}")
-        served = self._run(block, linears, hidden, until=place, cache=cache)
-        reference = floats._run(block, {}, float_hidden, until=place)
-        for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
-            builder.add(x.asnumpy(), y.asnumpy())
-        return builder.finish()
 
-    def observe_cache(
-        self, block: Block, linears: Mapping[str, QuantizedLinear], hidden: Hidden, *, rows: int, where: str
-    ) -> tuple[RangeStats, RangeStats]:
-        """Statistics of the keys, after rope, and of the values that the block's layers, rounded, make."""
-        seen: list[list[RangeStats]] = [[], []]
-        start = self._first_row
-        for place, outputs in self._run(block, linears, hidden, until=_CACHED):
-            for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
-                stats = RangeStats.observe(x.asnumpy(), rows=rows, start=start + place.start, where=f"{where}: {name}")
-                parts[:] = [parts[0].merge(stats) if parts else stats]
-        return seen[0][0], seen[1][0]
-
-    def _builder(self, gram: bool, rows: int, where: str) -> StatsBuilder:
-        return StatsBuilder(gram=gram, rows=rows, where=where, start=self._first_row)
-
-    def advance(
-        self,
-        block: Block,
-        linears: Mapping[str, QuantizedLinear],
-        hidden: Hidden,
-        output: NDArray[np.float32] | None = None,
-        *,
-        cache: QuantizedCache | None = None,
-    ) -> Hidden:
-        """Hidden states after the block as it will be served, in `output` if given; linears maps site names to layers,
-        cache is what an int8 cache holds keys and values in."""
-        output = np.empty_like(hidden.states) if output is None else output
-        integers = current_backend().integer_kernels
-        kind = block_kind(linears, int8_cache=cache is not None) if integers else None
-        if kind is None:
-            for rows, (states, *_) in self._run(block, linears, hidden, cache=cache):
-                output[rows] = states.asnumpy()
-        else:
-            served = self._served_block(kind)
-            served.load(block, linears, cache)
-            for rows, states, inputs in self._batches(hidden):
-                output[rows] = served(states, inputs).asnumpy()
-        return Hidden(output, hidden.lengths)
-
-    def _run(
-        self,
-        block: Block,
-        linears: Mapping[str, QuantizedLinear],
-        hidden: Hidden,
-        until: int | None = None,
-        cache: QuantizedCache | None = None,
-    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        readers = [_first_reading(name, linears) for name in layout.INPUT_NAMES]
-        cell = self._cell(
-            tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
-            until,
-            cache is not None,
-        )
-        channels = self._config.num_key_value_heads * self._config.head_dim
-        cache_grid = Tensor(np.zeros((4, channels), np.float32) if cache is None else cache.rows())
-        grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
-        self._network.load_tensors(_float_tensors(block, linears))
-        for rows, states, inputs in self._batches(hidden):
-            yield rows, cell(states, grids, cache_grid, *inputs.values())
-
-    def _batches(self, hidden: Hidden) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
-        """(rows, their hidden states, the other inputs of a block) of as many sequences as go through it at a time."""
-        for rows, lengths in hidden.batches(self._max_tokens):
-            free = iter(range(self._blocks))
-            tables = [[next(free) for _ in range(blocks_for(length, BLOCK_SIZE))] for length in lengths]
-            inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
-            yield rows, Tensor(np.ascontiguousarray(hidden.states[rows])), inputs
-
-    def _served_block(self, kind: BlockKind) -> ServedBlock:
-        if kind not in self._served:
-            if len(self._served) == _SERVED_BLOCKS:
-                self._served.pop(next(iter(self._served))).release()
-            self._served[kind] = ServedBlock(self._config, kind, num_blocks=self._blocks, block_size=BLOCK_SIZE)
-        return self._served[kind]
-
-    def _cell(self, rounding: tuple[str, ...], until: int | None, int8_cache: bool) -> BlockCell:
-        key = (rounding, until, int8_cache)
-        if key not in self._cells:
-            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard, int8_cache)
-            cell.set_train(False)
-            if runtime.mode() == "graph":
-                cell.set_inputs(
-                    Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
-                    Tensor(shape=[2, len(rounding)], dtype=ms.float32),
-                    Tensor(shape=[4, self._config.num_key_value_heads * self._config.head_dim], dtype=ms.float32),
-                    *dynamic_inputs(self._network.backend),
-                )
-            self._cells[key] = cell
-        return self._cells[key]
-
-    def _batch_tokens(self) -> int:
-        """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""
-        widest = max(
-            2 * self._config.intermediate_size,
-            (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
-        )
-        return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+    def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
+        """Go behind a block that an earlier run has rounded; read gives it."""
 
 
-def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:
-    """A quantized layer that reads this input, which is rounded for all of them."""
-    return next((linears[site.name] for site in layout.sites_reading(input_name) if site.name in linears), None)
+class NoStream:
+    """Of no data. Statistics that were made elsewhere are handed on."""
+
+    one_by_one = False
+
+    def __init__(self, ranks: Ranks = ALONE) -> None:
+        self.ranks = ranks
+
+    def observe(self, block: Block, index: int) -> dict[str, InputStats]:
+        return {}
+
+    def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
+        return stats.get(input_name)
+
+    def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
+        return None
+
+    def advance(self, block: RoundedBlock) -> float | None:
+        return None
+
+    def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
+        return None
 
 
-def _grid(linear: QuantizedLinear | None) -> tuple[float, float]:
-    """(factor, zero point) of a layer's static input; what it says of another kind of layer is not looked at."""
-    return (1.0, 0.0) if linear is None else (linear.input_scale or 1.0, linear.input_offset)
+class Stream:
+    """observed  what is wanted of the inputs of the float block.
 
-
-def _float_network(config: ModelConfig, num_blocks: int) -> Any:
-    """A block of float layers, for many tokens where the backend has such; BlockCell multiplies by the Hadamard matrix."""
-    backend, kinds = current_backend(), None
-    if backend.float_method is not None:
-        backend = replace(backend, linear_methods={**backend.linear_methods, FLOAT: backend.float_method})
-        kinds = {f"{layout.block_prefix(0)}{site.name}.weight": FLOAT for site in layout.SITES}
-    config = replace(config, online_hadamard=False)
-    return build_network(
-        config, kinds=kinds, num_blocks=num_blocks, block_size=BLOCK_SIZE, layers=1, whole=False, backend=backend
-    )
-
-
-def _float_tensors(block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, ArraySlice]]:
-    """A block for the float network, quantized layers dequantized; one of them in memory at a time.
-
-    A weight that is a layer of its own is copied: MindFormers' loader keeps the array, and a kernel may pack it in place.
+    seen      what is wanted of each again, as the layers rounded before it make it; None where nothing is. The float model
+              runs beside then.
     """
-    prefix, joined = layout.block_prefix(0), [site.fused for site in layout.SITES]
-    alone = {f"{site.name}.weight" for site in layout.SITES if joined.count(site.fused) == 1}
-    for name, value in block.tensors.items():
-        if name.removesuffix(".weight") not in linears:
-            yield prefix + name, ArraySlice(value.copy() if name in alone else value)
-    for site, linear in linears.items():
-        yield f"{prefix}{site}.weight", ArraySlice(linear.weight.dequantize())
+
+    def __init__(
+        self, reader: CheckpointReader, data: TokenData, observed: Needs, seen: Needs | None = None, ranks: Ranks = ALONE
+    ) -> None:
+        runtime.ensure_started()
+        from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+
+        self.ranks, self._observed, self._seen, self._index = ranks, observed, seen, 0
+        share = share_of([len(sequence) for sequence in data.sequences], ranks.rank, ranks.size)
+        sequences = data.sequences[share.begin : share.end]
+        lengths = [len(sequence) for sequence in sequences]
+        self._hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), lengths)
+        self._runner = BlockRunner(reader.config, lengths, share.first_row)
+        self._floats = BlockRunner(reader.config, lengths, share.first_row) if seen else None
+        self._float_hidden = self._hidden  # in front of the block, of the float model
+        self._target = self._hidden  # behind the block
+
+    @property
+    def one_by_one(self) -> bool:
+        return self._floats is not None
+
+    @property
+    def _where(self) -> str:
+        return f"block {self._index}"
+
+    def observe(self, block: Block, index: int) -> dict[str, InputStats]:
+        self._index = index
+        if self._floats is None:
+            stats, output = self._runner.observe(block, self._hidden, self._observed, self._where)
+            assert output is not None
+            self._target = output
+        else:
+            self._float_hidden, self._target = self._target, self._floats.advance(RoundedBlock(block), self._target)
+            if not self._observed.data:
+                return {}
+            stats, _ = self._runner.observe(block, self._hidden, self._observed, self._where, output=False)
+        return {name: self.ranks.fold(stats.pop(name), InputStats.merge) for name in list(stats)}
+
+    def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
+        if self._floats is None or self._seen is None:
+            return stats.pop(input_name)
+        stats.pop(input_name, None)
+        beside = self._floats, self._float_hidden
+        seen = self._runner.observe_input(input_name, block, self._hidden, beside, self._seen, self._where)
+        return self.ranks.fold(seen, InputStats.merge)
+
+    def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
+        seen = self._runner.observe_cache(block, self._hidden, settings.needs, self._where)
+        keys, values = (self.ranks.fold(each, RangeStats.merge) for each in seen)
+        return settings.cache(keys, values, block.config.num_key_value_heads)
+
+    def advance(self, block: RoundedBlock) -> float | None:
+        self._hidden = self._runner.advance(block, self._hidden)
+        return relative_error(self._hidden.states, self._target.states, self.ranks)
+
+    def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
+        self._hidden = self._runner.advance(read(index), self._hidden)
+        if self._floats is not None:
+            self._target = self._floats.advance(RoundedBlock(reader.block(index)), self._target)
+
+
+def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32], ranks: Ranks = ALONE) -> float:
+    """||value - reference|| / ||reference||, Frobenius, over the rows of all ranks; 0 for two zero tensors."""
+    norm, difference = (math.hypot(*ranks.gather(float(np.linalg.norm(each)))) for each in (reference, value - reference))
+    return difference / norm if norm else difference

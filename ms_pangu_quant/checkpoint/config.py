@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES
+from ms_pangu_quant.checkpoint.layout import LinearSite
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 QUANTIZATION_FILE = "quantization_description.json"  # Golden Stick's
 ASCEND_FILE = "quant_model_description.json"  # msModelSlim's
+HADAMARD_METHOD = "golden-stick-hadamard"
 
 # A key that only another architecture's config has -> what that architecture is.
-HADAMARD_METHOD = "golden-stick-hadamard"
 _OTHER_GRAPHS = {
     "param_sink_number": "openPangu-R-7B (attention sinks, sliding windows, partial rope)",
     "qk_rope_dim": "openPangu-R-7B (partial rope)",
@@ -35,13 +37,13 @@ _OTHER_GRAPHS = {
     "sliding_window": "a variant with sliding-window attention",
     "layer_types": "openPangu-R-7B (alternating attention types)",
 }
-_SUPPORTED = ("PanguEmbedded", "llama")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """Sizes are counts of features, heads, layers or tokens; ids are None where the file has none.
 
+    biased           the layers that have biases.
     online_hadamard  what down_proj reads is to be multiplied by a Hadamard matrix when the model is run, see
                      transforms/rotate.py; such a checkpoint has HADAMARD_METHOD as its quant_method, which others refuse.
     """
@@ -56,7 +58,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    attention_bias: bool
+    biased: frozenset[LinearSite]
     tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_id: int | None
@@ -90,8 +92,8 @@ class ModelConfig:
             )
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim is {head_dim}, wanted an even number (rope rotates halves)")
-        is_llama = raw["model_type"] == "llama"
-        bias = raw.get("attention_bias" if is_llama else "bias", not is_llama)
+        architecture = ARCHITECTURES[raw["model_type"]]
+        has_biases = raw.get(architecture.bias_key, architecture.has_biases)
         return cls(
             hidden_size=hidden,
             intermediate_size=_count(raw, "intermediate_size", where),
@@ -101,9 +103,9 @@ class ModelConfig:
             head_dim=head_dim,
             vocab_size=_count(raw, "vocab_size", where),
             max_position_embeddings=_count(raw, "max_position_embeddings", where),
-            rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=1e-6 if is_llama else 1e-5),
-            rope_theta=_rope_theta(raw, where, default=10_000.0 if is_llama else 16_000_000.0),
-            attention_bias=bool(bias),
+            rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=architecture.rms_norm_eps),
+            rope_theta=_rope_theta(raw, where, default=architecture.rope_theta),
+            biased=architecture.biased if has_biases else frozenset(),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             bos_token_id=_token_id(raw, "bos_token_id"),
             eos_token_id=_token_id(raw, "eos_token_id"),
@@ -142,8 +144,9 @@ def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:
                 "checkpoints have the graph built here"
             )
     model_type = raw.get("model_type")
-    if model_type not in _SUPPORTED:
-        raise CheckpointError(f"{where}: model_type is {model_type!r}, wanted one of {', '.join(map(repr, _SUPPORTED))}")
+    if model_type not in tuple(ARCHITECTURES):  # of a type that has no hash, perhaps
+        wanted = ", ".join(map(repr, ARCHITECTURES))
+        raise CheckpointError(f"{where}: model_type is {model_type!r}, wanted one of {wanted}")
     scaling = raw.get("rope_scaling")
     if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
         raise CheckpointError(f"{where}: rope_scaling {dict(scaling)} is not supported; openPangu-Embedded has none")

@@ -6,21 +6,14 @@ scales; an input cut must fall between int4 groups, and between the bytes that h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.plan import Plan
 
-CUT_ALONG_INPUTS = ("self_attn.o_proj", "mlp.down_proj")
 
-
-def check_cut(config: ModelConfig, ranks: int, kinds: Mapping[str, str] | None = None, group_size: int = 0) -> None:
-    """Raises BackendError naming what `ranks` ranks cannot share.
-
-    kinds       "model.layers.0.self_attn.q_proj.weight" -> quantization kind; None for a float model.
-    group_size  inputs per int4 weight scale; 0 means one scale per output channel.
-    """
+def check_cut(config: ModelConfig, ranks: int, plan: Plan) -> None:
+    """Raises BackendError naming what `ranks` ranks cannot share."""
     whole = {
         "num_attention_heads": config.num_attention_heads,
         "intermediate_size": config.intermediate_size,
@@ -32,13 +25,12 @@ def check_cut(config: ModelConfig, ranks: int, kinds: Mapping[str, str] | None =
     heads = config.num_key_value_heads
     if heads % ranks and ranks % heads:  # more ranks than key heads have copies of them
         raise BackendError(f"tensor_parallel {ranks}: num_key_value_heads is {heads}, wanted a multiple or a divisor of it")
-    for site in layout.SITES:
-        is_int4 = any(kind.startswith("W4") and f".{site.name}.weight" in name for name, kind in (kinds or {}).items())
-        if site.name not in CUT_ALONG_INPUTS or not is_int4:
+    for _, site, scheme in plan:
+        if not site.writes_stream or scheme is None or scheme.weight.bits != 4:
             continue
         inputs = layout.site_shape(config, site)[1] // ranks
-        if inputs % (group_size or 2):
-            unit = f"groups of {group_size}" if group_size else "two to a byte"
+        if inputs % (scheme.group_size or 2):
+            unit = f"groups of {scheme.group_size}" if scheme.group_size else "two to a byte"
             raise BackendError(
                 f"tensor_parallel {ranks}: {site.name} has {inputs} inputs on each rank and int4 weights in {unit} along "
                 "them, which a cut would split; use fewer ranks, or a recipe with smaller groups"

@@ -6,8 +6,10 @@ Every other module that needs a tensor's name, shape or neighbour asks here; not
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ms_pangu_quant.checkpoint.config import ModelConfig
+if TYPE_CHECKING:
+    from ms_pangu_quant.checkpoint.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -25,30 +27,49 @@ class LinearSite:
                 attention (a weighted mean over tokens: channels do not mix), one v channel for each group of query heads;
                 up_proj produces down_proj's through a product with silu(gate) (channels do not mix).
     fused       MindFormers computes these sites as one matmul, so their schemes must agree.
+    writes_stream  its outputs are added to the residual stream; with several ranks each has a part of its inputs.
     """
 
     name: str
     input_name: str
     producer: str
     fused: str
+    writes_stream: bool = False
+
+    @property
+    def short(self) -> str:
+        """ "q" of "self_attn.q_proj"."""
+        return self.name.rpartition(".")[2].removesuffix("_proj")
 
 
-SITES: tuple[LinearSite, ...] = (
-    LinearSite("self_attn.q_proj", "attention_input", "input_layernorm", "linear_qkv"),
-    LinearSite("self_attn.k_proj", "attention_input", "input_layernorm", "linear_qkv"),
-    LinearSite("self_attn.v_proj", "attention_input", "input_layernorm", "linear_qkv"),
-    LinearSite("self_attn.o_proj", "attention_output", "self_attn.v_proj", "linear_proj"),
-    LinearSite("mlp.gate_proj", "mlp_input", "post_attention_layernorm", "linear_fc1"),
-    LinearSite("mlp.up_proj", "mlp_input", "post_attention_layernorm", "linear_fc1"),
-    LinearSite("mlp.down_proj", "mlp_hidden", "mlp.up_proj", "linear_fc2"),
+INPUT_NAMES = ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_HIDDEN = (
+    "attention_input",
+    "attention_output",
+    "mlp_input",
+    "mlp_hidden",
 )
-INPUT_NAMES: tuple[str, ...] = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
-NORMS = ("input_layernorm", "post_attention_layernorm")
-CACHED_SITES = ("self_attn.k_proj", "self_attn.v_proj")  # whose outputs the key and the value cache hold
+FUSED = QKV, PROJ, FC1, FC2 = "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"
+NORMS = ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
+SITES = Q, K, V, O, GATE, UP, DOWN = (
+    LinearSite("self_attn.q_proj", ATTENTION_INPUT, ATTENTION_NORM, QKV),
+    LinearSite("self_attn.k_proj", ATTENTION_INPUT, ATTENTION_NORM, QKV),
+    LinearSite("self_attn.v_proj", ATTENTION_INPUT, ATTENTION_NORM, QKV),
+    LinearSite("self_attn.o_proj", ATTENTION_OUTPUT, "self_attn.v_proj", PROJ, writes_stream=True),
+    LinearSite("mlp.gate_proj", MLP_INPUT, MLP_NORM, FC1),
+    LinearSite("mlp.up_proj", MLP_INPUT, MLP_NORM, FC1),
+    LinearSite("mlp.down_proj", MLP_HIDDEN, "mlp.up_proj", FC2, writes_stream=True),
+)
+CACHED = K, V  # whose outputs the key and the value cache hold
+BY_NAME = {site.name: site for site in SITES}
 
 
 def sites_reading(input_name: str) -> tuple[LinearSite, ...]:
     return tuple(site for site in SITES if site.input_name == input_name)
+
+
+def fused(name: str) -> tuple[LinearSite, ...]:
+    """The sites that MindFormers computes as the layer of this name."""
+    return tuple(site for site in SITES if site.fused == name)
 
 
 def site_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
@@ -56,19 +77,13 @@ def site_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    return {
-        "self_attn.q_proj": (queries, hidden),
-        "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden),
-        "self_attn.o_proj": (hidden, queries),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }[site.name]
+    outputs = {Q: queries, K: keys, V: keys, O: hidden, GATE: inner, UP: inner, DOWN: hidden}[site]
+    inputs = {ATTENTION_INPUT: hidden, ATTENTION_OUTPUT: queries, MLP_INPUT: hidden, MLP_HIDDEN: inner}[site.input_name]
+    return outputs, inputs
 
 
 def has_bias(config: ModelConfig, site: LinearSite) -> bool:
-    return config.attention_bias and site.name.startswith("self_attn.")
+    return site in config.biased
 
 
 def block_prefix(index: int) -> str:

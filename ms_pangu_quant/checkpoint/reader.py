@@ -4,42 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout, slices, training
+from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
-
-
-@dataclass(frozen=True)
-class Block:
-    """One decoder block: float32 tensors, names as in layout.block_shapes ("mlp.up_proj.weight" [out, in])."""
-
-    config: ModelConfig
-    tensors: Mapping[str, NDArray[np.float32]]
-
-    def __getitem__(self, name: str) -> NDArray[np.float32]:
-        return self.tensors[name]
-
-    def weight(self, site: layout.LinearSite) -> NDArray[np.float32]:
-        return self.tensors[f"{site.name}.weight"]
-
-    def bias(self, site: layout.LinearSite) -> NDArray[np.float32] | None:
-        return self.tensors.get(f"{site.name}.bias")
-
-    def replace(self, changed: Mapping[str, NDArray[np.float32]]) -> Block:
-        return Block(self.config, {**self.tensors, **changed})
 
 
 class CheckpointReader:
     """A float checkpoint whose every tensor has been found and has the shape config.json implies.
 
+    plan  every layer float: the same face as that of a quantized directory's reader.
     rows  how the rows of fused tensors lie, if MindFormers' training saved the checkpoint; else None.
     """
 
@@ -58,6 +40,7 @@ class CheckpointReader:
         if training.is_trained(self.files):
             self.files, self.config, self.rows = training.as_hugging_face(self.files, self.config)
         self.bytes = self.files.nbytes
+        self.plan, self.format = Plan.uniform(self.config), None
         self._rewrite: Callable[[Block], Block] | None = None
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
         self.files.check(self.shapes(), optional=optional)
@@ -75,6 +58,9 @@ class CheckpointReader:
             self.config, {name: self.files.read_float32(prefix + name) for name in layout.block_shapes(self.config)}
         )
         return self._rewrite(block) if self._rewrite else block
+
+    def rounded_block(self, index: int) -> RoundedBlock:
+        return RoundedBlock(self.block(index))
 
     def rewritten(
         self, config: ModelConfig, outer: Mapping[str, TensorEntry | ComputedEntry], rewrite: Callable[[Block], Block]

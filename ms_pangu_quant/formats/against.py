@@ -31,10 +31,9 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces
 
 SCALING_TRANSFORMS = ("smooth", "smooth_search")  # transforms that only multiply input channels and divide producers
@@ -161,7 +160,7 @@ def _input_scale(original: Block, stored: Block, site: layout.LinearSite, rows: 
             ratio = np.where((before == 0) & (after == 0), 1.0, before.astype(np.float64) / after)
         return Interval.exactly(np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0))
     interval = rows[site.producer].inverse()
-    if site.input_name != "attention_output":
+    if site.input_name != layout.ATTENTION_OUTPUT:
         return interval
     config = original.config  # one value channel feeds a group of query heads
     group = config.num_attention_heads // config.num_key_value_heads

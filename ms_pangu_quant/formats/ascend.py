@@ -30,24 +30,25 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig, read_json
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import kv_cache, packing
 from ms_pangu_quant.formats.linear import (
-    FLOAT,
-    QuantizedLinear,
     TensorSpec,
     describe,
     factor_of,
     family_config,
-    groups_of,
     origin,
+    read_description,
+    read_group_size,
     refuse_online_hadamard,
 )
+from ms_pangu_quant.formats.words import FLOAT, INT8_CACHE_WORD, WORDS
+from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC, QuantScheme
 
 NAME = "ascend"
-ROW_PARALLEL = ("self_attn.o_proj", "mlp.down_proj")
 ROW_COLUMNS = 16  # the largest tensor parallelism a checkpoint is made for
 _F32 = ("float32", "bfloat16", "float16")
 
@@ -55,10 +56,10 @@ _F32 = ("float32", "bfloat16", "float16")
 def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     """Tensors to store, keys without the layer's name."""
     codes, scale = linear.weight.codes, linear.weight.scale
-    if linear.kind == "W8A8_DYNAMIC":
-        return {"weight": codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
-    if linear.kind == "W4A8_DYNAMIC":
+    if linear.scheme.weight.bits == 4:
         return _encode_int4(site, linear.weight)
+    if linear.scheme.activation.dynamic:
+        return {"weight": codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
     if linear.input_scale is None:
         raise ValueError("a static layer needs the scale of its input")
     input_scale = np.float32(1.0 / linear.input_scale)
@@ -72,15 +73,17 @@ def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> di
     }
 
 
-def decode(block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def decode(
+    block: Block, site: layout.LinearSite, scheme: QuantScheme, tensors: Mapping[str, NDArray[Any]]
+) -> QuantizedLinear:
     """Inverse of encode. Raises CheckpointError for what it would have to drop."""
     for key in ("weight_offset", "weight_offset_second"):
         if key in tensors and tensors[key].any():
             raise CheckpointError(f"{site.name}.{key}: is not zero; only symmetric weights are read here")
-    if kind == "W8A8_DYNAMIC":
-        return QuantizedLinear(kind, QuantizedWeight(tensors["weight"], tensors["weight_scale"].astype(np.float32)))
-    if kind == "W4A8_DYNAMIC":
-        return _decode_int4(site, tensors)
+    if scheme.weight.bits == 4:
+        return QuantizedLinear(scheme, _decode_int4(site, tensors))
+    if scheme.activation.dynamic:
+        return QuantizedLinear(scheme, QuantizedWeight(tensors["weight"], tensors["weight_scale"].astype(np.float32)))
     deq_scale = deq_values(site, tensors["deq_scale"])
     input_scale = np.float32(tensors["input_scale"][0])
     offset = float(tensors["input_offset"][0])
@@ -88,7 +91,7 @@ def decode(block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[st
         raise CheckpointError(f"{site.name}.input_offset: is {offset}, wanted a whole number from -128 to 128")
     scale = origin(deq_scale, deq_scale / input_scale, lambda weight_scale: weight_scale * input_scale)
     weight = QuantizedWeight(tensors["weight"], scale[:, None])
-    linear = QuantizedLinear(kind, weight, factor_of(input_scale), int(offset))
+    linear = QuantizedLinear(scheme, weight, factor_of(input_scale), int(offset))
     if not np.array_equal(tensors["quant_bias"], _quant_bias(linear, deq_scale, block.bias(site))):
         raise CheckpointError(
             f"{site.name}.quant_bias: is not round(bias / deq_scale - input_offset * sum(weight)); "
@@ -135,7 +138,7 @@ def _encode_int4(site: layout.LinearSite, weight: QuantizedWeight) -> dict[str, 
     return tensors
 
 
-def _decode_int4(site: layout.LinearSite, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def _decode_int4(site: layout.LinearSite, tensors: Mapping[str, NDArray[Any]]) -> QuantizedWeight:
     codes = packing.unpack_along_out(np.ascontiguousarray(tensors["weight"].T))
     scale = tensors["weight_scale"].astype(np.float32)
     if "weight_scale_second" in tensors:
@@ -147,13 +150,13 @@ def _decode_int4(site: layout.LinearSite, tensors: Mapping[str, NDArray[Any]]) -
         slack = 8 * np.abs(weight.dequantize()).sum(axis=1, keepdims=True) * 2.0**-17
         if not (np.abs(tensors["scale_bias"] - wanted) <= slack).all():
             raise CheckpointError(f"{site.name}.scale_bias: is not 8 * sum(weight * scale); the codes or scales are others")
-    return QuantizedLinear("W4A8_DYNAMIC", weight)
+    return weight
 
 
 def scale_bias(site: layout.LinearSite, weight: QuantizedWeight) -> NDArray[np.float32]:
     """8 * sum of the dequantized weight over each column's inputs, [out, 1] or [out, 16]; summed in float64."""
     outputs, inputs = weight.codes.shape
-    columns = ROW_COLUMNS if site.name in ROW_PARALLEL else 1
+    columns = ROW_COLUMNS if site.writes_stream else 1
     if inputs % columns:
         raise RequestError(
             f"{site.name}: has {inputs} inputs; int4 in the ascend format sums them in {columns} equal parts: use "
@@ -177,25 +180,25 @@ def _split(scale: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.
     return power, scale / power
 
 
-def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: int) -> dict[str, TensorSpec]:
+def specs(config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> dict[str, TensorSpec]:
     """What encode produces. weight_scale of a W8A8 layer is msModelSlim's older writer's; it is not needed."""
     outputs, inputs = layout.site_shape(config, site)
     per_channel = TensorSpec((outputs, 1), _F32)
-    if kind == "W8A8_DYNAMIC":
-        weight = TensorSpec((outputs, inputs), ("int8",))
-        return {"weight": weight, "weight_scale": per_channel, "weight_offset": per_channel}
-    if kind == "W4A8_DYNAMIC":
+    if scheme.weight.bits == 4:
         found = {
             "weight": TensorSpec((outputs // 2, inputs), ("int8",)),
             "weight_scale": per_channel,
             "weight_offset": per_channel,
         }
-        if group_size:
-            groups = groups_of(config, site, group_size)
+        if scheme.group_size:
+            groups = scheme.weight.groups(inputs)
             found["weight_scale_second"] = TensorSpec((outputs, groups), _F32)
             found["weight_offset_second"] = TensorSpec((outputs, groups), ("int64", *_F32))
-        columns = ROW_COLUMNS if site.name in ROW_PARALLEL else 1
+        columns = ROW_COLUMNS if site.writes_stream else 1
         return {**found, "scale_bias": TensorSpec((outputs, columns), ("float32",))}
+    if scheme.activation.dynamic:
+        weight = TensorSpec((outputs, inputs), ("int8",))
+        return {"weight": weight, "weight_scale": per_channel, "weight_offset": per_channel}
     deq = ("float32", "int64") if config.torch_dtype == "bfloat16" else ("int64", "float32")
     return {
         "weight": TensorSpec((outputs, inputs), ("int8",)),
@@ -206,47 +209,42 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
     }
 
 
-def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> dict[str, Any]:
+def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     """File name -> JSON value. config.json names no quantization: the loaders find it by the description."""
     refuse_online_hadamard(config, NAME)
+    used = {scheme.arithmetic for _, _, scheme in plan if scheme is not None}
+    lowest = next((WORDS[arithmetic] for arithmetic in _LOWEST_BITS_FIRST if arithmetic in used), FLOAT)
     description: dict[str, Any] = {
         "version": "1.0.0",
-        "model_quant_type": next((kind for kind in _LOWEST_BITS_FIRST if kind in kinds.values()), FLOAT),
-        "group_size": group_size,
+        "model_quant_type": lowest,
+        "group_size": plan.group_size,
         "metadata": {},
         "optional": {},
     }
-    description.update(describe(config, kinds, lambda site, kind: specs(config, site, kind, group_size)))
-    if int8_cache:
-        description[kv_cache.TYPE_KEY] = kv_cache.KIND
+    description.update(describe(config, plan, specs))
+    if plan.cache is not None:
+        description[kv_cache.TYPE_KEY] = INT8_CACHE_WORD
         description.update(kv_cache.described(config))
     description[layout.HEAD] = FLOAT  # a tied head too: vllm-ascend looks it up, and msModelSlim writes it
     return {ASCEND_FILE: description, "config.json": family_config(config)}
 
 
-_LOWEST_BITS_FIRST = ("W4A8_DYNAMIC", "W8A8", "W8A8_DYNAMIC")
+_LOWEST_BITS_FIRST = (W4A8, W8A8_STATIC, W8A8)
 
 
 def recognises(directory: Path, config: ModelConfig) -> bool:
     return (directory / ASCEND_FILE).exists() and not config.raw.get("quantization_config")
 
 
-def read_int8_cache(directory: Path, config: ModelConfig) -> bool:
-    value = read_json(directory / ASCEND_FILE).get(kv_cache.TYPE_KEY)
-    return kv_cache.is_int8(value, f"{directory / ASCEND_FILE}: {kv_cache.TYPE_KEY}")
-
-
-def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:
-    """(layer's weight name -> kind as the file has it, unchecked; group size). Raises CheckpointError."""
+def read_plan(directory: Path, config: ModelConfig) -> Plan:
+    """The inverse of metadata. Raises CheckpointError."""
     path = directory / ASCEND_FILE
     description = read_json(path)
-    group_size = description.get("group_size", 0)
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
-        raise CheckpointError(f"{path}: group_size is {group_size!r}, wanted a whole number; 0 is one scale per channel")
-    kinds = {name: description.get(name) for name in layout.linear_names(config)}
-    if "W4A8_DYNAMIC" in kinds.values() and description.get("version") != "1.0.0":
+    cache = kv_cache.read_scheme(description.get(kv_cache.TYPE_KEY), f"{path}: {kv_cache.TYPE_KEY}")
+    plan = read_description(config, description, read_group_size(description, str(path)), cache, path)
+    if plan.group_sizes and description.get("version") != "1.0.0":
         raise CheckpointError(
             f"{path}: version is {description.get('version')!r}; only '1.0.0' packs two int4 into a byte, "
             "the older layout is not read here"
         )
-    return kinds, group_size
+    return plan

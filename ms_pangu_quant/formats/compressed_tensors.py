@@ -24,29 +24,28 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.linear import (
-    FLOAT,
     FLOATS,
-    KINDS,
-    QuantizedLinear,
     TensorSpec,
     factor_of,
     family_config,
-    groups_of,
     narrow,
     refuse_online_hadamard,
 )
+from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, QuantScheme, TensorScheme
 
 NAME = "compressed-tensors"
+_ORDER = (W8A8_STATIC, W8A8, W4A8)  # of the config groups
 
 
 def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     """Tensors to store, keys without the layer's name."""
     tensors: dict[str, NDArray[Any]] = {"weight": linear.weight.codes, "weight_scale": narrow(linear.weight.scale)}
-    if linear.kind == "W8A8":
+    if not linear.scheme.activation.dynamic:
         if linear.input_scale is None:
             raise ValueError("a static layer needs the scale of its input")
         tensors["input_scale"] = np.array([1.0 / linear.input_scale]).astype(np.float32)
@@ -55,87 +54,89 @@ def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> di
     return tensors
 
 
-def decode(block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def decode(
+    block: Block, site: layout.LinearSite, scheme: QuantScheme, tensors: Mapping[str, NDArray[Any]]
+) -> QuantizedLinear:
     """Inverse of encode. Raises CheckpointError for what it would have to drop."""
     if "weight_zero_point" in tensors and tensors["weight_zero_point"].any():
         raise CheckpointError(f"{site.name}.weight_zero_point: is not zero; only symmetric weights are read here")
     codes = tensors["weight"]
-    if kind == "W4A8_DYNAMIC" and (codes.min() < -8 or codes.max() > 7):
+    if scheme.weight.bits == 4 and (codes.min() < -8 or codes.max() > 7):
         raise CheckpointError(f"{site.name}.weight: codes from {codes.min()} to {codes.max()}, wanted -8 to 7")
     weight = QuantizedWeight(codes, tensors["weight_scale"].astype(np.float32))
-    if kind != "W8A8":
-        return QuantizedLinear(kind, weight)
+    if scheme.activation.dynamic:
+        return QuantizedLinear(scheme, weight)
     offset = int(tensors["input_zero_point"][0]) if "input_zero_point" in tensors else 0
-    return QuantizedLinear(kind, weight, factor_of(np.float32(tensors["input_scale"][0])), offset)
+    return QuantizedLinear(scheme, weight, factor_of(np.float32(tensors["input_scale"][0])), offset)
 
 
-def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: int) -> dict[str, TensorSpec]:
+def specs(config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> dict[str, TensorSpec]:
     """What encode produces, and the zero points that other writers add."""
     outputs, inputs = layout.site_shape(config, site)
-    groups = groups_of(config, site, group_size) if kind == "W4A8_DYNAMIC" else 1
+    groups = scheme.weight.groups(inputs)
     # int4 scales are float32 values as a rule, int8 ones bfloat16: what is written first decides the size that is told.
-    floats = ("float32", *FLOATS) if kind == "W4A8_DYNAMIC" else FLOATS
+    floats = ("float32", *FLOATS) if scheme.weight.bits == 4 else FLOATS
     found = {
         "weight": TensorSpec((outputs, inputs), ("int8",)),
         "weight_scale": TensorSpec((outputs, groups), floats),
         "weight_zero_point": TensorSpec((outputs, groups), ("int8",), optional=True),
     }
-    if kind == "W8A8":
+    if not scheme.activation.dynamic:
         found["input_scale"] = TensorSpec((1,), ("float32", *FLOATS))
         found["input_zero_point"] = TensorSpec((1,), ("int8",), optional=True)
     return found
 
 
-def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> dict[str, Any]:
+def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     """File name -> JSON value. One scheme for all layers is written as "Linear", several by the layers' names."""
     refuse_online_hadamard(config, NAME)
-    if int8_cache:
+    if plan.cache is not None:
         raise RequestError(
             f"the {NAME} format: its readers have float8 key/value caches with one scale for a tensor or a head, none of "
             "int8 with one for each channel; use --format mindformers or ascend, or a recipe without kv_cache"
         )
-    names = {kind: [name.removesuffix(".weight") for name, found in kinds.items() if found == kind] for kind in KINDS}
-    used = [kind for kind in KINDS if names[kind]]
-    groups = {
-        f"group_{number}": {
-            "targets": ["Linear"] if len(used) == 1 else names[kind],
-            "weights": _weights(kind, group_size),
-            "input_activations": _activations(kind),
-            "output_activations": None,
-        }
-        for number, kind in enumerate(used)
-    }
+    names: dict[QuantScheme | None, list[str]] = {}
+    for name, _, scheme in plan:
+        names.setdefault(scheme, []).append(name)
+    ignored = names.pop(None, [])
+    used = sorted(names, key=lambda scheme: (_ORDER.index(scheme.arithmetic), scheme.group_size))
     settings = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",
         "quantization_status": "compressed",
-        "config_groups": groups,
-        "ignore": [*(name.removesuffix(".weight") for name, kind in kinds.items() if kind == FLOAT), "lm_head"],
+        "config_groups": {
+            f"group_{number}": {
+                "targets": ["Linear"] if len(used) == 1 else names[scheme],
+                "weights": _weights(scheme.weight),
+                "input_activations": _activations(scheme.activation),
+                "output_activations": None,
+            }
+            for number, scheme in enumerate(used)
+        },
+        "ignore": [*ignored, layout.HEAD.removesuffix(".weight")],
         "kv_cache_scheme": None,
     }
     return {"config.json": {**family_config(config), "quantization_config": settings}}
 
 
-def _weights(kind: str, group_size: int) -> dict[str, Any]:
-    bits, grouped = (4, bool(group_size)) if kind == "W4A8_DYNAMIC" else (8, False)
+def _weights(scheme: TensorScheme) -> dict[str, Any]:
     return {
-        "num_bits": bits,
+        "num_bits": scheme.bits,
         "type": "int",
-        "strategy": "group" if grouped else "channel",
-        "group_size": group_size if grouped else None,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size or None,
         "symmetric": True,
         "dynamic": False,
     }
 
 
-def _activations(kind: str) -> dict[str, Any]:
-    dynamic = kind != "W8A8"
+def _activations(scheme: TensorScheme) -> dict[str, Any]:
     return {
-        "num_bits": 8,
+        "num_bits": scheme.bits,
         "type": "int",
-        "strategy": "token" if dynamic else "tensor",
+        "strategy": scheme.granularity,
         "symmetric": True,
-        "dynamic": dynamic,
+        "dynamic": scheme.dynamic,
     }
 
 
@@ -144,42 +145,42 @@ def recognises(directory: Path, config: ModelConfig) -> bool:
     return isinstance(settings, Mapping) and settings.get("quant_method") == "compressed-tensors"
 
 
-def read_int8_cache(directory: Path, config: ModelConfig) -> bool:
-    """False. Raises CheckpointError for a quantized cache, which would be left out of what is computed."""
-    scheme = config.raw["quantization_config"].get("kv_cache_scheme")
-    if scheme is not None:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: quantization_config.kv_cache_scheme is {scheme!r}; a quantized key/value cache "
-            "is not read from this format"
-        )
-    return False
-
-
-def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:
-    """(layer's weight name -> kind, group size). Raises CheckpointError for a scheme that is not computed here."""
+def read_plan(directory: Path, config: ModelConfig) -> Plan:
+    """The inverse of metadata. Raises CheckpointError for a scheme that is not computed here, and for a quantized cache,
+    which would be left out of what is computed."""
     where = f"{directory / 'config.json'}: quantization_config"
     settings = config.raw["quantization_config"]
     if settings.get("format") not in ("int-quantized", "naive-quantized"):
         raise CheckpointError(f"{where}.format is {settings.get('format')!r}, wanted 'int-quantized'")
+    if settings.get("kv_cache_scheme") is not None:
+        raise CheckpointError(
+            f"{where}.kv_cache_scheme is {settings['kv_cache_scheme']!r}; a quantized key/value cache is not read from this "
+            "format"
+        )
     groups, ignored = settings.get("config_groups"), settings.get("ignore") or []
     if not isinstance(groups, Mapping) or not isinstance(ignored, list):
         raise CheckpointError(f"{where}: wanted an object config_groups and a list ignore")
-    schemes = {name: _scheme(group, f"{where}.config_groups.{name}") for name, group in groups.items()}
-    kinds, sizes = {}, set()
+    known = {name: _scheme(group, f"{where}.config_groups.{name}") for name, group in groups.items()}
+    schemes = {}
     for weight_name in layout.linear_names(config):
         name = weight_name.removesuffix(".weight")
-        kinds[weight_name] = FLOAT
-        if any(_matches(pattern, name) for pattern in ignored):
-            continue
-        for exact in (True, False):  # a name decides before the class does
-            found = next((key for key in groups if _targets(groups[key], name, exact=exact)), None)
-            if found:
-                kinds[weight_name], size = schemes[found]
-                sizes |= {size} if kinds[weight_name] == "W4A8_DYNAMIC" else set()
-                break
-    if len(sizes) > 1:
-        raise CheckpointError(f"{where}: int4 group sizes {sorted(sizes)} are mixed; the network has one for all layers")
-    return kinds, sizes.pop() if sizes else 0
+        found = None if any(_matches(pattern, name) for pattern in ignored) else _group_of(name, groups)
+        schemes[name] = None if found is None else known[found]
+    plan = Plan.of_layers(schemes, config.num_hidden_layers)
+    if len(plan.group_sizes) > 1:
+        raise CheckpointError(
+            f"{where}: int4 group sizes {sorted(plan.group_sizes)} are mixed; the network has one for all layers"
+        )
+    return plan
+
+
+def _group_of(name: str, groups: Mapping[str, Any]) -> str | None:
+    """The config group of a layer; a name decides before the class does."""
+    for exact in (True, False):
+        for key, group in groups.items():
+            if _targets(group, name, exact=exact):
+                return key
+    return None
 
 
 def _targets(group: Mapping[str, Any], name: str, *, exact: bool) -> bool:
@@ -191,26 +192,29 @@ def _matches(pattern: str, name: str) -> bool:
     return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else pattern == name
 
 
-def _scheme(group: Any, where: str) -> tuple[str, int]:
-    """(kind, group size) of a config group."""
+def _scheme(group: Any, where: str) -> QuantScheme:
+    """Of a config group."""
     weights, inputs = (
         (group.get(key) or {}) if isinstance(group, Mapping) else {} for key in ("weights", "input_activations")
     )
     size = weights.get("group_size") or 0
     shape = (weights.get("num_bits"), weights.get("strategy"), inputs.get("strategy"), bool(inputs.get("dynamic")))
-    kinds: dict[tuple[Any, ...], str] = {
-        (8, "channel", "token", True): "W8A8_DYNAMIC",
-        (8, "channel", "tensor", False): "W8A8",
-        (4, "channel", "token", True): "W4A8_DYNAMIC",
-        (4, "group", "token", True): "W4A8_DYNAMIC",
-    }
-    kind = kinds.get(shape)
+    scheme = next(
+        (
+            preset
+            for preset in PRESETS.values()
+            if shape == (preset.weight.bits, preset.weight.granularity, preset.activation.granularity, preset.activation.dynamic)
+        ),
+        None,
+    )
     integers = weights.get("type") == inputs.get("type") == "int" and inputs.get("num_bits") == 8
     # A static zero point is read from its tensor; per-token ones are computed here without.
-    symmetric = weights.get("symmetric", True) and (kind == "W8A8" or inputs.get("symmetric", True))
-    if kind is None or not integers or not symmetric or (weights.get("strategy") == "group") != (size > 0):
+    symmetric = weights.get("symmetric", True) and (inputs.get("symmetric", True) or not inputs.get("dynamic"))
+    grouped = weights.get("strategy") == "group"
+    sized = isinstance(size, int) and size % 2 == 0 and grouped == (size > 0)
+    if scheme is None or not integers or not symmetric or not sized:
         raise CheckpointError(
             f"{where}: weights {dict(weights)}, input_activations {dict(inputs)}: not a scheme that is computed here; "
             "wanted symmetric int8 per channel or int4 per channel or group, inputs int8 per token, or per tensor"
         )
-    return kind, size if weights.get("strategy") == "group" else 0
+    return scheme.grouped(size) if grouped else scheme

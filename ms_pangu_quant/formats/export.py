@@ -11,12 +11,12 @@ import ml_dtypes
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import QuantizedLinear
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import kv_cache, mindformers
-from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.formats.reader import Format, QuantizedReader
 
 
@@ -35,7 +35,7 @@ def export(
     Raises   CheckpointError for a damaged source, RequestError for scales the format's reader cannot hold, OutputError.
     """
     config = reader.config
-    files = stored_as.metadata(config, reader.kinds, reader.group_size, reader.int8_cache)
+    files = stored_as.metadata(config, reader.plan)
     fingerprint = {
         "checkpoint": reader.files.sha256(),
         "format": stored_as.NAME,
@@ -54,17 +54,17 @@ def export(
 def _tensors(
     reader: QuantizedReader, stored_as: Format, index: int
 ) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
-    prefix = layout.block_prefix(index)
-    block, linears = reader.block(index)
+    prefix, rounded = layout.block_prefix(index), reader.rounded_block(index)
     tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {
-        prefix + name: reader.files.entries[prefix + name] for name in block.tensors
+        prefix + name: reader.files.entries[prefix + name] for name in rounded.kept
     }
     for site in layout.SITES:
-        if site.name in linears:
-            encoded = stored_as.encode(block, site, linears[site.name])
-            _check_narrow(reader, stored_as, f"{prefix}{site.name}", linears[site.name], encoded)
+        if site.name in rounded.linears:
+            linear = rounded.linears[site.name]
+            encoded = stored_as.encode(rounded.floats, site, linear)
+            _check_narrow(reader, stored_as, f"{prefix}{site.name}", linear, encoded)
             tensors.update({f"{prefix}{site.name}.{key}": value for key, value in encoded.items()})
-    if reader.int8_cache:
+    if rounded.cache is not None:
         tensors.update({name: reader.files.entries[name] for name in kv_cache.names(index)})
     return tensors
 
@@ -73,7 +73,7 @@ def _check_narrow(
     reader: QuantizedReader, stored_as: Format, name: str, linear: QuantizedLinear, encoded: dict[str, NDArray[Any]]
 ) -> None:
     """MindFormers holds int8 scales of a bfloat16 network in bfloat16 and its loader does not narrow."""
-    if stored_as.NAME != mindformers.NAME or reader.config.torch_dtype != "bfloat16" or linear.kind == "W4A8_DYNAMIC":
+    if stored_as.NAME != mindformers.NAME or reader.config.torch_dtype != "bfloat16" or linear.scheme.weight.bits == 4:
         return
     for key in ("weight_scale", "input_scale"):
         if key in encoded and encoded[key].dtype != ml_dtypes.bfloat16:

@@ -23,9 +23,10 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.linear import FLOATS, TensorSpec, narrow
+from ms_pangu_quant.formats.words import INT8_CACHE_WORD
 from ms_pangu_quant.quantizers.kv_cache import CODE_MAX, CODE_MIN, CacheGrid, QuantizedCache
+from ms_pangu_quant.scheme import INT8_CACHE, TensorScheme
 
-KIND = "C8"
 TYPE_KEY = "kv_cache_type"
 _SCALE, _OFFSET = "kv_cache_scale", "kv_cache_offset"
 
@@ -33,15 +34,15 @@ _SCALE, _OFFSET = "kv_cache_scale", "kv_cache_offset"
 def encode(cache: QuantizedCache) -> dict[str, NDArray[Any]]:
     """Tensors to store, keys without the block's prefix."""
     tensors: dict[str, NDArray[Any]] = {}
-    for site, grid in zip(layout.CACHED_SITES, (cache.key, cache.value), strict=True):
-        tensors[f"{site}.{_SCALE}"] = narrow(grid.scale.reshape(-1))
-        tensors[f"{site}.{_OFFSET}"] = narrow(grid.offset.reshape(-1).astype(np.float32))
+    for site, grid in zip(layout.CACHED, (cache.key, cache.value), strict=True):
+        tensors[f"{site.name}.{_SCALE}"] = narrow(grid.scale.reshape(-1))
+        tensors[f"{site.name}.{_OFFSET}"] = narrow(grid.offset.reshape(-1).astype(np.float32))
     return tensors
 
 
 def decode(config: ModelConfig, tensors: Mapping[str, NDArray[Any]]) -> QuantizedCache:
     """Inverse of encode. Raises CheckpointError for a scale or an offset that no int8 grid has."""
-    return QuantizedCache(*(_grid(config, site, tensors) for site in layout.CACHED_SITES))
+    return QuantizedCache(*(_grid(config, site.name, tensors) for site in layout.CACHED))
 
 
 def _grid(config: ModelConfig, site: str, tensors: Mapping[str, NDArray[Any]]) -> CacheGrid:
@@ -66,19 +67,24 @@ def specs(config: ModelConfig) -> dict[str, TensorSpec]:
 
 def names(index: int) -> list[str]:
     """Of one block's tensors, in full."""
-    return [f"{layout.block_prefix(index)}{site}.{key}" for site in layout.CACHED_SITES for key in (_SCALE, _OFFSET)]
+    return [f"{layout.block_prefix(index)}{site.name}.{key}" for site in layout.CACHED for key in (_SCALE, _OFFSET)]
 
 
 def described(config: ModelConfig) -> dict[str, str]:
     """What a description says of them."""
-    return dict.fromkeys(specs(config), KIND)
+    return dict.fromkeys(specs(config), INT8_CACHE_WORD)
 
 
-def is_int8(value: Any, where: str) -> bool:
-    """Whether what a directory says of its cache is KIND. Raises CheckpointError for a kind that is not read here."""
-    if value not in (None, KIND):
-        raise CheckpointError(f"{where} is {value!r}, wanted {KIND!r} (int8) or nothing")
-    return value is not None
+def is_cache_tensor(name: str) -> bool:
+    """Whether a tensor of this name holds scales or offsets of a cache."""
+    return name.endswith((f".{_SCALE}", f".{_OFFSET}"))
+
+
+def read_scheme(word: Any, where: str) -> TensorScheme | None:
+    """What a directory says of its cache. Raises CheckpointError for a kind that is not read here."""
+    if word not in (None, INT8_CACHE_WORD):
+        raise CheckpointError(f"{where} is {word!r}, wanted {INT8_CACHE_WORD!r} (int8) or nothing")
+    return None if word is None else INT8_CACHE
 
 
 def read_cache(files: TensorFiles, config: ModelConfig, index: int) -> QuantizedCache:

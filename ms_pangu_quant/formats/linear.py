@@ -1,9 +1,10 @@
-"""A quantized layer as every format stores it: kind, codes, scales; and what the formats' files have in common."""
+"""What the formats' files have in common: specs of tensors, scales that come back exactly, config.json, descriptions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -12,33 +13,13 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.quantizers.grid import QuantizedWeight, is_bfloat16
+from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.formats.words import FLOAT, scheme_of, word_of
+from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.quantizers.grid import is_bfloat16
+from ms_pangu_quant.scheme import QuantScheme, TensorScheme
 
-KINDS = ("W8A8", "W8A8_DYNAMIC", "W4A8_DYNAMIC")
-FLOAT = "FLOAT"
 FLOATS = ("bfloat16", "float32", "float16")
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """One quantized layer.
-
-    input_scale   the factor x is multiplied by before rounding; None means per-token dynamic.
-    input_offset  zero point of a static layer: the code of x is round(x * input_scale) + input_offset, clipped to int8.
-                  What pangu-quant rounds has 0; other programs' checkpoints may not.
-    """
-
-    kind: str
-    weight: QuantizedWeight
-    input_scale: float | None = None
-    input_offset: int = 0
-
-    @property
-    def offset_correction(self) -> NDArray[np.int32]:
-        """What the zero point adds to the integer products, [out] int32, to be taken off: input_offset * sum(codes)."""
-        sums = self.weight.codes.sum(axis=1, dtype=np.int64)
-        return np.asarray(self.input_offset * sums, np.int32)
 
 
 @dataclass(frozen=True)
@@ -54,11 +35,6 @@ class TensorSpec:
         dtype = self.dtypes[0] if self.dtypes[0] != "bfloat16" or bfloat16_values else self.dtypes[1]
         size = 2 if dtype == "bfloat16" else np.dtype(dtype).itemsize
         return size * int(np.prod(self.shape, dtype=np.int64))
-
-
-def groups_of(config: ModelConfig, site: layout.LinearSite, group_size: int) -> int:
-    """Scales per output channel of an int4 weight; group_size 0 is one per channel."""
-    return layout.site_shape(config, site)[1] // group_size if group_size else 1
 
 
 def narrow(scale: NDArray[np.float32]) -> NDArray[Any]:
@@ -107,7 +83,7 @@ def pangu_config(config: ModelConfig) -> dict[str, Any]:
     raw.update(
         architectures=["PanguEmbeddedForCausalLM"],
         model_type="PanguEmbedded",
-        bias=config.attention_bias,
+        bias=bool(config.biased),
         head_dim=config.head_dim,
         rope_theta=config.rope_theta,
         rms_norm_eps=config.rms_norm_eps,
@@ -125,21 +101,43 @@ def family_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def describe(
-    config: ModelConfig, kinds: Mapping[str, str], keys: Callable[[layout.LinearSite, str], Mapping[str, TensorSpec]]
+    config: ModelConfig, plan: Plan, specs: Callable[[ModelConfig, layout.LinearSite, QuantScheme], Mapping[str, TensorSpec]]
 ) -> dict[str, str]:
-    """Parameter name -> kind, a layer's weight before its bias (MindFormers takes the first key that contains its name).
+    """Parameter name -> word, a layer's weight before its bias (MindFormers takes the first key that contains its name).
 
-    kinds  "model.layers.0.self_attn.q_proj.weight" -> kind;  keys  (site, kind) -> the tensors that are stored for it.
+    specs  the format's.
     """
     description = {}
-    for index in range(config.num_hidden_layers):
+    for index, block in enumerate(plan.blocks):
         prefix = layout.block_prefix(index)
         for site in layout.SITES:
-            name, kind = f"{prefix}{site.name}", kinds[f"{prefix}{site.name}.weight"]
-            stored = ["weight"] if kind == FLOAT else [key for key, spec in keys(site, kind).items() if not spec.optional]
-            description.update({f"{name}.{key}": kind for key in stored})
+            name, scheme = f"{prefix}{site.name}", block.scheme(site)
+            stored = {} if scheme is None else specs(config, site, scheme)
+            keys = ["weight"] if scheme is None else [key for key, spec in stored.items() if not spec.optional]
+            description.update({f"{name}.{key}": word_of(scheme) for key in keys})
             if layout.has_bias(config, site):
                 description[f"{name}.bias"] = FLOAT
         for norm in layout.NORMS:
             description[f"{prefix}{norm}.weight"] = FLOAT
     return {**description, **dict.fromkeys(layout.outer_shapes(config), FLOAT)}
+
+
+def read_description(
+    config: ModelConfig, description: Mapping[str, Any], group_size: int, cache: TensorScheme | None, where: Path
+) -> Plan:
+    """The inverse of describe. Raises CheckpointError for a word that says nothing."""
+    names = layout.linear_names(config)
+    schemes = {
+        name.removesuffix(".weight"): scheme_of(description.get(name), group_size, f"{where}: {name}") for name in names
+    }
+    return Plan.of_layers(schemes, config.num_hidden_layers, cache)
+
+
+def read_group_size(settings: Mapping[str, Any], where: str) -> int:
+    """Raises CheckpointError for what is no number of inputs."""
+    size = settings.get("group_size", 0)
+    if isinstance(size, bool) or not isinstance(size, int) or size < 0 or size % 2:
+        raise CheckpointError(
+            f"{where}.group_size is {size!r}, wanted an even whole number; 0 is one scale per output channel"
+        )
+    return size

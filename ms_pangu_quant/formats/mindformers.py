@@ -31,20 +31,23 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE, ModelConfig, read_json
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats import kv_cache, packing
 from ms_pangu_quant.formats.linear import (
     FLOATS,
-    QuantizedLinear,
     TensorSpec,
     describe,
-    groups_of,
     narrow,
     origin,
     pangu_config,
+    read_description,
+    read_group_size,
 )
+from ms_pangu_quant.formats.words import INT8_CACHE_WORD
+from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.scheme import QuantScheme
 
 NAME = "mindformers"
 _METHODS = {False: "golden-stick", True: HADAMARD_METHOD}
@@ -53,9 +56,9 @@ _METHODS = {False: "golden-stick", True: HADAMARD_METHOD}
 def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     """Tensors to store, keys without the layer's name ("weight", "weight_scale", ...)."""
     codes, scale = linear.weight.codes, linear.weight.scale
-    if linear.kind == "W4A8_DYNAMIC":
+    if linear.scheme.weight.bits == 4:
         return {"weight": packing.pack_along_out(codes), "weight_scale": np.ascontiguousarray(scale.T)}
-    if linear.kind == "W8A8_DYNAMIC":
+    if linear.scheme.activation.dynamic:
         return {"weight": codes, "weight_scale": narrow(scale[:, 0])}
     if linear.input_scale is None:
         raise ValueError("a static layer needs the scale of its input")
@@ -70,14 +73,16 @@ def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> di
     }
 
 
-def decode(block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[str, NDArray[Any]]) -> QuantizedLinear:
+def decode(
+    block: Block, site: layout.LinearSite, scheme: QuantScheme, tensors: Mapping[str, NDArray[Any]]
+) -> QuantizedLinear:
     """Inverse of encode. Raises CheckpointError for what it would have to drop."""
-    if kind == "W4A8_DYNAMIC":
+    if scheme.weight.bits == 4:
         scale = np.ascontiguousarray(tensors["weight_scale"].T, dtype=np.float32)
-        return QuantizedLinear(kind, QuantizedWeight(packing.unpack_along_out(tensors["weight"]), scale))
-    if kind == "W8A8_DYNAMIC":
+        return QuantizedLinear(scheme, QuantizedWeight(packing.unpack_along_out(tensors["weight"]), scale))
+    if scheme.activation.dynamic:
         scale = tensors["weight_scale"].astype(np.float32)[:, None]
-        return QuantizedLinear(kind, QuantizedWeight(tensors["weight"], scale))
+        return QuantizedLinear(scheme, QuantizedWeight(tensors["weight"], scale))
     for key in ("input_scale", "input_offset"):
         if not (tensors[key] == tensors[key][0]).all():
             raise CheckpointError(f"{site.name}.{key}: differs between channels; wanted one value for the whole input")
@@ -85,7 +90,7 @@ def decode(block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[st
     factor = np.float32(tensors["input_scale"][0])
     scale = origin(deq_scale, deq_scale * factor, lambda weight_scale: weight_scale / factor)
     weight = QuantizedWeight(tensors["weight"], scale[:, None])
-    linear = QuantizedLinear(kind, weight, float(factor), int(tensors["input_offset"][0]))
+    linear = QuantizedLinear(scheme, weight, float(factor), int(tensors["input_offset"][0]))
     if not np.array_equal(tensors["quant_bias"], -linear.offset_correction):
         raise CheckpointError(
             f"{site.name}.quant_bias: is not -input_offset * sum(weight); a bias inside it is not read here, "
@@ -94,16 +99,16 @@ def decode(block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[st
     return linear
 
 
-def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: int) -> dict[str, TensorSpec]:
+def specs(config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> dict[str, TensorSpec]:
     """What encode produces."""
     outputs, inputs = layout.site_shape(config, site)
-    if kind == "W4A8_DYNAMIC":
-        groups = groups_of(config, site, group_size)
+    if scheme.weight.bits == 4:
+        groups = scheme.weight.groups(inputs)
         return {
             "weight": TensorSpec((inputs, outputs // 2), ("int8",)),
             "weight_scale": TensorSpec((groups, outputs), ("float32", *FLOATS)),
         }
-    if kind == "W8A8_DYNAMIC":
+    if scheme.activation.dynamic:
         return {"weight": TensorSpec((outputs, inputs), ("int8",)), "weight_scale": TensorSpec((outputs,), FLOATS)}
     return {
         "weight": TensorSpec((outputs, inputs), ("int8",)),
@@ -114,12 +119,12 @@ def specs(config: ModelConfig, site: layout.LinearSite, kind: str, group_size: i
     }
 
 
-def metadata(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> dict[str, Any]:
+def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     """File name -> JSON value. config.json always has openPangu's names, since that is the network it is for."""
-    settings: dict[str, Any] = {"quant_method": _METHODS[config.online_hadamard], "group_size": group_size}
-    description = describe(config, kinds, lambda site, kind: specs(config, site, kind, group_size))
-    if int8_cache:
-        settings[kv_cache.TYPE_KEY] = kv_cache.KIND
+    settings: dict[str, Any] = {"quant_method": _METHODS[config.online_hadamard], "group_size": plan.group_size}
+    description = describe(config, plan, specs)
+    if plan.cache is not None:
+        settings[kv_cache.TYPE_KEY] = INT8_CACHE_WORD
         description.update(kv_cache.described(config))
     return {QUANTIZATION_FILE: description, "config.json": {**pangu_config(config), "quantization_config": settings}}
 
@@ -129,18 +134,9 @@ def recognises(directory: Path, config: ModelConfig) -> bool:
     return isinstance(settings, Mapping) and settings.get("quant_method") in _METHODS.values()
 
 
-def read_int8_cache(directory: Path, config: ModelConfig) -> bool:
-    where = f"{directory / 'config.json'}: quantization_config.{kv_cache.TYPE_KEY}"
-    return kv_cache.is_int8(config.raw["quantization_config"].get(kv_cache.TYPE_KEY), where)
-
-
-def read_metadata(directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:
-    """(layer's weight name -> kind as the file has it, unchecked; group size). Raises CheckpointError."""
-    group_size = config.raw["quantization_config"].get("group_size", 0)
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 0:
-        raise CheckpointError(
-            f"{directory / 'config.json'}: quantization_config.group_size is {group_size!r}, wanted a "
-            "whole number; 0 is one scale per output channel"
-        )
-    description = read_json(directory / QUANTIZATION_FILE)
-    return {name: description.get(name) for name in layout.linear_names(config)}, group_size
+def read_plan(directory: Path, config: ModelConfig) -> Plan:
+    """The inverse of metadata. Raises CheckpointError."""
+    settings, where = config.raw["quantization_config"], directory / "config.json"
+    cache = kv_cache.read_scheme(settings.get(kv_cache.TYPE_KEY), f"{where}: quantization_config.{kv_cache.TYPE_KEY}")
+    group_size = read_group_size(settings, f"{where}: quantization_config")
+    return read_description(config, read_json(directory / QUANTIZATION_FILE), group_size, cache, directory / QUANTIZATION_FILE)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.formats import mindformers, packing
-from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 
@@ -31,23 +30,23 @@ class ArraySlice:
 
 def runtime_tensors(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
     """The tensors of one layer as the CPU backend's linear methods hold them, keys without the layer's name."""
-    if linear.kind == "W4A8_DYNAMIC":
+    if linear.scheme.weight.bits == 4:
         return {"weight": packing.pack_offset_along_in(linear.weight.codes), "group_scale": linear.weight.scale}
     stored = mindformers.encode(block, site, linear)
     return {key: value.astype(np.float32) if value.dtype == ml_dtypes.bfloat16 else value for key, value in stored.items()}
 
 
 def cache_tensor(prefix: str, cache: QuantizedCache) -> tuple[str, ArraySlice]:
-    """(name, array) of a block's cache grids for network.load_tensors."""
     return f"{prefix}self_attn.core_attention.cache_grid", ArraySlice(cache.rows())
 
 
-def network_tensors(prefix: str, block: Block, linears: Mapping[str, QuantizedLinear]) -> Iterator[tuple[str, Any]]:
+def network_tensors(prefix: str, rounded: RoundedBlock) -> Iterator[tuple[str, ArraySlice]]:
     """(name, array) pairs of one block for network.load_tensors."""
-    for name, value in block.tensors.items():
-        if name.removesuffix(".weight") not in linears:
-            yield prefix + name, ArraySlice(value)
+    if rounded.cache is not None:
+        yield cache_tensor(prefix, rounded.cache)
+    for name, value in rounded.kept.items():
+        yield prefix + name, ArraySlice(value)
     for site in layout.SITES:
-        if site.name in linears:
-            for key, value in runtime_tensors(block, site, linears[site.name]).items():
+        if site.name in rounded.linears:
+            for key, value in runtime_tensors(rounded.floats, site, rounded.linears[site.name]).items():
                 yield f"{prefix}{site.name}.{key}", ArraySlice(value)

@@ -9,13 +9,15 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, is_quantized
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
+from ms_pangu_quant.errors import CheckpointError, RecipeError
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
-from ms_pangu_quant.formats.linear import FLOAT, KINDS, QuantizedLinear, TensorSpec
-from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
+from ms_pangu_quant.formats.linear import TensorSpec
+from ms_pangu_quant.plan import BlockPlan, Plan
+from ms_pangu_quant.scheme import QuantScheme
 
 
 class Format(Protocol):
@@ -27,28 +29,20 @@ class Format(Protocol):
         """The tensors of one layer; block holds its bias and the config."""
 
     def decode(
-        self, block: Block, site: layout.LinearSite, kind: str, tensors: Mapping[str, NDArray[Any]]
+        self, block: Block, site: layout.LinearSite, scheme: QuantScheme, tensors: Mapping[str, NDArray[Any]]
     ) -> QuantizedLinear:
         """Inverse of encode."""
 
-    def specs(self, config: ModelConfig, site: layout.LinearSite, kind: str, group_size: int) -> dict[str, TensorSpec]:
+    def specs(self, config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> dict[str, TensorSpec]:
         """Shapes and dtypes of what encode produces."""
 
-    def metadata(
-        self, config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False
-    ) -> dict[str, Any]:
-        """JSON files of the directory, config.json among them; kinds: weight name -> kind or FLOAT.
-
-        Raises RequestError for what the format cannot say.
-        """
+    def metadata(self, config: ModelConfig, plan: Plan) -> dict[str, Any]:
+        """JSON files of the directory, config.json among them. Raises RequestError for what the format cannot say."""
 
     def recognises(self, directory: Path, config: ModelConfig) -> bool: ...
 
-    def read_metadata(self, directory: Path, config: ModelConfig) -> tuple[dict[str, Any], int]:
-        """(weight name -> kind, group size), the inverse of metadata."""
-
-    def read_int8_cache(self, directory: Path, config: ModelConfig) -> bool:
-        """Whether the directory has the scales of an int8 key/value cache."""
+    def read_plan(self, directory: Path, config: ModelConfig) -> Plan:
+        """Inverse of metadata."""
 
 
 FORMATS: dict[str, Format] = {each.NAME: each for each in (mindformers, ascend, compressed_tensors)}
@@ -66,33 +60,31 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
     )
 
 
-class QuantizedReader:
-    """A quantized directory whose every tensor has been found, with the shape and dtype its description implies.
+class Reader(Protocol):
+    """What the readers of float and of quantized directories have in common; plan says what is quantized."""
 
-    kinds       "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT"
-    int8_cache  its keys and values are cached in int8.
-    """
+    directory: Path
+    config: ModelConfig
+    plan: Plan
+    files: TensorFiles
+    format: Format | None  # of a quantized directory
+
+    def rounded_block(self, index: int) -> RoundedBlock: ...
+
+
+class QuantizedReader:
+    """A quantized directory whose every tensor has been found, with the shape and dtype its description implies."""
 
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError naming file, tensor, what was found and what was wanted."""
         self.directory = directory
         self.config = ModelConfig.from_file(directory / "config.json")
         self.format = find_format(directory, self.config)
-        kinds, self.group_size = self.format.read_metadata(directory, self.config)
-        for name, kind in kinds.items():
-            if kind not in (*KINDS, FLOAT):
-                raise CheckpointError(
-                    f"{directory}: the description: {name} is {kind!r}, wanted one of {', '.join((*KINDS, FLOAT))}"
-                )
-        self.kinds: dict[str, str] = kinds
-        self.int8_cache = self.format.read_int8_cache(directory, self.config)
+        self.plan = self.format.read_plan(directory, self.config)
         self.files = TensorFiles(directory)
-        floats = float_shapes(self.config, self.kinds)
-        quantized = quantized_specs(self.format, self.config, self.kinds, self.group_size)
-        if self.int8_cache:
-            quantized.update(kv_cache.specs(self.config))
+        quantized = quantized_specs(self.format, self.config, self.plan)
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
-        self.files.check(floats, optional=[*optional, *quantized])
+        self.files.check(float_shapes(self.config, self.plan), optional=[*optional, *quantized])
         for name, spec in quantized.items():
             fault = self.spec_fault(name, spec)
             if fault:
@@ -107,79 +99,64 @@ class QuantizedReader:
             return f"{name}: got {entry.dtype} {list(entry.shape)}, its description implies {_words(spec)}"
         return None
 
-    def block(self, index: int) -> tuple[Block, dict[str, QuantizedLinear]]:
-        return read_block(self.format, self.files, self.config, self.kinds, self.group_size, index)
-
-    def cache(self, index: int) -> QuantizedCache | None:
-        """The grids of a block's int8 cache, None for a float one."""
-        return kv_cache.read_cache(self.files, self.config, index) if self.int8_cache else None
+    def rounded_block(self, index: int) -> RoundedBlock:
+        return read_block(self.format, self.files, self.config, self.plan.blocks[index], index)
 
 
 def _words(spec: TensorSpec) -> str:
     return f"{' or '.join(dict.fromkeys(spec.dtypes))} {list(spec.shape)}"
 
 
-def float_shapes(config: ModelConfig, kinds: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+def float_shapes(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Full names and shapes of the tensors that stay float."""
     shapes = layout.outer_shapes(config)
-    for index in range(config.num_hidden_layers):
-        for name, shape in layout.block_shapes(config).items():
-            full = layout.block_prefix(index) + name
-            if kinds.get(full, FLOAT) == FLOAT:
-                shapes[full] = shape
+    for index, block in enumerate(plan.blocks):
+        shapes.update({layout.block_prefix(index) + name: shape for name, shape in _floats(config, block).items()})
     return shapes
 
 
-def quantized_specs(
-    chosen: Format, config: ModelConfig, kinds: Mapping[str, str], group_size: int
-) -> dict[str, TensorSpec]:
-    """Full names and specs of the quantized layers' tensors."""
+def _floats(config: ModelConfig, plan: BlockPlan) -> dict[str, tuple[int, ...]]:
+    """Of one block."""
+    quantized = {f"{site.name}.weight" for site, _ in plan.quantized}
+    return {name: shape for name, shape in layout.block_shapes(config).items() if name not in quantized}
+
+
+def quantized_specs(chosen: Format, config: ModelConfig, plan: Plan) -> dict[str, TensorSpec]:
+    """Full names and specs of the tensors of quantized layers and of an int8 cache. Raises CheckpointError."""
     found = {}
-    for index in range(config.num_hidden_layers):
-        for site in layout.SITES:
-            name = f"{layout.block_prefix(index)}{site.name}"
-            kind = kinds[f"{name}.weight"]
-            if kind == FLOAT:
-                continue
-            if kind == "W4A8_DYNAMIC" and group_size and layout.site_shape(config, site)[1] % group_size:
-                inputs = layout.site_shape(config, site)[1]
-                raise CheckpointError(f"{name}: group_size {group_size} does not divide the {inputs} inputs of the layer")
-            for key, spec in chosen.specs(config, site, kind, group_size).items():
-                found[f"{name}.{key}"] = spec
-    return found
+    for name, site, scheme in plan:
+        if scheme is not None:
+            try:
+                specs = chosen.specs(config, site, scheme)
+            except RecipeError as error:
+                raise CheckpointError(f"{name}: {error}") from None
+            found.update({f"{name}.{key}": spec for key, spec in specs.items()})
+    return {**found, **kv_cache.specs(config)} if plan.cache is not None else found
 
 
-def read_block(
-    chosen: Format, files: TensorFiles, config: ModelConfig, kinds: Mapping[str, str], group_size: int, index: int
-) -> tuple[Block, dict[str, QuantizedLinear]]:
-    """The float tensors of a stored block, and its quantized layers by site name."""
+def read_block(chosen: Format, files: TensorFiles, config: ModelConfig, plan: BlockPlan, index: int) -> RoundedBlock:
+    """A stored block. Raises CheckpointError naming a tensor whose values no such layer has."""
     prefix = layout.block_prefix(index)
-    names = [name for name in layout.block_shapes(config) if kinds.get(prefix + name, FLOAT) == FLOAT]
-    block = Block(config, {name: files.read_float32(prefix + name) for name in names})
-    quantized = [site for site in layout.SITES if kinds[f"{prefix}{site.name}.weight"] != FLOAT]
-    linears = {site.name: read_linear(chosen, files, block, prefix, site, kinds, group_size) for site in quantized}
+    block = Block(config, {name: files.read_float32(prefix + name) for name in _floats(config, plan)})
+    linears = {
+        site.name: read_linear(chosen, files, block, f"{prefix}{site.name}", site, scheme)
+        for site, scheme in plan.quantized
+    }
     check_fused_inputs(prefix, linears)
-    return block, linears
+    cache = kv_cache.read_cache(files, config, index) if plan.cache is not None else None
+    return RoundedBlock(block, linears, cache)
 
 
 def read_linear(
-    chosen: Format,
-    files: TensorFiles,
-    block: Block,
-    prefix: str,
-    site: layout.LinearSite,
-    kinds: Mapping[str, str],
-    group_size: int,
+    chosen: Format, files: TensorFiles, block: Block, name: str, site: layout.LinearSite, scheme: QuantScheme
 ) -> QuantizedLinear:
-    """One quantized layer of the block with this prefix."""
-    name = f"{prefix}{site.name}"
-    kind = kinds[f"{name}.weight"]
-    keys = chosen.specs(block.config, site, kind, group_size)
+    """One quantized layer, stored under this full name."""
+    keys = chosen.specs(block.config, site, scheme)
     found = {key: files.entries[f"{name}.{key}"].read() for key in keys if f"{name}.{key}" in files.entries}
     try:
-        return chosen.decode(block, site, kind, found)
+        return chosen.decode(block, site, scheme, found)
     except CheckpointError as error:
-        raise CheckpointError(f"{prefix}{error}") from None
+        raise CheckpointError(f"{name.removesuffix(site.name)}{error}") from None
 
 
 def check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,32 +9,26 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.checkpoint.block import RoundedBlock
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache
-from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.formats.reader import Format
-from ms_pangu_quant.quantizers.kv_cache import QuantizedCache
 
 
 def block_tensors(
-    reader: CheckpointReader,
-    stored_as: Format,
-    index: int,
-    block: Block,
-    linears: Mapping[str, QuantizedLinear],
-    cache: QuantizedCache | None,
+    reader: CheckpointReader, stored_as: Format, index: int, rounded: RoundedBlock
 ) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)
     tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {}
-    for name, value in block.tensors.items():
+    for name, value in rounded.kept.items():
         entry = reader.files.entries[prefix + name]
         unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)
         tensors[prefix + name] = entry if unchanged else value
     for site in layout.SITES:
-        if site.name in linears:
-            for key, stored in stored_as.encode(block, site, linears[site.name]).items():
+        if site.name in rounded.linears:
+            for key, stored in stored_as.encode(rounded.floats, site, rounded.linears[site.name]).items():
                 tensors[f"{prefix}{site.name}.{key}"] = stored
-    if cache is not None:
-        tensors.update({f"{prefix}{name}": value for name, value in kv_cache.encode(cache).items()})
+    if rounded.cache is not None:
+        tensors.update({f"{prefix}{name}": value for name, value in kv_cache.encode(rounded.cache).items()})
     return tensors

@@ -12,12 +12,13 @@ import numpy as np
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, hash_file
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.against import Law, check_block, law_of
-from ms_pangu_quant.formats.linear import FLOAT, FLOATS, KINDS, QuantizedLinear, TensorSpec
+from ms_pangu_quant.formats.linear import FLOATS, TensorSpec
 from ms_pangu_quant.formats.reader import (
     Format,
     check_fused_inputs,
@@ -26,6 +27,8 @@ from ms_pangu_quant.formats.reader import (
     quantized_specs,
     read_linear,
 )
+from ms_pangu_quant.formats.words import FLOAT, INT8_CACHE_WORD, word_of
+from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 _LONGEST_NAME = 255  # of a file, in most file systems
@@ -45,16 +48,13 @@ class _Directory:
     path: Path
     config: ModelConfig
     format: Format
-    kinds: Mapping[str, str]
-    group_size: int
-    int8_cache: bool
+    plan: Plan
     files: TensorFiles
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        floats = {name: TensorSpec(shape, FLOATS) for name, shape in float_shapes(self.config, self.kinds).items()}
-        quantized = quantized_specs(self.format, self.config, self.kinds, self.group_size)
-        return {**floats, **quantized, **(kv_cache.specs(self.config) if self.int8_cache else {})}
+        floats = {name: TensorSpec(shape, FLOATS) for name, shape in float_shapes(self.config, self.plan).items()}
+        return {**floats, **quantized_specs(self.format, self.config, self.plan)}
 
 
 def verify(
@@ -102,12 +102,7 @@ def _open(directory: Path) -> _Directory:
         raise CheckpointError(f"{directory}: no such directory{did_you_mean_path(directory)}")
     config = ModelConfig.from_file(directory / "config.json")
     chosen = find_format(directory, config)
-    kinds, group_size = chosen.read_metadata(directory, config)
-    for name, kind in kinds.items():
-        if kind not in (*KINDS, FLOAT):
-            raise CheckpointError(f"{directory}: the description: {name} is {kind!r}, wanted {', '.join(KINDS)} or {FLOAT}")
-    int8_cache = chosen.read_int8_cache(directory, config)
-    return _Directory(directory, config, chosen, kinds, group_size, int8_cache, TensorFiles(directory))
+    return _Directory(directory, config, chosen, chosen.read_plan(directory, config), TensorFiles(directory))
 
 
 def hash_faults(directory: Path) -> Iterator[str]:
@@ -148,14 +143,14 @@ def _description_faults(opened: _Directory) -> Iterator[str]:
         return
     if len(found) > 1:
         yield f"{opened.path}: has {found[0].name} and {found[1].name}; a loader may take either, remove one"
-    description = {name: kind for name, kind in read_json(found[0]).items() if name.endswith(_SUFFIXES)}
+    description = {name: word for name, word in read_json(found[0]).items() if name.endswith(_SUFFIXES)}
+    words = {name: word_of(scheme) for name, _, scheme in opened.plan}
     for name in opened.files.entries:
-        layer = f"{name.rpartition('.')[0]}.weight"
-        kind = FLOAT if name.endswith(".bias") else opened.kinds.get(layer, FLOAT)
-        if ".kv_cache_" in name:
-            kind = kv_cache.KIND
-        if description.get(name) != kind:
-            yield f"{found[0].name}: {name} is {description.get(name)!r}, but it is stored as {kind}"
+        word = FLOAT if name.endswith(".bias") else words.get(name.rpartition(".")[0], FLOAT)
+        if kv_cache.is_cache_tensor(name):
+            word = INT8_CACHE_WORD
+        if description.get(name) != word:
+            yield f"{found[0].name}: {name} is {description.get(name)!r}, but it is stored as {word}"
     for name in description:
         if name not in opened.files.entries and name != layout.HEAD:
             yield f"{found[0].name}: {name} is described as {description[name]!r}, but not stored"
@@ -165,12 +160,12 @@ _SUFFIXES = (".weight", ".bias", "_scale", "_offset", "_bias", "_second")
 
 
 def _fused_faults(opened: _Directory) -> Iterator[str]:
-    for index in range(opened.config.num_hidden_layers):
-        for fused in dict.fromkeys(site.fused for site in layout.SITES):
-            names = [f"{layout.block_prefix(index)}{site.name}" for site in layout.SITES if site.fused == fused]
-            kinds = {name: opened.kinds[f"{name}.weight"] for name in names}
-            if len(set(kinds.values())) > 1:
-                listed = ", ".join(f"{name}: {kind}" for name, kind in kinds.items())
+    for index, plan in enumerate(opened.plan.blocks):
+        for fused in layout.FUSED:
+            sites = layout.fused(fused)
+            if len({plan.scheme(site) for site in sites}) > 1:
+                prefix = layout.block_prefix(index)
+                listed = ", ".join(f"{prefix}{site.name}: {word_of(plan.scheme(site))}" for site in sites)
                 yield f"{listed}; these layers are computed as one and need the same scheme"
 
 
@@ -198,19 +193,18 @@ def _read_block(
         if not np.isfinite(value).all():
             faults.append(f"{prefix}{name}: has values that are not finite")
     linears = {}
-    for site in layout.SITES:
+    plan = opened.plan.blocks[index]
+    for site, scheme in plan.quantized:
         name = f"{prefix}{site.name}"
-        mine = [key for key in specs if key.startswith(f"{name}.") and ".kv_cache_" not in key]
-        if opened.kinds[f"{name}.weight"] == FLOAT or not all(map(sound, mine)):
+        mine = [key for key in specs if key.startswith(f"{name}.") and not kv_cache.is_cache_tensor(key)]
+        if not all(map(sound, mine)):
             continue
         faults += _scale_faults(opened, specs, name)
         try:
-            linears[site.name] = read_linear(
-                opened.format, opened.files, block, prefix, site, opened.kinds, opened.group_size
-            )
+            linears[site.name] = read_linear(opened.format, opened.files, block, name, site, scheme)
         except CheckpointError as error:
             faults.append(str(error))
-    if opened.int8_cache and all(sound(name) for name in kv_cache.names(index)):
+    if plan.cache is not None and all(sound(name) for name in kv_cache.names(index)):
         try:
             kv_cache.read_cache(opened.files, opened.config, index)
         except CheckpointError as error:
@@ -224,7 +218,7 @@ def _read_block(
 
 def _scale_faults(opened: _Directory, specs: Mapping[str, TensorSpec], name: str) -> Iterator[str]:
     for key in specs:
-        mine = key.startswith(f"{name}.") and ".kv_cache_" not in key
+        mine = key.startswith(f"{name}.") and not kv_cache.is_cache_tensor(key)
         if mine and key.endswith(("_scale", "scale_second")) and key in opened.files.entries:
             value: Any = opened.files.entries[key].read()
             if value.dtype == np.int64:  # float32 bits

@@ -13,15 +13,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mindspore as ms
 
 from ms_pangu_quant.backends import Backend, current_backend
-from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.pangu import build_network
+from ms_pangu_quant.plan import Plan
 
 _PLUMBING = {"Constant", "Load", "Depend", "UpdateState", "MakeTuple", "TupleGetItem", "list_getitem", "TensorToTuple"}
 
@@ -63,18 +64,24 @@ def device_backend(device: str) -> Backend:
 
 
 def exported_operators(
-    config: ModelConfig, backend: Backend, *, phase: str, layers: int = 1, vocab_size: int | None = None, **build: Any
+    config: ModelConfig,
+    plan: Plan,
+    backend: Backend,
+    *,
+    phase: str,
+    vocab_size: int | None = None,
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Operator]:
     """The operators of one phase's graph, in the order of execution; tuples are flattened, plumbing is left out.
 
+    plan        of the decoder layers to build; all are alike where their schemes are.
     phase       "prefill" or "decode".
-    layers      decoder layers to build; all are alike where their schemes are.
     vocab_size  in place of the config's, to keep the exported file small.
-    build       further arguments of build_network (kinds, group_size, w4a8).
+    options     as in build_network.
     """
     if vocab_size is not None:
         config = ModelConfig.from_dict({**config.raw, "vocab_size": vocab_size}, where="graph")
-    network = build_network(config, backend=backend, layers=layers, num_blocks=1, **build)
+    network = build_network(config, plan, backend=backend, num_blocks=1, options=options)
     network.process_weights_after_loading(network.model)
     network.set_phase(phase)
     network.set_dynamic_inputs()
@@ -108,25 +115,22 @@ class OperatorCount:
 
 
 def operator_counts(
-    config: ModelConfig, backend: Backend, *, phase: str, kinds: Mapping[str, str] | None = None, **build: Any
+    config: ModelConfig, plan: Plan, backend: Backend, *, phase: str, options: Mapping[str, str] = MappingProxyType({})
 ) -> list[OperatorCount]:
     """The operators of a whole network's graph in one phase, equal ones counted, in the order of execution.
 
     Networks of one and of two layers are exported; their difference is a layer's part, and stands for every layer with the
     same schemes. The vocabulary is small while the graph is made and its size is put into the types afterwards.
 
-    phase  "prefill" or "decode".   kinds, build  as in build_network.
+    phase  "prefill" or "decode".   options  as in build_network.
     """
     total: Counter[_Key] = Counter()
     cells: dict[_Key, dict[str, None]] = {}
-    for number, (schemes, layers) in enumerate(_alike(config, kinds).items()):
+    for number, (block, layers) in enumerate(Counter(plan.blocks).items()):
         counts: list[Counter[_Key]] = []
         for depth in (1, 2):
-            own = None
-            if kinds is not None:
-                own = {f"{layout.block_prefix(index)}{name}": kind for index in range(depth) for name, kind in schemes}
             counts.append(Counter())
-            for key, where in _keys(config, backend, phase=phase, layers=depth, kinds=own, **build):
+            for key, where in _keys(config, Plan((block,) * depth), backend, phase=phase, options=options):
                 counts[-1][key] += 1
                 cells.setdefault(key, {})[re.sub(r"layers\.\d+", "layers.*", where)] = None
         once = counts[0] if number == 0 else Counter()
@@ -139,23 +143,14 @@ def operator_counts(
 _Key = tuple[str, tuple[str, ...], tuple[str, ...]]  # kind, types of the inputs, of the outputs
 
 
-def _keys(config: ModelConfig, backend: Backend, **export: Any) -> Iterator[tuple[_Key, str]]:
+def _keys(config: ModelConfig, plan: Plan, backend: Backend, **export: Any) -> Iterator[tuple[_Key, str]]:
     """Each operator as what equal ones have in common, and where it is."""
     small = _unused_size(config)
-    for each in exported_operators(config, backend, vocab_size=small, **export):
+    for each in exported_operators(config, plan, backend, vocab_size=small, **export):
         inputs, outputs = (
             tuple(str(_resized(one, small, config.vocab_size)) for one in side) for side in (each.inputs, each.outputs)
         )
         yield (each.kind, inputs, outputs), each.where
-
-
-def _alike(config: ModelConfig, kinds: Mapping[str, str] | None) -> Counter[tuple[tuple[str, str], ...]]:
-    """The schemes of a layer, (name in the layer, kind) of each weight -> how many layers have them."""
-    names = [f"{site.name}.weight" for site in layout.SITES]
-    return Counter(
-        tuple((name, (kinds or {}).get(f"{layout.block_prefix(index)}{name}", "")) for name in names)
-        for index in range(config.num_hidden_layers)
-    )
 
 
 def _unused_size(config: ModelConfig) -> int:

@@ -8,24 +8,28 @@ from mindformers.parallel_core.inference.quantization.golden_stick.config import
 from mindformers.parallel_core.inference.tensor_parallel.layers import LinearBase, UnquantizedLinearMethod
 
 from ms_pangu_quant.backends.hadamard import RotatedInput
-from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE
 from ms_pangu_quant.errors import BackendError, CheckpointError
+from ms_pangu_quant.formats.words import WORDS, scheme_of
+from ms_pangu_quant.scheme import Arithmetic
 
 # A layer MindFormers computes as one -> the layers its parts come from.
-_PARTS = {"linear_qkv": ("linear_q", "linear_k", "linear_v"), "linear_fc1": ("gating", "hidden")}
+_PARTS = {layout.QKV: ("linear_q", "linear_k", "linear_v"), layout.FC1: ("gating", "hidden")}
 
 
 class PanguQuantConfig(GoldenStickConfig):
     """MindFormers' Golden Stick contract, looked up exactly instead of by the first key that contains the prefix.
 
-    full_config maps "model.layers.0.self_attn.q_proj.weight" -> "W8A8" | "W8A8_DYNAMIC" | "W4A8_DYNAMIC" | "FLOAT", plus
-    "weight_mapping", "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where down_proj's input is rotated.
-    linear_methods may have one for "FLOAT", in place of MindFormers' own.
+    full_config maps each linear layer's weight to the word for its scheme (formats/words.py), and has "weight_mapping",
+    "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where down_proj's input is rotated.
+    linear_methods may have one for None, a float layer, in place of MindFormers' own.
     """
 
-    def __init__(self, full_config: Mapping[str, object], linear_methods: Mapping[str, type]) -> None:
+    def __init__(self, full_config: Mapping[str, object], linear_methods: Mapping[Arithmetic | None, type]) -> None:
         super().__init__(dict(full_config))
         self._methods = linear_methods
+        self.group_size = int(full_config.get("group_size") or 0)
 
     def get_quant_method(self, layer, prefix: str):
         """Raises CheckpointError if the parts of a fused layer disagree, BackendError for a kind it cannot compute."""
@@ -33,21 +37,22 @@ class PanguQuantConfig(GoldenStickConfig):
             return None
         stem, _, name = prefix.rpartition(".")
         parts = [f"{stem}.{part}.weight" for part in _PARTS.get(name, (name,))]
-        kinds = {part: self.full_config.get(part) for part in parts}
-        if len(set(kinds.values())) != 1:
+        words = {part: self.full_config.get(part) for part in parts}
+        if len(set(words.values())) != 1:
             raise CheckpointError(
-                f"quantization_description.json: {kinds}: these layers are computed as one and need the same quantization"
+                f"{QUANTIZATION_FILE}: {words}: these layers are computed as one and need the same quantization"
             )
-        method = self._method(parts[0], kinds[parts[0]])
-        if name == "linear_fc2" and self.full_config.get("quant_method") == HADAMARD_METHOD:
+        method = self._method(parts[0], words[parts[0]])
+        if name == layout.FC2 and self.full_config.get("quant_method") == HADAMARD_METHOD:
             return RotatedInput(method, layer.input_size, layer.params_dtype)
         return method
 
-    def _method(self, part: str, kind: object):
-        if kind == "FLOAT" and kind not in self._methods:
+    def _method(self, part: str, word: object):
+        scheme = scheme_of(word, self.group_size, f"{QUANTIZATION_FILE}: {part}")
+        arithmetic = None if scheme is None else scheme.arithmetic
+        if arithmetic is None and arithmetic not in self._methods:
             return UnquantizedLinearMethod()
-        if kind not in self._methods:
-            raise BackendError(
-                f"{part} is {kind}, which this device's backend cannot compute; it has {', '.join(self._methods)}"
-            )
-        return self._methods[kind](self)
+        if arithmetic not in self._methods:
+            known = ", ".join(WORDS[each] for each in self._methods if each is not None)
+            raise BackendError(f"{part} is {word}, which this device's backend cannot compute; it has {known}")
+        return self._methods[arithmetic](self)

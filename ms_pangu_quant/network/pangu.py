@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mindspore as ms
@@ -28,12 +29,16 @@ from mindspore.graph.api import _cell_graph_executor
 
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.backends.cut import let_ranks_meet, set_cache_loaders
+from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, ModelConfig
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
 from ms_pangu_quant.network.weights import served_tensors
+from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.scheme import TensorScheme
 
 WEIGHT_MAPPING = [
     ("model.embed_tokens.", "embedding.word_embeddings."),
@@ -64,13 +69,14 @@ class PanguConfigConverter(ConfigConverter):
         "initializer_range": "init_method_std",
         "rope_theta": "rotary_base",
         "bias": "add_qkv_bias",
-        ("bias",): "add_bias_linear",  # the same source again: a mapping has one target for each key
+        "output_bias": "add_bias_linear",
     }
 
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG, legacy=False, search_names="PanguEmbedded")
 class PanguEmbeddedConfig(PretrainedConfig):
-    """config.json of openPangu-Embedded; defaults are the 7B's. `bias` is on q, k, v and o, never on the MLP."""
+    """config.json of openPangu-Embedded; defaults are the 7B's. `bias` is on q, k, v and, if output_bias does not say
+    otherwise, on o, never on the MLP."""
 
     model_type = "PanguEmbedded"
 
@@ -99,6 +105,7 @@ class PanguEmbeddedConfig(PretrainedConfig):
         rms_norm_eps=1e-5,
         rope_theta=16000000.0,
         bias=True,
+        output_bias=None,
         tie_word_embeddings=False,
         **kwargs,
     ):
@@ -115,6 +122,7 @@ class PanguEmbeddedConfig(PretrainedConfig):
         self.rms_norm_eps = rms_norm_eps
         self.rope_theta = rope_theta
         self.bias = bias
+        self.output_bias = bias if output_bias is None else output_bias
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     def convert_to_transformer_config(self, is_mla_model: bool = False):
@@ -135,7 +143,7 @@ def layer_spec(
     block_size: int,
     *,
     final_norm: bool,
-    int8_cache: bool = False,
+    cache: TensorScheme | None = None,
 ) -> TransformerBlockSubmodules:
     """MindFormers' decoder layers with the backend's cells in place of its own."""
     spec = get_gpt_layer_local_spec(normalization=transformer_config.normalization, use_flash_attention=True)
@@ -146,7 +154,7 @@ def layer_spec(
     if backend.mlp is not None:
         spec.submodules.mlp.module = backend.mlp
     spec.submodules.self_attention.submodules.core_attention = backend.core_attention(
-        num_blocks=num_blocks, block_size=block_size, int8_cache=int8_cache
+        num_blocks=num_blocks, block_size=block_size, cache=cache
     )
     return TransformerBlockSubmodules(
         layer_specs=[spec] * transformer_config.num_layers, layer_norm=backend.norm if final_norm else None
@@ -160,7 +168,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
     quant_config  overrides what MindFormers would read from config.pretrained_model_dir.
     whole         False builds the decoder layers alone, without embedding and head.
     backend       whose cells to use; the process's own device's if not given.
-    int8_cache    keys and values are cached in int8; their grids are loaded with the weights.
+    cache         scheme of the key/value cache, whose grids are loaded with the weights; None for floats.
     """
 
     def __init__(
@@ -169,12 +177,12 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         quant_config: PanguQuantConfig | None = None,
         whole: bool = True,
         backend: Backend | None = None,
-        int8_cache: bool = False,
+        cache: TensorScheme | None = None,
     ):
         super().__init__(config, auto_prefix=False)
         self.config = config
         self.backend = backend or current_backend()
-        self.int8_cache = int8_cache
+        self.cache = cache
         transformer_config = self.convert_to_transformer_config(config)
         transformer_config.position_embedding_type = self.backend.rope_name  # the config class knows MindFormers' only
         transformer_config.post_process = whole  # takes precedence over GPTModel's argument
@@ -193,7 +201,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
                 config.num_blocks,
                 config.block_size,
                 final_norm=whole,
-                int8_cache=int8_cache,
+                cache=cache,
             ),
             vocab_size=transformer_config.vocab_size,
             max_sequence_length=transformer_config.max_position_embeddings,
@@ -255,9 +263,9 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         """One graph for every number of tokens, sequences and cache blocks."""
         tokens, table = Tensor(shape=[None], dtype=ms.int32), Tensor(shape=[None, None], dtype=ms.int32)
         mask_shape, mask_dtype = self.backend.dynamic_mask
-        caches = self.backend.new_caches(0, 1, 1, 1, 1, int8_cache=self.int8_cache)
+        caches = self.backend.new_caches(0, 1, 1, 1, 1, cache=self.cache)
         if caches is not None:
-            cache = Tensor(shape=[None, None, None, None], dtype=ms.int8 if self.int8_cache else self.compute_dtype)
+            cache = Tensor(shape=[None, None, None, None], dtype=ms.int8 if self.cache else self.compute_dtype)
             caches = tuple(mutable([cache] * self.config.num_hidden_layers) for _ in range(2))
         self.set_inputs(
             tokens,
@@ -293,7 +301,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         if weights_path is None:
             super().load_weights(weights_path, weights)
         else:
-            self.load_tensors(served_tensors(open_checkpoint(Path(weights_path)), self.backend, int8_cache=self.int8_cache))
+            self.load_tensors(served_tensors(open_checkpoint(Path(weights_path)), self.backend, cache=self.cache))
 
     def load_tensors(self, tensors: Iterable[tuple[str, Any]]) -> None:
         """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them.
@@ -322,42 +330,37 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
 
 def build_network(
     config: ModelConfig,
+    plan: Plan,
     *,
-    kinds: Mapping[str, str] | None = None,
-    group_size: int = 0,
     num_blocks: int,
     block_size: int = 16,
-    layers: int | None = None,
     whole: bool = True,
-    w4a8: str = "auto",
-    head: str = "stored",
+    options: Mapping[str, str] = MappingProxyType({}),
     backend: Backend | None = None,
-    int8_cache: bool = False,
 ) -> PanguEmbeddedForCausalLM:
     """The network of a checkpoint, parameters not loaded yet.
 
-    kinds       "model.layers.0.self_attn.q_proj.weight" -> quantization kind; None builds the float network.
-    group_size  inputs per int4 weight scale; 0 means one scale per output channel.
+    plan        schemes of the layers and the cache; only as many decoder layers are built as it has blocks.
     num_blocks  size of the key/value cache in blocks of block_size tokens.
-    layers      build only the first so many decoder layers.
-    w4a8        how an Ascend device computes int4 weights: auto, grouped or weight_only; see backends/ascend.py.
-    head        "stored", or "int8": the CPU kernels round a quantized network's when it is loaded.
+    whole       with embedding and head.
+    options     w4a8: how an Ascend device computes int4 weights, auto, grouped or weight_only (backends/ascend.py);
+                head: "stored", or "int8": the CPU kernels round a quantized network's when it is loaded.
     backend     whose cells to use; another device's than the process's builds a graph to look at, not to run.
-    int8_cache  keys and values are cached in int8.
     """
     backend = backend or current_backend()
     mf_config = PanguEmbeddedConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_hidden_layers if layers is None else layers,
+        num_hidden_layers=len(plan.blocks),
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=config.rope_theta,
-        bias=config.attention_bias,
+        bias=layout.Q in config.biased,
+        output_bias=layout.O in config.biased,
         tie_word_embeddings=config.tie_word_embeddings,
         pad_token_id=config.pad_token_id or 0,
         num_blocks=num_blocks,
@@ -365,20 +368,23 @@ def build_network(
         position_embedding_type="rope",
         **backend.dtypes,
     )
-    quant_config = None
-    if kinds is not None:
-        quant_config = PanguQuantConfig(
-            {
-                **kinds,
-                "weight_mapping": WEIGHT_MAPPING,
-                "quantization": "golden-stick",
-                "group_size": group_size,
-                "w4a8": w4a8,
-                "head": head,
-                **({"quant_method": HADAMARD_METHOD} if config.online_hadamard else {}),
-            },
-            backend.linear_methods,
-        )
-    network = PanguEmbeddedForCausalLM(mf_config, quant_config, whole, backend, int8_cache)
+    network = PanguEmbeddedForCausalLM(mf_config, _quant_config(config, plan, options, backend), whole, backend, plan.cache)
     network.set_train(False)
     return network
+
+
+def _quant_config(
+    config: ModelConfig, plan: Plan, options: Mapping[str, str], backend: Backend
+) -> PanguQuantConfig | None:
+    """None where every layer is MindFormers' own float one."""
+    if plan.is_float and None not in backend.linear_methods:
+        return None
+    described = {
+        **{f"{name}.weight": word_of(scheme) for name, _, scheme in plan},
+        "weight_mapping": WEIGHT_MAPPING,
+        "quantization": "golden-stick",
+        "group_size": plan.group_size,
+        **options,
+        **({"quant_method": HADAMARD_METHOD} if config.online_hadamard else {}),
+    }
+    return PanguQuantConfig(described, backend.linear_methods)

@@ -7,6 +7,7 @@ goes to the network's in one pass over its bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -17,20 +18,20 @@ from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.cpu_kernels.library import Library, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import TensorEntry
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.formats import mindformers
-from ms_pangu_quant.formats.linear import FLOAT
+from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.parameters import ArraySlice, cache_tensor, network_tensors
-from ms_pangu_quant.formats.reader import QuantizedReader
+from ms_pangu_quant.formats.reader import Reader
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.plan import BlockPlan
+from ms_pangu_quant.scheme import TensorScheme
 
 
 def served_tensors(
-    reader: CheckpointReader | QuantizedReader, backend: Backend, *, int8_cache: bool = False
+    reader: Reader, backend: Backend, *, cache: TensorScheme | None = None
 ) -> Iterator[tuple[str, ArraySlice]]:
     """Every tensor the network of `backend` wants, a block in memory at a time.
 
-    int8_cache  the network has one, so the grids that the directory has are among them.
+    cache  the network's; without it the grids that the directory has are left out.
     """
     tied = reader.config.tie_word_embeddings
     for name in layout.outer_shapes(reader.config):
@@ -43,26 +44,23 @@ def served_tensors(
         else:
             yield name, ArraySlice(reader.files.read_float32(name))
     kernels = library() if backend.bfloat16_tables else None
-    for index in range(reader.config.num_hidden_layers):
-        cache = reader.cache(index) if int8_cache and isinstance(reader, QuantizedReader) else None
-        if cache is not None:
-            yield cache_tensor(layout.block_prefix(index), cache)
-        if not isinstance(reader, QuantizedReader):
-            yield from network_tensors(layout.block_prefix(index), reader.block(index), {})
-        elif kernels is not None and reader.format is mindformers and _kinds(reader, index) <= {FLOAT, "W4A8_DYNAMIC"}:
-            yield from _int4_block(reader, index, kernels)
+    for index, plan in enumerate(reader.plan.blocks):
+        if plan.cache is not None and cache is not None:
+            yield cache_tensor(layout.block_prefix(index), kv_cache.read_cache(reader.files, reader.config, index))
+        if kernels is not None and reader.format is mindformers and not plan.is_float and _is_int4(plan):
+            yield from _int4_block(reader, plan, index, kernels)
         else:
-            yield from network_tensors(layout.block_prefix(index), *reader.block(index))
+            yield from network_tensors(layout.block_prefix(index), replace(reader.rounded_block(index), cache=None))
 
 
-def _kinds(reader: QuantizedReader, index: int) -> set[str]:
-    return {reader.kinds[f"{layout.block_prefix(index)}{site.name}.weight"] for site in layout.SITES}
+def _is_int4(plan: BlockPlan) -> bool:
+    return all(scheme.weight.bits == 4 for _, scheme in plan.quantized)
 
 
-def _int4_block(reader: QuantizedReader, index: int, kernels: Library) -> Iterator[tuple[str, ArraySlice]]:
+def _int4_block(reader: Reader, plan: BlockPlan, index: int, kernels: Library) -> Iterator[tuple[str, ArraySlice]]:
     """What network_tensors gives for a block whose layers are int4 or float."""
     prefix = layout.block_prefix(index)
-    packed = {site.name for site in layout.SITES if reader.kinds[f"{prefix}{site.name}.weight"] != FLOAT}
+    packed = {site.name for site, _ in plan.quantized}
     for name in layout.block_shapes(reader.config):
         if name.removesuffix(".weight") not in packed:
             yield prefix + name, ArraySlice(reader.files.read_float32(prefix + name))

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import round_down_to_bfloat16
 from ms_pangu_quant.scheme import TensorScheme
@@ -35,8 +35,8 @@ class ActivationRange:
             raise RecipeError(f"activation_range.percentile: got {self.percentile}, wanted a number from 50 to 100")
 
     @property
-    def needs_rows(self) -> int:
-        return 0 if self.method == "absmax" else 512
+    def needs(self) -> Needs:
+        return Needs(data=True, rows=0 if self.method == "absmax" else 512)
 
     def factor(self, stats: InputStats, scheme: TensorScheme) -> float:
         """What x is multiplied by before it is rounded: a bfloat16 value, rounded down so that the range fits the codes.

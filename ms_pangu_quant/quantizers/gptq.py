@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from scipy.linalg import LinAlgError, cho_factor, cho_solve
 from scipy.linalg.lapack import dpotrf
 
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
@@ -60,12 +60,15 @@ class Gptq:
     scale: ScaleChoice = "mse"
     sweeps: int = 0
     correct: bool = False
-    needs_gram: bool = True
-    needs_calibration: bool = True
 
     @property
-    def needs_drift(self) -> bool:
-        return self.correct
+    def needs(self) -> Needs:
+        return Needs(data=True, gram=True, drift=self.correct)
+
+    def operations(self, outputs: int, inputs: int) -> float:
+        """Float64 ones count twice: factors, then 2 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 for each."""
+        each = 2 + 4 * self.correct + (2 + 3 * self.sweeps if self.sweeps else 0)
+        return (2 + self.correct) * inputs**3 / 3 + each * float(outputs) * inputs**2
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= _LARGEST_DAMPING:

@@ -95,8 +95,8 @@ class Int8Cache:
             raise RecipeError(f"int8.percentile: got {self.percentile!r}, wanted a number from 50 to 100")
 
     @property
-    def needs_rows(self) -> int:
-        return 0 if self.method == "absmax" else 1024
+    def needs(self) -> Needs:
+        return Needs(data=True, rows=0 if self.method == "absmax" else 1024)
 
     def cache(self, keys: RangeStats, values: RangeStats, kv_heads: int) -> QuantizedCache:
         """The grids for a block whose keys and values [tokens, kv_heads * head_dim] were seen."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid
@@ -25,8 +25,6 @@ class RoundToNearest:
 
     scale: ScaleChoice = "absmax"
     weighted: bool = False
-    needs_gram: bool = False
-    needs_drift: bool = False
 
     def __post_init__(self) -> None:
         check_scale_choice("rtn", self.scale)
@@ -34,8 +32,11 @@ class RoundToNearest:
             raise RecipeError("rtn.weighted: is for scale: mse; with absmax no error is weighed")
 
     @property
-    def needs_calibration(self) -> bool:
-        return self.weighted
+    def needs(self) -> Needs:
+        return Needs(data=self.weighted)
+
+    def operations(self, outputs: int, inputs: int) -> float:
+        return float(outputs * inputs)
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
         importance = stats.squares if self.weighted and stats is not None else None

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats
-from ms_pangu_quant.checkpoint.layout import NORMS, sites_reading
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.layout import ATTENTION_OUTPUT, NORMS, sites_reading
+from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.quantizers.threads import by_element
 
@@ -23,21 +23,21 @@ def scale_channels(block: Block, input_name: str) -> int:
 
     All of them, but for attention_output: one value channel feeds a whole group of query heads.
     """
-    if input_name == "attention_output":
+    if input_name == ATTENTION_OUTPUT:
         return block.config.num_key_value_heads * block.config.head_dim
     return block.weight(sites_reading(input_name)[0]).shape[1]
 
 
 def reduce_to_producer(block: Block, input_name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
     """Max of values [in] over the input channels that share one channel of the producer; [scale_channels]."""
-    if input_name != "attention_output":
+    if input_name != ATTENTION_OUTPUT:
         return values
     return np.asarray(_by_group(block, values).max(axis=1).reshape(-1), dtype=np.float32)
 
 
 def expand_to_input(block: Block, input_name: str, s: NDArray[np.float32]) -> NDArray[np.float32]:
     """A scale for every input channel [in] from the producer's [scale_channels]."""
-    if input_name != "attention_output":
+    if input_name != ATTENTION_OUTPUT:
         return s
     config = block.config
     per_head = s.reshape(config.num_key_value_heads, 1, config.head_dim)

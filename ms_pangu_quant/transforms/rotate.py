@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import ComputedEntry
-from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader
+from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply, online_scale

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.quantizers.threads import by_element
@@ -59,8 +59,10 @@ class SmoothQuant:
 
     alpha: float = 0.5
     inputs: Sequence[str] = INPUT_NAMES
-    needs_gram: bool = False
-    needs_rows: int = 0
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=True)
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:

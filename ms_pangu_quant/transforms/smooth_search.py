@@ -24,9 +24,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import QuantScheme
@@ -47,8 +47,10 @@ class SmoothSearch:
     step: float = 0.1
     two_exponents: bool = True
     inputs: Sequence[str] = INPUT_NAMES
-    needs_gram: bool = False
-    needs_rows: int = 512
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(data=True, rows=512)
 
     def __post_init__(self) -> None:
         if not 0.01 <= self.step <= 1:

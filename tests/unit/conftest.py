@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.reader import Block
+from ms_pangu_quant.checkpoint.block import Block
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,315 @@
+"""Runs one decoder block after another over packed calibration sequences.
+
+One block of the network is built, and its weights are swapped from block to block. The cell is MindFormers' own decoder
+layer with the backend's cells, the same that serves later: only its order of calls is written out again here, because the
+inputs of the linear layers must come out.
+
+A quantized block whose outputs alone are wanted runs as it will be served (network/block.py), where the backend has integer
+kernels. Elsewhere, and where a part of it is looked at, it runs with the codes and scales it will be served with, but as
+float32 values: its inputs are rounded to their grid and its weights are dequantized, so the products are those of the
+integer layers up to float32 rounding, in the memory and at the speed of the float block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Tensor, nn, ops
+from numpy.typing import NDArray
+
+from ms_pangu_quant.backends import current_backend
+from ms_pangu_quant.backends.cache import on_cache_grid
+from ms_pangu_quant.backends.cpu import per_token_codes
+from ms_pangu_quant.backends.hadamard import Hadamard
+from ms_pangu_quant.calibration.ranges import RangeStats
+from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.formats.parameters import ArraySlice
+from ms_pangu_quant.network import runtime
+from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
+from ms_pangu_quant.network.block import ServedBlock, is_served
+from ms_pangu_quant.network.pangu import build_network
+from ms_pangu_quant.plan import BlockPlan, Plan
+
+BLOCK_SIZE = 16
+_CACHED = -1  # in the place of an input: the keys and values on their way into the cache
+_INPUTS = len(layout.INPUT_NAMES)  # in the place of an input: all of them, and nothing behind the last
+_LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
+_SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up to 16 kinds of block
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Hidden states of all sequences, packed: states [tokens, hidden] float32, lengths tokens of each sequence."""
+
+    states: NDArray[np.float32]
+    lengths: Sequence[int]
+
+    def batches(self, max_tokens: int) -> Iterator[tuple[slice, list[int]]]:
+        """(rows, lengths) of consecutive sequences holding at most max_tokens tokens, at least one sequence each."""
+        start, chosen = 0, []
+        for length in self.lengths:
+            if chosen and sum(chosen) + length > max_tokens:
+                yield slice(start, start + sum(chosen)), chosen
+                start, chosen = start + sum(chosen), []
+            chosen.append(length)
+        yield slice(start, start + sum(chosen)), chosen
+
+
+class BlockCell(nn.Cell):
+    """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out.
+
+    rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
+              with the factor that `grids` [2, inputs] has for it in its first row and the zero point in its second.
+    until     place in layout.INPUT_NAMES of the only output wanted, _CACHED, or _INPUTS: nothing behind it is computed.
+              None: the whole block.
+    online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
+    rounds_cache  keys and values are rounded as the int8 cache of `cache_grid` [4, kv_heads * head_dim] would hold them.
+    """
+
+    def __init__(
+        self, network, rounding: tuple[str, ...], until: int | None, online_hadamard: bool, rounds_cache: bool
+    ) -> None:
+        super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
+        self.rope = network.model.rotary_pos_emb
+        self.layer = network.model.decoder.layers[0]
+        self.inner = self.layer.mlp.ffn_hidden_size_per_partition
+        self.gated = hasattr(self.layer.mlp, "gated")  # as one operator
+        self.rounding, self.until, self.rounds_cache = rounding, until, rounds_cache
+        self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
+
+    def _round(self, x, place, grids):
+        if self.rounding[place] == "":
+            return x
+        if self.rounding[place] == "dynamic":
+            codes, scale = per_token_codes(x, x.shape[-1])
+            return codes * ops.tile(scale, (1, x.shape[-1]))
+        factor, zero_point = grids[0, place], grids[1, place]
+        return (ops.clamp(ops.Rint()(x * factor) + zero_point, -128.0, 127.0) - zero_point) / factor
+
+    def construct(self, hidden, grids, cache_grid, *inputs):
+        positions, lengths, contexts, q_seq_lens, block_tables, slot_mapping, attention_mask = inputs
+        attention, mlp = self.layer.self_attention, self.layer.mlp
+        cos, sin = self.rope.get_cos_sin_for_decode(positions)
+        attention_input = self.layer.input_layernorm(hidden)
+        if self.until == 0:
+            return (attention_input,)
+        query, key, value = attention.get_query_key_value_tensors(self._round(attention_input, 0, grids))
+        query, key = attention.rotary_emb(query, key, cos, sin, lengths)
+        if self.until == _CACHED:
+            return (key, value)
+        if self.rounds_cache:
+            key = on_cache_grid(key, cache_grid[0:1], cache_grid[1:2])
+            value = on_cache_grid(value, cache_grid[2:3], cache_grid[3:4])
+        attention_output = attention.core_attention(
+            query=query,
+            key=key,
+            value=value,
+            slot_mapping=slot_mapping,
+            block_tables=block_tables,
+            batch_valid_length=lengths,
+            context_lens_tensor=contexts,
+            q_seq_lens=q_seq_lens,
+            attn_mask=attention_mask,
+        )
+        if self.until == 1:
+            return (attention_output,)
+        residual = hidden + attention.linear_proj(self._round(attention_output, 1, grids))
+        mlp_input = self.layer.pre_mlp_layernorm(residual)
+        if self.until == 2:
+            return (mlp_input,)
+        mlp_hidden = self._gated(mlp.linear_fc1(self._round(mlp_input, 2, grids)))
+        if self.until == 3:
+            return (mlp_hidden,)
+        if self.until == _INPUTS:
+            return (attention_input, attention_output, mlp_input, mlp_hidden)
+        output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, grids))
+        return (attention_input, attention_output, mlp_input, mlp_hidden, output)
+
+    def _gated(self, gate_and_up):
+        mlp = self.layer.mlp
+        if self.gated:
+            hidden = mlp.gated(gate_and_up)
+        else:
+            gate, up = ops.function.array_func.split_ext(gate_and_up, (self.inner, self.inner), -1)
+            hidden = up * mlp.activation_func(gate)
+        return hidden if self.hadamard is None else self.hadamard(hidden)
+
+
+class BlockRunner:
+    """Runs float and quantized blocks of one checkpoint in the mode the process was started in.
+
+    lengths    tokens of each sequence it will be given.
+    also       those of every other Hidden that it will run, or of a longer one that begins with the same.
+    first_row  place of the first token in the calibration data, of which these sequences may be a part.
+    """
+
+    def __init__(
+        self, config: ModelConfig, lengths: Sequence[int], first_row: int = 0, *, also: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self._config, self._first_row = config, first_row
+        self._max_tokens = self._batch_tokens()
+        self._blocks = max(
+            sum(blocks_for(length, BLOCK_SIZE) for length in batch)
+            for each in (lengths, *also)
+            for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
+        )
+        self._network = _float_network(config, self._blocks)
+        self._cells: dict[tuple[tuple[str, ...], int | None, bool], BlockCell] = {}
+        self._served: dict[BlockPlan, ServedBlock] = {}
+
+    def observe(
+        self, block: Block, hidden: Hidden, needs: Needs, where: str, *, output: bool = True
+    ) -> tuple[dict[str, InputStats], Hidden | None]:
+        """The statistics of the inputs of a float block's linear layers, and what comes out of the block, if asked for."""
+        builders = [self._builder(needs, f"{where}: {name}") for name in layout.INPUT_NAMES]
+        states = np.empty_like(hidden.states) if output else None
+        for place, (*inputs, last) in self._run(RoundedBlock(block), hidden, None if output else _INPUTS):
+            if states is None:
+                inputs.append(last)
+            else:
+                states[place] = last.asnumpy()
+            for builder, x in zip(builders, inputs, strict=True):
+                builder.add(x.asnumpy())
+        stats = {name: builder.finish() for name, builder in zip(layout.INPUT_NAMES, builders, strict=True)}
+        return stats, None if states is None else Hidden(states, hidden.lengths)
+
+    def observe_input(
+        self, input_name: str, block: RoundedBlock, hidden: Hidden, beside: tuple[BlockRunner, Hidden], needs: Needs, where: str
+    ) -> InputStats:
+        """Statistics of one input with gram and drift, the layers and the cache in front of it as far as they are rounded.
+
+        beside  another runner of the same sequences, and the float model's hidden states [tokens, hidden], on which it runs
+                the float block at the same time.
+        """
+        place = layout.INPUT_NAMES.index(input_name)
+        builder = self._builder(needs, f"{where}: {input_name}")
+        floats, float_hidden = beside
+        served = self._run(block, hidden, until=place)
+        reference = floats._run(RoundedBlock(block.floats), float_hidden, until=place)
+        for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
+            builder.add(x.asnumpy(), y.asnumpy())
+        return builder.finish()
+
+    def observe_cache(
+        self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str
+    ) -> tuple[RangeStats, RangeStats]:
+        """Statistics of the keys, after rope, and of the values that the block's layers, as they are rounded, make."""
+        seen: list[list[RangeStats]] = [[], []]
+        start = self._first_row
+        for place, outputs in self._run(block, hidden, until=_CACHED):
+            for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
+                stats = RangeStats.observe(x.asnumpy(), rows=needs.rows, start=start + place.start, where=f"{where}: {name}")
+                parts[:] = [parts[0].merge(stats) if parts else stats]
+        return seen[0][0], seen[1][0]
+
+    def _builder(self, needs: Needs, where: str) -> StatsBuilder:
+        return StatsBuilder(gram=needs.gram, rows=needs.rows, where=where, start=self._first_row)
+
+    def advance(self, block: RoundedBlock, hidden: Hidden, output: NDArray[np.float32] | None = None) -> Hidden:
+        """Hidden states after the block as it will be served, in `output` if given."""
+        output = np.empty_like(hidden.states) if output is None else output
+        plan = block.plan
+        if current_backend().integer_kernels and is_served(plan):
+            served = self._served_block(plan)
+            served.load(block)
+            for rows, states, inputs in self._batches(hidden):
+                output[rows] = served(states, inputs).asnumpy()
+        else:
+            for rows, (*_, states) in self._run(block, hidden):
+                output[rows] = states.asnumpy()
+        return Hidden(output, hidden.lengths)
+
+    def _run(
+        self, block: RoundedBlock, hidden: Hidden, until: int | None = None
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        readers = [_first_reading(name, block.linears) for name in layout.INPUT_NAMES]
+        cell = self._cell(
+            tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
+            until,
+            block.cache is not None,
+        )
+        channels = self._config.num_key_value_heads * self._config.head_dim
+        cache_grid = Tensor(np.zeros((4, channels), np.float32) if block.cache is None else block.cache.rows())
+        grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
+        self._network.load_tensors(_float_tensors(block))
+        for rows, states, inputs in self._batches(hidden):
+            yield rows, cell(states, grids, cache_grid, *inputs.values())
+
+    def _batches(self, hidden: Hidden) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
+        """(rows, their hidden states, the other inputs of a block) of as many sequences as go through it at a time."""
+        for rows, lengths in hidden.batches(self._max_tokens):
+            free = iter(range(self._blocks))
+            tables = [[next(free) for _ in range(blocks_for(length, BLOCK_SIZE))] for length in lengths]
+            inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE)
+            yield rows, Tensor(np.ascontiguousarray(hidden.states[rows])), inputs
+
+    def _served_block(self, plan: BlockPlan) -> ServedBlock:
+        if plan not in self._served:
+            if len(self._served) == _SERVED_BLOCKS:
+                self._served.pop(next(iter(self._served))).release()
+            self._served[plan] = ServedBlock(self._config, plan, num_blocks=self._blocks, block_size=BLOCK_SIZE)
+        return self._served[plan]
+
+    def _cell(self, rounding: tuple[str, ...], until: int | None, rounds_cache: bool) -> BlockCell:
+        key = (rounding, until, rounds_cache)
+        if key not in self._cells:
+            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard, rounds_cache)
+            cell.set_train(False)
+            if runtime.mode() == "graph":
+                cell.set_inputs(
+                    Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
+                    Tensor(shape=[2, len(rounding)], dtype=ms.float32),
+                    Tensor(shape=[4, self._config.num_key_value_heads * self._config.head_dim], dtype=ms.float32),
+                    *dynamic_inputs(self._network.backend),
+                )
+            self._cells[key] = cell
+        return self._cells[key]
+
+    def _batch_tokens(self) -> int:
+        """Tokens a batch may hold so that the largest temporary of a block stays within _LARGEST_TEMPORARY bytes."""
+        widest = max(
+            2 * self._config.intermediate_size,
+            (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
+        )
+        return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+
+
+def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:
+    """A quantized layer that reads this input, which is rounded for all of them."""
+    return next((linears[site.name] for site in layout.sites_reading(input_name) if site.name in linears), None)
+
+
+def _grid(linear: QuantizedLinear | None) -> tuple[float, float]:
+    """(factor, zero point) of a layer's static input; what it says of another kind of layer is not looked at."""
+    return (1.0, 0.0) if linear is None else (linear.input_scale or 1.0, linear.input_offset)
+
+
+def _float_network(config: ModelConfig, num_blocks: int) -> Any:
+    """A block of float layers, for many tokens where the backend has such; BlockCell multiplies by the Hadamard matrix."""
+    backend = current_backend()
+    if backend.float_method is not None:
+        backend = replace(backend, linear_methods={**backend.linear_methods, None: backend.float_method})
+    config = replace(config, online_hadamard=False)
+    return build_network(
+        config, Plan((BlockPlan(),)), num_blocks=num_blocks, block_size=BLOCK_SIZE, whole=False, backend=backend
+    )
+
+
+def _float_tensors(block: RoundedBlock) -> Iterator[tuple[str, ArraySlice]]:
+    """A block for the float network, quantized layers dequantized; one of them in memory at a time.
+
+    A weight that is a layer of its own is copied: MindFormers' loader keeps the array, and a kernel may pack it in place.
+    """
+    prefix = layout.block_prefix(0)
+    alone = {f"{site.name}.weight" for site in layout.SITES if len(layout.fused(site.fused)) == 1}
+    for name, value in block.kept.items():
+        yield prefix + name, ArraySlice(value.copy() if name in alone else value)
+    for site, linear in block.linears.items():
+        yield f"{prefix}{site}.weight", ArraySlice(linear.weight.dequantize())

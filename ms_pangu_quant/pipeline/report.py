@@ -1,0 +1,94 @@
+"""What a run says of itself: a line for each block, and quantization_report.json."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.checkpoint.block import RoundedBlock
+from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What rounding one block cost.
+
+    output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data. float is
+                  what the float block makes of the quantized block's input, or, where the quantizer aims at the float
+                  model (Needs.drift), the float model's own hidden states, so that the error is that of all blocks so far.
+    weight_error  the same of each layer's weight, by site name.
+    notes         what a quantizer had to do that was not asked for (damping raised), by site name.
+    """
+
+    index: int
+    output_error: float | None
+    weight_error: Mapping[str, float]
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, index: int, rounded: RoundedBlock, output_error: float | None) -> BlockReport:
+        return cls(index, output_error, rounded.errors, rounded.notes)
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    output: Path
+    blocks: tuple[BlockReport, ...]
+    bytes_before: int
+    bytes_after: int
+    resumed_at: int
+    was_complete: bool = False  # an earlier run had written all of it
+
+
+def _nothing(value: object) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is called while a run is under way.
+
+    on_bytes  with how many bytes of the checkpoint were just read for its hash.
+    on_block  with each block's report once it is on disk; with resume, for the finished ones too.
+    """
+
+    on_bytes: Callable[[int], None] = _nothing
+    on_block: Callable[[BlockReport], None] = _nothing
+
+
+SILENT = Progress()
+
+
+def report(
+    fingerprint: Mapping[str, str], recipe: Recipe, plan: Plan, data: TokenData | None, bytes_before: int
+) -> dict[str, Any]:
+    """What produces the checkpoint, before "blocks" and "files" are known; holds no times, so that the same run gives the
+    same bytes."""
+    return {
+        "fingerprint": dict(fingerprint),
+        "recipe": {"why": recipe.why, "text": recipe.as_text},
+        **({"budget": recipe.assignment.summary()} if recipe.assignment else {}),
+        "calibration": None if data is None else _calibration(recipe, data),
+        "bytes_before": bytes_before,
+        "blocks": [],
+        "schemes": {name: word_of(scheme) for name, _, scheme in plan},
+        "files": {},
+        "versions": {package: version(package) for package in ("ms_pangu_quant", "mindspore", "mindformers", "numpy")},
+    }
+
+
+def _calibration(recipe: Recipe, data: TokenData) -> dict[str, Any]:
+    return {
+        "sequences": len(data.sequences),
+        "tokens": data.tokens,
+        "truncated": data.truncated,
+        "sha256": data.sha256,
+        "seed": recipe.calibration.seed,
+        "max_length": recipe.calibration.max_length,
+    }
