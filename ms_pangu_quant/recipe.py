@@ -40,7 +40,8 @@ from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 class Transform(Protocol):
     """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
 
-    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see.
+    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see;
+    changes(name, schemes) says whether it rewrites a tensor ("mlp.up_proj.weight") of a block with these schemes.
     """
 
     @property
@@ -51,6 +52,8 @@ class Transform(Protocol):
 
     @property
     def needs_rows(self) -> int: ...
+
+    def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool: ...
 
     def __call__(
         self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None]
@@ -174,6 +177,11 @@ class Recipe:
         for rewrite in self.rewrites:
             reader = rewrite(reader)
         return reader
+
+    def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
+        """Whether a tensor ("mlp.up_proj.weight") of a block with these schemes is rewritten before layers are rounded."""
+        rewritten = any(rewrite.changes(name) for rewrite in self.rewrites)
+        return rewritten or any(transform.changes(name, schemes) for transform in self.transforms)
 
     def uniform(self, scheme: str) -> Recipe:
         """The same recipe with one scheme for all layers."""

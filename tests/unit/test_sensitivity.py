@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -103,6 +104,31 @@ def test_layers_that_the_recipe_names_keep_what_it_says(recipe, config):
     other = recipe("bits_per_weight: 7", 'layers: {"*.down_proj": w8a8_static}\n')
     with pytest.raises(RecipeError, match="is w8a8_static; beside a budget"):
         assigned(other, config, sensitivity(other), FORMATS["ascend"])
+
+
+@pytest.mark.parametrize(
+    ("transforms", "dtype", "width"),
+    [
+        ("[]", "bfloat16", 16),
+        ("[]", "float32", 32),
+        ("[smooth]", "bfloat16", 32),
+        ("[{smooth: {inputs: [mlp_hidden]}}]", "bfloat16", 16),
+        ("[smooth_search]", "bfloat16", 16),  # it leaves the input of a float layer alone
+        ("[rotate]", "bfloat16", 32),
+    ],
+)
+def test_a_float_layer_counts_with_the_bits_that_it_is_written_in(recipe, small_config, transforms, dtype, width):
+    config = small_config(hidden_size=2048, intermediate_size=4096, head_dim=512, torch_dtype=dtype)
+    more, stored_as = f'layers: {{"*.o_proj": float}}\ntransforms: {transforms}\n', FORMATS["mindformers"]
+    chosen = recipe("max_kl: 99", more)
+    made = assigned(chosen, config, sensitivity(chosen, blocks=2), stored_as)
+    plan, bits, weights = made.plan(config), 0, 0
+    for (_, name), scheme in plan.schemes.items():
+        site = next(site for site in layout.SITES if site.name == name)
+        count = math.prod(layout.site_shape(config, site))
+        bits += 8 * layer_bytes(stored_as, config, site, scheme, plan.group_size) if scheme else width * count
+        weights += count
+    assert made.assignment.bits_per_weight == bits / weights
 
 
 def test_int4_that_is_stored_in_bytes_buys_nothing(recipe, config):
