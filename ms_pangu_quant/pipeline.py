@@ -377,7 +377,7 @@ def _report(
     """What produced the checkpoint and what it cost; holds no times, so that the same run gives the same bytes."""
     return {
         "fingerprint": dict(fingerprint),
-        "recipe": {"why": recipe.why, "text": recipe.text},
+        "recipe": {"why": recipe.why, "text": recipe.as_text},
         **({"budget": recipe.assignment.summary()} if recipe.assignment else {}),
         "calibration": None
         if data is None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from ms_pangu_quant.estimate import layer_bytes
 from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.recipe import KEEP_FLOAT, Recipe
 from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.settings import digest_of
 
 VERSION = 1
 DEFAULT_TOKENS = 4096
@@ -136,8 +136,8 @@ def split(data: TokenData, tokens: int) -> tuple[list[NDArray[np.int32]], list[N
 
 def method_digest(recipe: Recipe) -> str:
     """sha256 of what the figures depend on in a recipe: its transforms, rounding and ranges, not its schemes."""
-    parts = [recipe.rewrites, recipe.transforms, recipe.quantizer, recipe.activation_range, recipe.full_range]
-    return hashlib.sha256(json.dumps([repr(part) for part in parts]).encode()).hexdigest()
+    names = ("rewrites", "transforms", "quantizer", "activation_range", "full_range")
+    return digest_of(**{name: getattr(recipe, name) for name in names})
 
 
 def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as: Format) -> Recipe:

@@ -158,6 +158,10 @@ def test_sensitivities_of_something_else_are_refused(recipe, config, change, sai
 def test_the_method_is_the_transforms_and_the_rounding_and_not_the_budget(recipe, tmp_path):
     one, other = recipe("bits_per_weight: 7"), recipe("max_kl: 1", "calibration: {samples: 3}\n")
     assert method_digest(one) == method_digest(other)
+    spelled = "transforms: []\nactivation_range: {percentile: 99.99, method: absmax}\n"
+    assert method_digest(one) == method_digest(recipe("bits_per_weight: 7", spelled))
+    smooth = (recipe("max_kl: 1", f"transforms: [{each}]\n") for each in ("smooth", "{smooth: {alpha: 5.0e-1}}"))
+    assert len({method_digest(each) for each in smooth}) == 1
     assert method_digest(one) != method_digest(recipe("bits_per_weight: 7", "weight_range: full\n"))
     assert method_digest(one) != method_digest(recipe("bits_per_weight: 7", "transforms: [smooth]\n"))
 
