@@ -97,20 +97,18 @@ def sensitivity_seconds(config: ModelConfig, recipe: Recipe, statistics: int, me
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:
     """Size of the tensors that quantize() will write; `reader` rewritten as the recipe says."""
-    config, folded = reader.config, bool(recipe.transforms)
+    config = reader.config
     total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
     for index in range(config.num_hidden_layers):
         prefix = layout.block_prefix(index)
-        quantized = {site.name: plan.scheme(index, site) for site in layout.SITES}
+        schemes = plan.of_block(index)
         for name in layout.block_shapes(config):
-            scheme = quantized.get(name.removesuffix(".weight"))
-            if scheme is None:
-                changed = folded and (name.removesuffix(".weight") in (*layout.NORMS, *quantized) or "v_proj.bias" in name)
-                changed = changed or any(rewrite.changes(name) for rewrite in recipe.rewrites)
+            if schemes.get(name.removesuffix(".weight")) is None:
                 entry = reader.files.entries[prefix + name]
-                total += entry.nbytes // entry.dtype.itemsize * (4 if changed else entry.dtype.itemsize)
+                width = 4 if recipe.changes(name, schemes) else entry.dtype.itemsize
+                total += entry.nbytes // entry.dtype.itemsize * width
         for site in layout.SITES:
-            scheme = quantized[site.name]
+            scheme = schemes[site.name]
             if scheme is not None:
                 total += layer_bytes(stored_as, config, site, scheme, plan.group_size)
     if recipe.kv_cache is not None:

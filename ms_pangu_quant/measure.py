@@ -74,7 +74,7 @@ def measure(
         "seed": recipe.calibration.seed,
         "statistics": {"texts": len(known), "tokens": sum(map(len, known))},
         "measured": {"texts": len(measured), "tokens": sum(map(len, measured))},
-        "recipe": recipe.text,
+        "recipe": recipe.as_text,
         "version": version("ms_pangu_quant"),
     }
     state = _State(folder, {**origin, "schemes": list(schemes)}, resume)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.settings import canonical, digest_of, setting_names
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
@@ -41,7 +40,8 @@ from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 class Transform(Protocol):
     """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
 
-    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see.
+    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see;
+    changes(name, schemes) says whether it rewrites a tensor ("mlp.up_proj.weight") of a block with these schemes.
     """
 
     @property
@@ -52,6 +52,8 @@ class Transform(Protocol):
 
     @property
     def needs_rows(self) -> int: ...
+
+    def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool: ...
 
     def __call__(
         self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None]
@@ -143,11 +145,25 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        """sha256 of what the recipe says and its budget came to, whatever its comments, order of keys and `why`."""
-        raw = {key: value for key, value in yaml.safe_load(self.text).items() if key != "why"}
-        layers = list((raw.pop("layers", None) or {}).items())  # the last pattern that matches decides
-        assigned = [dict(self.assignment.schemes)] if self.assignment else []
-        return hashlib.sha256(json.dumps([raw, layers, *assigned], sort_keys=True).encode()).hexdigest()
+        """sha256 of what is done and what its budget came to, however a file says it and whatever its `why`."""
+        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name in ("why", "text", "where"):
+            del said[name]
+        return digest_of(**{**said, "assignment": self.assignment and self.assignment.schemes})
+
+    @property
+    def as_text(self) -> str:
+        """The text it was read from; of a recipe that was changed since, another that says what it is now.
+
+        A part that no file can name has its type's name there.
+        """
+        wanted = dataclasses.replace(self, assignment=None).digest
+        try:
+            if parse_recipe(self.text, self.where).digest == wanted:
+                return self.text
+        except RecipeError:  # it has none
+            pass
+        return yaml.safe_dump(_spelled(self), sort_keys=False, allow_unicode=True)
 
     @property
     def needs_gram(self) -> bool:
@@ -175,6 +191,11 @@ class Recipe:
         for rewrite in self.rewrites:
             reader = rewrite(reader)
         return reader
+
+    def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
+        """Whether a tensor ("mlp.up_proj.weight") of a block with these schemes is rewritten before layers are rounded."""
+        rewritten = any(rewrite.changes(name) for rewrite in self.rewrites)
+        return rewritten or any(transform.changes(name, schemes) for transform in self.transforms)
 
     def uniform(self, scheme: str) -> Recipe:
         """The same recipe with one scheme for all layers."""
@@ -311,6 +332,30 @@ def parse_recipe(text: str, where: str) -> Recipe:
     )
 
 
+def _spelled(recipe: Recipe) -> dict[str, Any]:
+    """What a file with this recipe says; of patterns that are there twice the last one decides."""
+    pairs = recipe.layers
+    return {
+        "why": recipe.why,
+        "scheme": _named(recipe.budget) if recipe.budget else recipe.scheme,
+        "layers": {name: scheme for place, (name, scheme) in enumerate(pairs) if name not in dict(pairs[place + 1 :])},
+        "weight_range": "full" if recipe.full_range else "narrow",
+        "transforms": [_named(part) for part in (*recipe.rewrites, *recipe.transforms)],
+        "rounding": _named(recipe.quantizer),
+        **_named(recipe.activation_range),
+        "kv_cache": _named(recipe.kv_cache) if recipe.kv_cache else KEEP_FLOAT,
+        **_named(recipe.calibration),
+    }
+
+
+def _named(part: Any) -> dict[str, Any]:
+    """RoundToNearest() -> {rtn: its settings}."""
+    single = {"budget": Budget, "int8": Int8Cache, "activation_range": ActivationRange, "calibration": CalibrationSettings}
+    names: dict[Any, str] = {kind: name for name, kind in {**REWRITES, **TRANSFORMS, **QUANTIZERS, **single}.items()}
+    name = names.get(type(part), type(part).__name__)
+    return {name: {each: canonical(getattr(part, each), f"{name}.{each}") for each in setting_names(part)}}
+
+
 def _kv_cache(raw: Any, where: str) -> Int8Cache | None:
     """float, int8 or {int8: {keys: head}}."""
     cache: Int8Cache | None = None if raw == KEEP_FLOAT else _build(raw, {"int8": Int8Cache}, where)
@@ -361,8 +406,7 @@ def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> An
     _check_keys({name: None}, tuple(known), where)
     settings = _mapping(settings or {}, f"{where}: {name}")
     factory = known[name]
-    fields = [field.name for field in dataclasses.fields(factory) if not field.name.startswith("needs_")]  # type: ignore[arg-type]
-    _check_keys(settings, fields, f"{where}: {name}")
+    _check_keys(settings, setting_names(factory), f"{where}: {name}")
     try:
         return factory(**settings)
     except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from ms_pangu_quant.estimate import layer_bytes
 from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.recipe import KEEP_FLOAT, Recipe
 from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.settings import digest_of
 
 VERSION = 1
 DEFAULT_TOKENS = 4096
@@ -135,8 +136,8 @@ def split(data: TokenData, tokens: int) -> tuple[list[NDArray[np.int32]], list[N
 
 def method_digest(recipe: Recipe) -> str:
     """sha256 of what the figures depend on in a recipe: its transforms, rounding and ranges, not its schemes."""
-    parts = [recipe.rewrites, recipe.transforms, recipe.quantizer, recipe.activation_range, recipe.full_range]
-    return hashlib.sha256(json.dumps([repr(part) for part in parts]).encode()).hexdigest()
+    names = ("rewrites", "transforms", "quantizer", "activation_range", "full_range")
+    return digest_of(**{name: getattr(recipe, name) for name in names})
 
 
 def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as: Format) -> Recipe:
@@ -163,8 +164,7 @@ def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as:
             continue
         scheme = fixed.pop()
         if scheme == KEEP_FLOAT:
-            width = 32 if recipe.transforms or recipe.rewrites or config.torch_dtype == "float32" else 16
-            bits += width * _weights(config, group)
+            bits += _float_bits(recipe, config, group, named)
         elif scheme in budget.schemes:
             place = list(budget.schemes).index(scheme)
             bits, kl = bits + stored[place], kl + expected[place]
@@ -210,6 +210,17 @@ def _check_fits(recipe: Recipe, config: ModelConfig, found: Sensitivity) -> None
 def _weights(config: ModelConfig, group: GroupSensitivity) -> int:
     shapes = [layout.site_shape(config, site) for site in layout.SITES if site.fused == group.group]
     return sum(outputs * inputs for outputs, inputs in shapes)
+
+
+def _float_bits(recipe: Recipe, config: ModelConfig, group: GroupSensitivity, named: Mapping[str, str]) -> int:
+    """Of a group that stays float: float32 where the recipe changes a weight, else as wide as the checkpoint has it."""
+    prefix, own = layout.block_prefix(group.block), 32 if config.torch_dtype == "float32" else 16
+    schemes = {site.name: PRESETS.get(named.get(f"{prefix}{site.name}", recipe.scheme)) for site in layout.SITES}
+    return sum(
+        math.prod(layout.site_shape(config, site)) * (32 if recipe.changes(f"{site.name}.weight", schemes) else own)
+        for site in layout.SITES
+        if site.fused == group.group
+    )
 
 
 def _bits(config: ModelConfig, group: GroupSensitivity, scheme: str, stored_as: Format, group_size: int) -> int:

@@ -6,7 +6,7 @@ a norm's weight, or the rows (and bias) of the linear layer whose output channel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,6 +64,13 @@ def fold_scale(
     if bias is not None:
         changed[f"{producer}.bias"] = bias / s
     return block.replace(changed), {**stats, input_name: stats[input_name].scaled(wide)}
+
+
+def fold_changes(inputs: Iterable[str], name: str) -> bool:
+    """Whether a scale of one of these inputs goes into this tensor of a block ("mlp.up_proj.weight")."""
+    layer, _, kind = name.rpartition(".")
+    sites = [site for input_name in inputs for site in sites_reading(input_name)]
+    return any(layer == site.producer or (layer == site.name and kind == "weight") for site in sites)
 
 
 def _times_inputs(weight: NDArray[np.float32], s: NDArray[np.float32]) -> NDArray[np.float32]:

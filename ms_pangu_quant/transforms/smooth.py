@@ -19,7 +19,7 @@ from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.quantizers.threads import by_element
 from ms_pangu_quant.scheme import QuantScheme
-from ms_pangu_quant.transforms.fold import fold_scale, reduce_to_producer
+from ms_pangu_quant.transforms.fold import fold_changes, fold_scale, reduce_to_producer
 
 _SMALLEST = np.float32(1e-5)
 
@@ -68,6 +68,10 @@ class SmoothQuant:
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"smooth.alpha: got {self.alpha}, wanted a number from 0 to 1")
         check_inputs("smooth", self.inputs)
+
+    def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
+        """Whether it rewrites this tensor of a block; inputs of float layers are smoothed too."""
+        return fold_changes(self.inputs, name)
 
     def __call__(
         self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None] | None = None

@@ -30,7 +30,7 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import QuantScheme
-from ms_pangu_quant.transforms.fold import expand_to_input, fold_scale, reduce_to_producer
+from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer
 from ms_pangu_quant.transforms.smooth import check_inputs, input_absmax
 
 _ROWS = 512  # output channels of a layer that stand for all of them
@@ -59,16 +59,22 @@ class SmoothSearch:
             raise RecipeError(f"smooth_search.two_exponents: got {self.two_exponents!r}, wanted true or false")
         check_inputs("smooth_search", self.inputs)
 
+    def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
+        """Whether it rewrites this tensor of a block whose layers have these schemes."""
+        return fold_changes([input_name for input_name, _ in self._searched(schemes)], name)
+
+    def _searched(self, schemes: Mapping[str, QuantScheme | None]) -> Iterator[tuple[str, QuantScheme]]:
+        """Inputs in the order of the search, with their layers' scheme; those whose layers stay float are left alone."""
+        for input_name in reversed([name for name in INPUT_NAMES if name in self.inputs]):
+            scheme = schemes[sites_reading(input_name)[0].name]
+            if scheme is not None:
+                yield input_name, scheme
+
     def __call__(
         self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None]
     ) -> tuple[Block, dict[str, InputStats]]:
-        """Inputs whose layers stay float are left alone."""
-        for input_name in reversed([name for name in INPUT_NAMES if name in self.inputs]):
-            sites = sites_reading(input_name)
-            scheme = schemes[sites[0].name]
-            if scheme is None:
-                continue
-            seen = stats[input_name]
+        for input_name, scheme in self._searched(schemes):
+            sites, seen = sites_reading(input_name), stats[input_name]
             cost = OutputError([block.weight(site) for site in sites], seen, scheme)
             best, least = None, np.inf
             for s in self._candidates(block, input_name, seen):

@@ -11,6 +11,7 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
 from ms_pangu_quant.formats.verify import verify
@@ -137,6 +138,33 @@ def test_a_killed_measurement_goes_on_and_ends_with_the_same_figures(folder, che
     seen = []
     assert measure(*arguments, data=data, tokens=60, resume=True, on_step=seen.append) == found
     assert sum(seen) == total_steps(2)
+
+
+FLOAT_MLP, FLOAT_ATTENTION = 'layers: {"*.mlp.*": float}', 'layers: {"*.self_attn.*": float}'
+
+
+@pytest.mark.parametrize(
+    ("dtype", "text"),
+    [
+        ("bfloat16", FLOAT_MLP),
+        ("bfloat16", f"{FLOAT_MLP}\ntransforms: [smooth]"),
+        ("float32", f"{FLOAT_MLP}\ntransforms: [smooth]"),
+        ("bfloat16", f"{FLOAT_MLP}\ntransforms: [{{smooth: {{inputs: [attention_input]}}}}]"),
+        ("bfloat16", f"{FLOAT_MLP}\ntransforms: [smooth_search]\nkv_cache: int8"),
+        ("bfloat16", f"{FLOAT_ATTENTION}\ntransforms: [{{smooth: {{inputs: [attention_output, mlp_hidden]}}}}]"),
+        ("bfloat16", 'layers: {"*.1.self_attn.o_proj": float}\ntransforms: [smooth_search]'),
+        ("bfloat16", f"{FLOAT_ATTENTION}\ntransforms: [{{rotate: {{heads: false}}}}]"),
+        ("bfloat16", f"{FLOAT_MLP}\ntransforms: [rotate, {{smooth: {{inputs: [mlp_input]}}}}]"),
+    ],
+)
+def test_the_size_is_known_beforehand_to_the_byte_where_layers_stay_float(data, tmp_path, dtype, text):
+    """What a transform did not change is written in its own dtype."""
+    tool = load_tool("make_checkpoint")
+    tool.write_checkpoint(tmp_path / "float", tool.make_config("tiny"), seed=3, dtype=dtype)
+    reader, chosen = CheckpointReader(tmp_path / "float"), recipe_of(tmp_path, f"scheme: w8a8\n{text}\n")
+    quantize(reader, chosen, tmp_path / "out", data=data)
+    reader = chosen.rewritten(reader)
+    assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == QuantizedReader(tmp_path / "out").files.nbytes
 
 
 def test_a_mixed_checkpoint_is_whole_and_within_its_budget(mixed, checkpoint):

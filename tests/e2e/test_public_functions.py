@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import yaml
 
 import ms_pangu_quant as pq
 from ms_pangu_quant.api import as_recipe
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.errors import PanguQuantError, RecipeError, RequestError
+from ms_pangu_quant.errors import OutputError, PanguQuantError, RecipeError, RequestError
+from ms_pangu_quant.formats.against import law_of
+from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe import find_recipe, load_recipe
 from tests.conftest import MINI
 
 DATA = pq.ASSETS / "validation.jsonl"
 SMOOTH = {"scheme": "w8a8", "transforms": [{"smooth": {"alpha": 0.5}}]}
+SEARCHED = {"scheme": "w8a8", "rounding": {"rtn": {"scale": "mse"}}}
 ROTATE = {"scheme": "w8a8", "transforms": ["rotate"]}
 
 
@@ -34,6 +41,17 @@ def test_a_recipe_is_the_same_by_name_by_file_and_as_a_mapping(name):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert as_recipe(name).digest == as_recipe(path).digest == as_recipe(content).digest == load_recipe(path).digest
     assert as_recipe(as_recipe(name)).digest == load_recipe(path).digest
+
+
+def test_a_recipe_changed_in_a_program_is_another_run_and_its_report_says_so(tmp_path):
+    """A searched scale clips: by the text of the file, the half-step law would hold of the weights."""
+    read, output = as_recipe("w8a8_rtn"), tmp_path / "out"
+    pq.quantize(MINI, dataclasses.replace(read, quantizer=RoundToNearest("mse")), output)
+    assert not law_of(output).half_step
+    assert verify(output, CheckpointReader(MINI)).faults == ()
+    with pytest.raises(OutputError, match="made with another recipe"):
+        pq.quantize(MINI, read, output, resume=True)
+    assert pq.quantize(MINI, dict(SEARCHED), output, resume=True).was_complete
 
 
 @pytest.fixture(scope="module")

@@ -1,18 +1,23 @@
 """recipe.py: the shipped recipes plan for every model, and whatever is wrong with a recipe is named."""
 
+import dataclasses
 import math
 
 import pytest
 import yaml
 
+from ms_pangu_quant.budget import Budget
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe import CalibrationSettings, find_recipe, load_recipe
 from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
+from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
 PAPER = ["paper_w4a8", "paper_w4a8_hadamard", "paper_w4a8_smooth", "paper_w8a8"]
 OURS = [
@@ -335,12 +340,81 @@ def test_the_digest_changes_with_anything_else(recipe):
         ("samples: 7", "samples: 8"),
         ("33", "34"),
         ("seed: 5", "seed: 6"),
-        ("rounding: rtn", ""),
+        ("rounding: rtn", "rounding: gptq"),
         ("keys: head, ", ""),
     ]
     digests = [recipe(EVERYTHING.replace(old, new, 1)).digest for old, new in changes]
     assert all(EVERYTHING.count(old) for old, _ in changes)
     assert len({recipe(EVERYTHING).digest, *digests}) == len(changes) + 1
+
+
+def test_the_digest_is_of_what_is_meant_and_not_of_how_it_is_spelled(recipe):
+    short = "scheme: w8a8\ntransforms: [smooth]\nrounding: gptq\n"
+    spelled = """\
+        calibration: {seed: 0, samples: 128}
+        rounding: {gptq: {act_order: true, sweeps: 0, damping: 1.0e-2}}
+        transforms: [{smooth: {alpha: 0.5, inputs: [attention_input, attention_output, mlp_input, mlp_hidden]}}]
+        kv_cache: float
+        weight_range: narrow
+        layers: {}
+        scheme: w8a8
+        """
+    assert recipe(short).digest == recipe(spelled).digest
+    one, same = (recipe(f"scheme: w8a8\ntransforms: [{{smooth: {{alpha: {alpha}}}}}]") for alpha in ("1", "1.0"))
+    assert one.digest == same.digest
+
+
+CHANGES = [  # of EVERYTHING, each to a recipe of its own
+    {"quantizer": RoundToNearest("mse")},
+    {"transforms": (SmoothSearch(step=0.25),)},
+    {"rewrites": (Rotate(seed=3),)},
+    {"activation_range": ActivationRange("mse")},
+    {"calibration": CalibrationSettings(1, 2, 3)},
+    {"full_range": False},
+    {"scheme": "w4a8_g32"},
+    {"layers": (("*layers.0.*", "float"), ("*.down_proj", "w8a8"))},
+    {"kv_cache": None},
+    {"scheme": "w4a8_g128", "budget": Budget(max_kl=1.0)},
+]
+
+
+def test_a_recipe_changed_in_a_program_has_another_digest_and_a_text_that_says_what_it_is_now(recipe):
+    """The report keeps the text, and a later check of the weights goes by it."""
+    made = recipe(EVERYTHING)
+    changed = [dataclasses.replace(made, **change) for change in CHANGES]
+    assert len({made.digest, *(each.digest for each in changed)}) == len(CHANGES) + 1
+    for each in changed:
+        again = recipe(each.as_text)
+        assert (again.digest, again.why) == (each.digest, made.why)
+
+
+def test_of_a_pattern_that_a_program_gave_twice_the_last_one_is_in_the_text(recipe, models):
+    layers = (("*.0.*", "float"), ("*.down_proj", "w8a8"), ("*.0.*", "w4a8"))
+    made = dataclasses.replace(recipe("scheme: w4a8"), layers=layers)
+    assert recipe(made.as_text).plan(models["mini"]) == made.plan(models["mini"])
+
+
+def test_a_recipe_as_it_was_read_has_the_text_that_was_read(recipe):
+    made = recipe(f"# mine\n{EVERYTHING}")
+    assert made.as_text == f"# mine\n{EVERYTHING}"
+    assert dataclasses.replace(made, quantizer=RoundToNearest()).as_text == made.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Halved(RoundToNearest):
+    """A program's own rounding; no file can name it."""
+
+
+def test_a_part_of_a_programs_own_is_told_by_its_type(recipe):
+    made = dataclasses.replace(recipe("scheme: w8a8"), quantizer=Halved())
+    assert made.digest != recipe("scheme: w8a8").digest
+    assert "Halved" in yaml.safe_load(made.as_text)["rounding"]
+
+
+def test_a_part_whose_fields_do_not_tell_it_from_another_is_refused(recipe):
+    made = dataclasses.replace(recipe("scheme: w8a8"), quantizer=lambda weight, scheme, stats: None)
+    with pytest.raises(RecipeError, match=r"^recipe\.quantizer: got a function, wanted a dataclass of plain values"):
+        _ = made.digest
 
 
 def test_the_digest_changes_with_the_order_of_patterns(recipe, models):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import numpy as np
 import pytest
@@ -105,6 +106,31 @@ def test_layers_that_the_recipe_names_keep_what_it_says(recipe, config):
         assigned(other, config, sensitivity(other), FORMATS["ascend"])
 
 
+@pytest.mark.parametrize(
+    ("transforms", "dtype", "width"),
+    [
+        ("[]", "bfloat16", 16),
+        ("[]", "float32", 32),
+        ("[smooth]", "bfloat16", 32),
+        ("[{smooth: {inputs: [mlp_hidden]}}]", "bfloat16", 16),
+        ("[smooth_search]", "bfloat16", 16),  # it leaves the input of a float layer alone
+        ("[rotate]", "bfloat16", 32),
+    ],
+)
+def test_a_float_layer_counts_with_the_bits_that_it_is_written_in(recipe, small_config, transforms, dtype, width):
+    config = small_config(hidden_size=2048, intermediate_size=4096, head_dim=512, torch_dtype=dtype)
+    more, stored_as = f'layers: {{"*.o_proj": float}}\ntransforms: {transforms}\n', FORMATS["mindformers"]
+    chosen = recipe("max_kl: 99", more)
+    made = assigned(chosen, config, sensitivity(chosen, blocks=2), stored_as)
+    plan, bits, weights = made.plan(config), 0, 0
+    for (_, name), scheme in plan.schemes.items():
+        site = next(site for site in layout.SITES if site.name == name)
+        count = math.prod(layout.site_shape(config, site))
+        bits += 8 * layer_bytes(stored_as, config, site, scheme, plan.group_size) if scheme else width * count
+        weights += count
+    assert made.assignment.bits_per_weight == bits / weights
+
+
 def test_int4_that_is_stored_in_bytes_buys_nothing(recipe, config):
     """compressed-tensors has one int4 a byte: eight bits are smaller and lose less, so they are taken everywhere."""
     chosen, stored_as = recipe("max_kl: 1"), FORMATS["compressed-tensors"]
@@ -132,6 +158,10 @@ def test_sensitivities_of_something_else_are_refused(recipe, config, change, sai
 def test_the_method_is_the_transforms_and_the_rounding_and_not_the_budget(recipe, tmp_path):
     one, other = recipe("bits_per_weight: 7"), recipe("max_kl: 1", "calibration: {samples: 3}\n")
     assert method_digest(one) == method_digest(other)
+    spelled = "transforms: []\nactivation_range: {percentile: 99.99, method: absmax}\n"
+    assert method_digest(one) == method_digest(recipe("bits_per_weight: 7", spelled))
+    smooth = (recipe("max_kl: 1", f"transforms: [{each}]\n") for each in ("smooth", "{smooth: {alpha: 5.0e-1}}"))
+    assert len({method_digest(each) for each in smooth}) == 1
     assert method_digest(one) != method_digest(recipe("bits_per_weight: 7", "weight_range: full\n"))
     assert method_digest(one) != method_digest(recipe("bits_per_weight: 7", "transforms: [smooth]\n"))
 

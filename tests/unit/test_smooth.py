@@ -97,6 +97,14 @@ def test_smoothing_some_inputs_preserves_the_function_and_scales_no_others(outli
     assert scaled == set(inputs)
 
 
+@pytest.mark.parametrize("inputs", SUBSETS, ids="+".join)
+def test_what_smoothing_says_it_changes_is_what_it_changes(outlier_block, inputs):
+    block, _, stats = outlier_block()
+    smoothed, _ = SmoothQuant(0.6, inputs)(block, stats)
+    changed = {name for name in block.tensors if not np.array_equal(block[name], smoothed[name])}
+    assert changed == {name for name in block.tensors if SmoothQuant(0.6, inputs).changes(name, {})}
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_returned_statistics_are_those_of_the_smoothed_blocks_inputs(outlier_block, forward, kv_heads, alpha):

@@ -28,13 +28,14 @@ def every(scheme):
 
 @pytest.fixture
 def calibrated(random_block, forward):
-    """(key/value heads) -> a block with an outlier and a dead channel, hidden states, its statistics."""
+    """(key/value heads) -> a block with outliers and a dead channel, hidden states, its statistics."""
 
     def make(kv_heads=2, tokens=40):
         block = random_block(num_key_value_heads=kv_heads)
-        norm, up = block["input_layernorm.weight"].copy(), block["mlp.up_proj.weight"].copy()
-        norm[3], norm[5], up[7] = 300, 0, 90
-        block = block.replace({"input_layernorm.weight": norm, "mlp.up_proj.weight": up})
+        names = ("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.up_proj.weight")
+        norm, second, up = changed = [block[name].copy() for name in names]
+        norm[3], norm[5], second[4], up[7] = 300, 0, 300, 90
+        block = block.replace(dict(zip(names, changed, strict=True)))
         hidden = np.random.default_rng(0).normal(size=(tokens, block.config.hidden_size))
         inputs = forward(block, hidden)[1]
         return block, hidden, {n: InputStats.observe(x.astype(np.float32), gram=True, rows=512) for n, x in inputs.items()}
@@ -129,6 +130,17 @@ def test_an_input_whose_layers_stay_float_is_left_alone(calibrated):
     smoothed, _ = SmoothSearch(step=0.5)(block, stats, schemes)
     assert np.array_equal(smoothed["mlp.down_proj.weight"], block["mlp.down_proj.weight"])
     assert not np.array_equal(smoothed["self_attn.o_proj.weight"], block["self_attn.o_proj.weight"])
+
+
+@pytest.mark.parametrize("kept", layout.INPUT_NAMES)
+@pytest.mark.parametrize("searched", [layout.INPUT_NAMES, ("attention_output", "mlp_input")], ids="+".join)
+def test_what_the_search_says_it_changes_is_what_it_changes(calibrated, kept, searched):
+    block, _, stats = calibrated()
+    schemes = {site.name: None if site.input_name == kept else W4 for site in layout.SITES}
+    search = SmoothSearch(step=0.5, inputs=searched)
+    smoothed, _ = search(block, stats, schemes)
+    changed = {name for name in block.tensors if not np.array_equal(block[name], smoothed[name])}
+    assert changed == {name for name in block.tensors if search.changes(name, schemes)}
 
 
 @pytest.mark.parametrize(
