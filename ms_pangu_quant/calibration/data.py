@@ -74,7 +74,7 @@ class TokenData:
     sha256           of all lengths and ids in order: the same for the same tokens from any file format
     rows_in_file     rows found, used or not
     truncated        sequences that were cut to max_length
-    overlap_checked  True: searched for HumanEval and MBPP problems, none found. False: not searched, because they were
+    overlap_checked  True: searched for benchmark problems, none found. False: not searched, because they were
                      allowed, or because the rows are token_ids and there is no tokenizer to decode them
     """
 
@@ -120,7 +120,7 @@ def load_token_data(
     max_length  tokens; a longer sequence keeps its beginning
     samples     rows to use, None for all; that there are fewer is no error, see TokenData
     seed        None takes rows in file order (of a folder, by file name); a number shuffles before taking
-    Raises      DataError naming file and row, also where a row holds a HumanEval or MBPP problem (see overlap.py)
+    Raises      DataError naming file and row, also where a row holds a benchmark's problem (see overlap.py)
                 unless allowed; RequestError for a senseless max_length, samples or seed.
     """
     for name, number, least in (("max_length", max_length, SHORTEST), ("samples", samples, 1), ("seed", seed, 0)):

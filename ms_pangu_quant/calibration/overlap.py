@@ -1,4 +1,4 @@
-"""Finds HumanEval and MBPP problems hidden in calibration text.
+"""Finds the benchmarks' problems (HumanEval, MBPP, ...: every kept_out task of evaluation/tasks) in calibration text.
 
 A text counts as a benchmark problem when it contains one of these word runs, compared as lower-case ASCII words
 (letters, digits, underscore), so that layout, punctuation and Markdown do not matter:
@@ -14,15 +14,13 @@ Not found: paraphrases, translations, renamed variables, and bodies under 13 wor
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
-from importlib.resources import files
-from typing import Any
+
+from ms_pangu_quant.evaluation.tasks import TASKS, Problem, Task, load_problems
 
 PROMPT_RUN = 13
 SOLUTION_RUN = 40
@@ -43,7 +41,7 @@ class _Index:
 
 def find_benchmark(text: str) -> str | None:
     """The first benchmark text found, such as "HumanEval/53 prompt" or "MBPP/11 solution"; None where there is none."""
-    index = _index()
+    index = _index(tuple(task for task in TASKS.values() if task.kept_out))
     words = _words(text)
     for start, head in enumerate(zip(*(words[offset:] for offset in range(index.head)), strict=False)):
         for length in index.heads.get(head, ()):
@@ -58,9 +56,9 @@ def _words(text: str) -> list[str]:
 
 
 @cache
-def _index() -> _Index:
+def _index(tasks: tuple[Task, ...]) -> _Index:
     runs: dict[tuple[str, ...], str] = {}
-    for name, text, longest in _texts():
+    for name, text, longest in _texts(_problems(tasks)):
         for run in _runs(_words(text), longest):
             runs.setdefault(run, name)
     head = min(map(len, runs))
@@ -81,33 +79,20 @@ def _runs(words: list[str], longest: int) -> Iterator[tuple[str, ...]]:
             yield tuple(run)
 
 
-def _texts() -> Iterator[tuple[str, str, int]]:
+def _problems(tasks: Iterable[Task]) -> Iterator[Problem]:
+    """Of whole files, whatever part a task reports on; the largest first, after which a text of several is called."""
+    files = {(task.file, task.statement, task.solution): replace(task, ids=None) for task in tasks}
+    for problems in sorted((load_problems(task).by_id.values() for task in files.values()), key=len, reverse=True):
+        yield from problems
+
+
+def _texts(problems: Iterable[Problem]) -> Iterator[tuple[str, str, int]]:
     """(name, text, longest run) of each text to look for."""
-    folder = files("ms_pangu_quant") / "assets" / "benchmarks"
-    for line in gzip.decompress((folder / "HumanEval.jsonl.gz").read_bytes()).splitlines():
-        problem = json.loads(line)
-        yield f"{problem['task_id']} prompt", problem["prompt"], PROMPT_RUN
-        yield from _solution(problem["task_id"], _signature(problem), problem["canonical_solution"])
-    problems = [json.loads(line) for line in (folder / "mbpp.jsonl").read_bytes().splitlines()]
-    problems += json.loads((folder / "sanitized-mbpp.json").read_bytes())
     for problem in problems:
-        task = f"MBPP/{problem['task_id']}"
-        yield f"{task} prompt", problem.get("text") or problem["prompt"], PROMPT_RUN
-        signature, newline, body = problem["code"].partition("\n")
-        while newline and "def " not in signature:  # imports, constants and classes may stand before the function
-            line, newline, body = body.partition("\n")
-            signature += "\n" + line
-        yield from _solution(task, signature, body)
-
-
-def _solution(task: str, signature: str, body: str) -> Iterator[tuple[str, str, int]]:
-    yield f"{task} solution", signature + "\n" + body, SOLUTION_RUN
-    if len(_words(body)) >= SHORTEST_BODY:
-        yield f"{task} solution", body, SOLUTION_RUN
-
-
-def _signature(problem: dict[str, Any]) -> str:
-    """The `def` line of a HumanEval prompt, without its docstring."""
-    prompt: str = problem["prompt"]
-    start = prompt.rindex("def " + problem["entry_point"])
-    return re.split(r"\"\"\"|'''", prompt[start:], maxsplit=1)[0]
+        yield f"{problem.task_id} prompt", problem.statement.text, PROMPT_RUN
+        if problem.solution is None:
+            continue
+        signature, body = problem.solution
+        yield f"{problem.task_id} solution", signature + "\n" + body, SOLUTION_RUN
+        if len(_words(body)) >= SHORTEST_BODY:
+            yield f"{problem.task_id} solution", body, SOLUTION_RUN

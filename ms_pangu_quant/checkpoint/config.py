@@ -8,7 +8,7 @@ windows, attention sinks, a vision tower) is refused by name rather than loaded 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,10 @@ _OTHER_GRAPHS = {
     "sliding_window": "a variant with sliding-window attention",
     "layer_types": "openPangu-R-7B (alternating attention types)",
 }
+_ONE_MODEL = (  # fields of ModelConfig that no rewrite of a checkpoint changes: its shapes and its function
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "biased", "rms_norm_eps", "rope_theta"),
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,29 @@ class ModelConfig:
             torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),
             raw=dict(raw),
             online_hadamard=quantization_settings(raw).get("quant_method") == HADAMARD_METHOD,
+        )
+
+
+def differences(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
+    """Why two checkpoints cannot be one model's, a clause for each field; none where one may be a rewriting of the other.
+
+    One question, whoever asks: only within a model is a weight the rounding of another, and does a KL or a ratio of speeds
+    say what quantization costs. Of one model may differ: tie_word_embeddings, as a rotation gives a tied head a tensor of
+    its own, and online_hadamard, which the weights make up for; the lengths of texts, ids and dtype, which are how it is
+    used and stored; and the architecture's name, as both are one network.
+    """
+    for key in _ONE_MODEL:
+        got, wanted = getattr(config, key), getattr(reference, key)
+        if got != wanted:
+            yield f"{key} is {got}, wanted {wanted}"
+
+
+def check_same_model(directory: Path, config: ModelConfig, against: Path, reference: ModelConfig) -> None:
+    """Raises CheckpointError where the two directories' configs have differences()."""
+    found = "; ".join(differences(reference, config))
+    if found:
+        raise CheckpointError(
+            f"{directory}: {found}, as in {against}: these are not the same model; give two directories of one model"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ms_pangu_quant.checkpoint.config import check_same_model
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
@@ -42,6 +43,8 @@ def bench_command(
     readers = [open_checkpoint(path) for path in paths]
     if against is not None and isinstance(readers[0], QuantizedReader):
         raise CheckpointError(f"--against: {against} is quantized; wanted the float checkpoint")
+    if against is not None:  # before minutes of loading
+        check_same_model(directory, readers[1].config, against, readers[0].config)
     longest = readers[0].config.max_position_embeddings
     if max(lengths) + new_tokens > longest:
         raise RequestError(f"--prompt-lens: {max(lengths)} + {new_tokens} new tokens, but the model ends at {longest}")
@@ -52,8 +55,6 @@ def bench_command(
         own_head = "stored" if path == against else head
         model = load(path, device, kv_cache_tokens=cache, head=own_head, verbose=verbose)
         subjects.append(Subject("float" if kinds is None else "quantized", model, work_of(model, kinds)))
-    if len({subject.model.config.hidden_size for subject in subjects}) > 1:
-        raise CheckpointError(f"{directory} and {against} are not the same model's")
     with progress_bars() as progress:
         task = progress.add_task("measure", total=len(lengths) * len(batches) * len(subjects), kind="count")
         rows, limits = bench(

@@ -12,11 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, read_json
+from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
-REPORT_FILE = "quantization_report.json"
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
 
@@ -33,7 +33,7 @@ def of_checkpoint(
         "checkpoint_sha256": digest,
         "checkpoint_bytes": reader.files.nbytes,
         "precision": precision(reader),
-        "recipe": _recipe(directory),
+        "recipe": _recipe(reader),
         "device": device,
         **({} if head == "stored" else {"head": head}),
         **environment(),
@@ -60,10 +60,10 @@ def precision(reader: CheckpointReader | QuantizedReader) -> str:
     return Counter(entry.dtype.name for entry in reader.files.entries.values()).most_common(1)[0][0]
 
 
-def _recipe(directory: Path) -> dict[str, Any] | None:
-    """The recipe and the errors of each block, from the report that quantize wrote; None for a float checkpoint."""
-    path = directory / REPORT_FILE
-    if not (directory / QUANTIZATION_FILE).exists() or not path.exists():
+def _recipe(reader: CheckpointReader | QuantizedReader) -> dict[str, Any] | None:
+    """The recipe and the errors of each block, from the report beside every format; None for a float checkpoint."""
+    path = reader.directory / REPORT_FILE
+    if not isinstance(reader, QuantizedReader) or not path.exists():
         return None
     report = read_json(path)
     return {name: report.get(name) for name in ("recipe", "fingerprint", "blocks", "bytes_before", "calibration")}

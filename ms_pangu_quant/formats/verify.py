@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig, read_json
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig, differences, read_json
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
@@ -78,8 +78,9 @@ def verify(
     faults += _fused_faults(opened)
     law = Law()
     if against is not None:
-        structural += _same_model(against.config, opened.config)
-        faults += _same_model(against.config, opened.config)
+        others = list(_same_model(against.config, opened.config))
+        structural += others
+        faults += others
         try:
             law = law_of(directory)
         except CheckpointError as error:
@@ -170,9 +171,10 @@ def _fused_faults(opened: _Directory) -> Iterator[str]:
 
 
 def _same_model(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
-    for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "vocab_size"):
-        if getattr(reference, key) != getattr(config, key):
-            yield f"config.json: {key} is {getattr(config, key)}, the float checkpoint has {getattr(reference, key)}"
+    for difference in differences(reference, config):
+        yield f"config.json: {difference} as in the float checkpoint"
+    if config.tie_word_embeddings and not reference.tie_word_embeddings:  # a rewrite unties, nothing ties
+        yield "config.json: tie_word_embeddings is true, but the float checkpoint's head is a tensor of its own"
 
 
 def _read_block(

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import check_same_model
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.network import runtime
 
@@ -51,12 +51,7 @@ def compare(
     Raises    CheckpointError if the two are not the same model's.
     """
     readers = open_checkpoint(reference), open_checkpoint(quantized)
-    for key in ("hidden_size", "num_hidden_layers", "vocab_size"):
-        got, wanted = (getattr(reader.config, key) for reader in reversed(readers))
-        if got != wanted:
-            raise CheckpointError(
-                f"{quantized}: {key} is {got}, but {reference} has {wanted}; these are not the same model"
-            )
+    check_same_model(quantized, readers[1].config, reference, readers[0].config)
     states = [_final_states(reader, sequences, on_block) for reader in readers]
     targets = np.concatenate([sequence[1:] for sequence in sequences])
     kl, agree, nll = divergences(

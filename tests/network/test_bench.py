@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -105,6 +106,18 @@ def test_bench_says_what_is_wrong_with_its_options(options, said, capsys):
 def test_bench_wants_the_float_checkpoint_to_compare_with(quantized, capsys):
     assert main(["bench", str(MINI), "--against", str(quantized("w8a8"))]) == 2
     assert "is quantized; wanted the float checkpoint" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_bench_refuses_another_model_to_compare_with_before_it_loads_any(quantized, tmp_path, capsys, monkeypatch):
+    """Of the same sizes but one: its speed would be compared all the same."""
+    other = shutil.copytree(MINI, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 500.0}))
+    monkeypatch.setattr("ms_pangu_quant.inference.model.load", None)
+    assert main(["bench", str(quantized("w8a8")), "--against", str(other)]) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "rope_theta is 10000.0, wanted 500.0, as in" in said
+    assert "not the same model" in said
 
 
 def test_doctor_names_the_kernels_and_what_is_missing(capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gzip
+import hashlib
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import pyarrow.parquet
 import pytest
 
 from ms_pangu_quant.calibration.data import TextEncoder, TokenData, load_token_data
-from ms_pangu_quant.calibration.overlap import SHORTEST_BODY, _signature, _words, find_benchmark
+from ms_pangu_quant.calibration.overlap import SHORTEST_BODY, _words, find_benchmark
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import DataError, RequestError
+from ms_pangu_quant.evaluation.tasks import TASKS, humaneval, load_problems
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "ms_pangu_quant" / "assets"
@@ -388,7 +391,7 @@ def test_every_human_eval_prompt_and_solution_is_found_in_a_chat():
     assert None not in prompts
     named = [found == f"{problem['task_id']} prompt" for found, problem in zip(prompts, problems, strict=True)]
     assert sum(named) >= 160  # a few share 13 words with an earlier problem and are found under its name
-    functions = [find_benchmark(chat_text(_signature(problem) + problem["canonical_solution"])) for problem in problems]
+    functions = [find_benchmark(chat_text("\n".join(humaneval.solution(problem)))) for problem in problems]
     assert None not in functions
     long = [
         problem["canonical_solution"] for problem in problems if len(_words(problem["canonical_solution"])) >= SHORTEST_BODY
@@ -403,6 +406,41 @@ def test_every_mbpp_sentence_and_solution_is_found_in_a_chat():
     for key in ("text", "code"):
         missed = [problem["task_id"] for problem in problems if find_benchmark(chat_text(problem[key])) is None]
         assert missed == [], key
+
+
+@pytest.mark.parametrize("task", [name for name, task in TASKS.items() if task.kept_out])
+def test_what_a_task_asks_and_every_solution_of_it_is_found(task):
+    problems = load_problems(TASKS[task]).by_id.values()
+    assert [each.task_id for each in problems if find_benchmark(chat_text(each.statement.text)) is None] == []
+    assert [each.task_id for each in problems if find_benchmark(chat_text("\n".join(each.solution))) is None] == []
+
+
+def test_only_the_embedded_checkpoints_own_tasks_are_not_searched_for():
+    assert {name for name, task in TASKS.items() if not task.kept_out} == {"mini", "mini_validation"}
+
+
+def test_a_task_added_to_the_table_is_searched_for_from_then_on(tmp_path, monkeypatch):
+    prompt = 'def tally(votes):\n    """Count how often every candidate was named by a voter of the last three rounds."""\n'
+    body = (
+        "    counted = {}\n    for vote in votes:\n        counted[vote] = counted.get(vote, 0) + 1\n    return counted\n"
+    )
+    row = {"task_id": "7", "prompt": prompt, "entry_point": "tally", "canonical_solution": body, "test": "check = print"}
+    path = write_lines(tmp_path / "own.jsonl", [row])
+    own = {"name": "own", "file": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "prefix": "Own/"}
+    texts = [prompt, "def tally(votes):\n" + body, body]
+    assert [find_benchmark(chat_text(text)) for text in texts] == [None, None, None]
+    monkeypatch.setitem(TASKS, "own", replace(TASKS["humaneval"], **own))
+    assert [find_benchmark(chat_text(text)) for text in texts] == ["Own/7 prompt", "Own/7 solution", "Own/7 solution"]
+    with pytest.raises(DataError, match=r"line 1: Own/7 solution"):
+        load(write_lines(tmp_path / "rows.jsonl", [{"text": body}]))
+    monkeypatch.undo()
+    assert find_benchmark(chat_text(body)) is None
+
+
+def test_a_text_of_several_problems_has_the_name_of_the_first_in_the_largest_set():
+    """Of all 974, though the table has the sanitized 427 before them, and the plus sets have their own spelling."""
+    assert find_benchmark(load_problems(TASKS["mbpp_sanitized"]).by_id["MBPP/602"].statement.text) == "MBPP/217 prompt"
+    assert find_benchmark(load_problems(TASKS["mbpp_plus"]).by_id["Mbpp/11"].statement.text) == "MBPP/11 prompt"
 
 
 def test_layout_case_and_markdown_do_not_hide_a_problem():

@@ -1,10 +1,12 @@
 """checkpoint/config.py: openPangu-Embedded and Llama are one network; whatever is another is refused by name."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
-from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.config import ModelConfig, check_same_model, differences
 from ms_pangu_quant.errors import CheckpointError
 
 PANGU_1B = {  # the published config.json, without what says nothing about the graph
@@ -241,3 +243,59 @@ def test_a_file_that_is_no_config_is_refused_naming_it(tmp_path, content, said):
 def test_from_file_reads_what_from_dict_reads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PANGU_7B), encoding="utf-8")
     assert ModelConfig.from_file(tmp_path / "config.json") == read(PANGU_7B)
+
+
+# ---- whether two are of one model
+
+OTHER = {  # field -> a config.json of another model by this field alone
+    "hidden_size": {"hidden_size": 3072, "head_dim": 128},
+    "intermediate_size": {"intermediate_size": 6145},
+    "num_hidden_layers": {"num_hidden_layers": 25},
+    "num_attention_heads": {"num_attention_heads": 6, "head_dim": 128},
+    "num_key_value_heads": {"num_key_value_heads": 12},
+    "head_dim": {"head_dim": 64},
+    "vocab_size": {"vocab_size": 153377},
+    "attention_bias": {"bias": False},
+    "rms_norm_eps": {"rms_norm_eps": 1e-6},
+    "rope_theta": {"rope_theta": 16e6},
+}
+SAME = {  # what may differ between a checkpoint and what was made of it
+    "tie_word_embeddings": {"tie_word_embeddings": False},
+    "online_hadamard": {"quantization_config": {"quant_method": "golden-stick-hadamard"}},
+    "max_position_embeddings": {"max_position_embeddings": 4096},
+    "bos_token_id": {"bos_token_id": 5},
+    "eos_token_id": {"eos_token_id": [5, 6]},
+    "pad_token_id": {"pad_token_id": None},
+    "torch_dtype": {"torch_dtype": "float32"},
+    "raw": {"model_type": "llama", "attention_bias": True},
+}
+
+
+def test_every_field_of_a_config_either_makes_another_model_or_does_not():
+    assert sorted([*OTHER, *SAME]) == sorted(field.name for field in dataclasses.fields(ModelConfig))
+
+
+@pytest.mark.parametrize("field", OTHER)
+def test_another_shape_or_function_is_another_model_and_is_named(field):
+    one, other = read(PANGU_1B), read(PANGU_1B, **OTHER[field])
+    assert list(differences(one, other)) == [f"{field} is {getattr(other, field)}, wanted {getattr(one, field)}"]
+    assert len(list(differences(other, one))) == 1
+
+
+@pytest.mark.parametrize("field", SAME)
+def test_what_a_rewrite_of_a_checkpoint_or_its_user_may_change_makes_no_other_model(field):
+    one, other = read(PANGU_1B), read(PANGU_1B, **SAME[field])
+    assert getattr(one, field) != getattr(other, field)
+    assert list(differences(one, other)) == []
+    assert list(differences(other, one)) == []
+
+
+def test_directories_of_two_models_are_refused_with_all_that_differs():
+    one, other = read(PANGU_1B), read(PANGU_1B, rope_theta=16e6, num_key_value_heads=12)
+    check_same_model(Path("mine"), one, Path("float"), one)
+    with pytest.raises(CheckpointError) as raised:
+        check_same_model(Path("mine"), other, Path("float"), one)
+    assert str(raised.value) == (
+        "mine: num_key_value_heads is 12, wanted 6; rope_theta is 16000000.0, wanted 4000000.0, as in float: these are not "
+        "the same model; give two directories of one model"
+    )

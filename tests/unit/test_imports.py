@@ -26,7 +26,7 @@ else:
 PACKAGE = "ms_pangu_quant"
 LEVELS = (  # a name stands for the module and all below it; the longest that fits decides
     ("errors", "suggestion", "installation"),
-    ("scheme", "settings", "arguments"),
+    ("scheme", "settings", "arguments", "evaluation.verdict", "evaluation.tasks"),  # what a benchmark is: calibration asks it too
     ("checkpoint", "calibration", "transforms", "quantizers", "formats"),
     ("budget",),
     ("recipe", "estimate", "roofline", "sensitivity"),

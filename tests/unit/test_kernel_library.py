@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,28 @@ def test_what_a_failing_compiler_prints_is_shown(fresh, monkeypatch, capsys):
     assert "isa.h:1: cannot do that" in said
     assert "exit code 3" in said
     assert not any(file.suffix == ".so" for file in (fresh / "cache").iterdir())
+
+
+def test_when_one_compiler_fails_the_others_have_ended_before_their_folder_goes(fresh, capsys):
+    """Each slow one says whether it could write; one that outlives the build says nothing in time."""
+    (fresh / "compiler").write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\ncase "$*" in *parallel.cc*) echo "no such flag"; exit 3;; esac\n'
+        'while [ "$1" != -o ]; do shift; done\nsleep 0.5\necho object > "$2" && echo written >> "$LOG"\n'
+    )
+    assert module.library() is None
+    assert (fresh / "log").read_text().split() == ["written"] * (len(module._UNITS) - 1)
+    assert list((fresh / "cache").iterdir()) == []
+    assert "failed with exit code 3:\nno such flag" in capsys.readouterr().err
+
+
+def test_a_compiler_that_hangs_costs_the_limit_once_and_leaves_nothing_behind(fresh, monkeypatch, capsys):
+    (fresh / "compiler").write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\nexec sleep 60\n')
+    monkeypatch.setattr(module, "_TIMEOUT", 2)
+    started = time.monotonic()
+    assert module.library() is None
+    assert time.monotonic() - started < 2 * (len(module._UNITS) - 1)
+    assert "did not end within 2 s" in capsys.readouterr().err
+    assert list((fresh / "cache").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_named(fresh, monkeypatch, capsys):

@@ -135,7 +135,36 @@ def test_another_float_checkpoint_breaks_it_everywhere(quantized, make_checkpoin
 def test_a_float_checkpoint_of_another_size_is_named(quantized, make_checkpoint):
     directory, _ = quantized("w8a8")
     other = CheckpointReader(make_checkpoint("other", vocab_size=64, intermediate_size=96))
-    assert verify(directory, other).faults == ("config.json: intermediate_size is 128, the float checkpoint has 96",)
+    assert verify(directory, other).faults == (
+        "config.json: intermediate_size is 128, wanted 96 as in the float checkpoint",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_attention_heads", 2), ("rope_theta", 500.0), ("rms_norm_eps", 0.1), ("bias", False)]
+)
+def test_a_float_checkpoint_of_another_function_is_named_and_its_weights_are_not_compared(
+    key, value, quantized, make_checkpoint
+):
+    directory, source = quantized("w8a8")
+    wanted = {"head_dim": source.config.head_dim, key: value}
+    other = CheckpointReader(make_checkpoint("other", seed=1, vocab_size=64, dtype="float32", **wanted))
+    (fault,) = verify(directory, other).faults
+    assert fault.startswith("config.json: ")
+    assert key in fault
+    assert f"wanted {value} as in the float checkpoint" in fault
+
+
+def test_a_head_may_come_untied_but_not_tied(quantized, make_checkpoint):
+    """A rotation gives a tied head a tensor of its own; nothing takes one away."""
+    directory, tied = quantized("w8a8", "compressed-tensors")
+    untied = CheckpointReader(make_checkpoint("untied", vocab_size=64, dtype="float32", tie_word_embeddings=False))
+    (fault,) = verify(directory, untied).faults
+    assert fault == "config.json: tie_word_embeddings is true, but the float checkpoint's head is a tensor of its own"
+    edit(directory, lambda tensors: tensors.update({layout.HEAD: tensors[layout.EMBEDDING]}))
+    config = directory / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": False}))
+    assert verify(directory, tied).faults == ()
 
 
 def test_other_roundings_are_held_to_the_errors_of_their_report(quantized):

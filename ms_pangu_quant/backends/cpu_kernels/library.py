@@ -22,10 +22,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 
 from ms_pangu_quant.errors import BackendError
 
@@ -42,7 +44,7 @@ _UNITS = {
     "limits.cc": (),
     "block.cc": (),
 }
-_TIMEOUT = 600  # seconds for one source
+_TIMEOUT = 600  # seconds for all sources together
 _INTEGER, _POINTER = ctypes.c_int64, ctypes.c_void_p
 _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pangu_pack_w8": (_POINTER, _INTEGER, _INTEGER),
@@ -185,27 +187,36 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _compile(command: str, scratch: Path) -> Path:
     print("pangu-quant: building the CPU kernels (once, about 20 s)", file=sys.stderr)
-    running = []
-    for unit, flags in _UNITS.items():
-        line = [command, *_FLAGS, *flags, "-c", str(_SOURCES / unit), "-o", str(scratch / f"{unit}.o")]
-        running.append((line, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
-    for line, process in running:
-        _finish(line, process)
+    objects = {unit: str(scratch / f"{unit}.o") for unit in _UNITS}
+    _run([command, *_FLAGS, *flags, "-c", str(_SOURCES / unit), "-o", objects[unit]] for unit, flags in _UNITS.items())
     out = scratch / "kernels.so"
-    line = [command, "-shared", "-pthread", *(str(scratch / f"{unit}.o") for unit in _UNITS), "-o", str(out)]
-    _finish(line, subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    _run([[command, "-shared", "-pthread", *objects.values(), "-o", str(out)]])
     return out
 
 
-def _finish(line: list[str], process: subprocess.Popen[str]) -> None:
+def _run(lines: Iterable[list[str]]) -> None:
+    """Runs all at once and waits for every one, also where one fails: the folder that the others write to goes then."""
+    deadline = time.monotonic() + _TIMEOUT
+    with ExitStack() as running:  # leaving it waits for those that nothing else has waited for
+        started = [
+            (line, running.enter_context(subprocess.Popen(line, stdout=PIPE, stderr=STDOUT, text=True))) for line in lines
+        ]
+        faults = [fault for line, process in started if (fault := _fault(line, process, deadline))]
+    if faults:
+        raise BuildError(faults[0])
+
+
+def _fault(line: list[str], process: subprocess.Popen[str], deadline: float) -> str | None:
+    """Waits for a compiler; what became of it, None if all is well."""
     try:
-        output, _ = process.communicate(timeout=_TIMEOUT)
+        output, _ = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.kill()
-        output, _ = process.communicate()
-        raise BuildError(f"{' '.join(line)} did not end within {_TIMEOUT} s.") from None
+        process.communicate()
+        return f"{' '.join(line)} did not end within {_TIMEOUT} s."
     if process.returncode:
-        raise BuildError(f"{' '.join(line)} failed with exit code {process.returncode}:\n{output.strip()}")
+        return f"{' '.join(line)} failed with exit code {process.returncode}:\n{output.strip()}"
+    return None
 
 
 def _load(file: Path) -> Library:

@@ -1,4 +1,7 @@
-"""The benchmarks by name. Adding one is a file that defines a Task, and a line here."""
+"""The benchmarks by name. Adding one is a file that defines a Task, and a line here.
+
+Below calibration, which searches its data for them (calibration/overlap.py).
+"""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ and canonical_solution (a body).
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import replace
 from functools import lru_cache
 
@@ -36,6 +37,15 @@ def program(row: Row, code: str) -> Program:
 
 def reference(row: Row) -> str | None:
     return row["prompt"] + row["canonical_solution"] if "canonical_solution" in row else None
+
+
+def solution(row: Row) -> tuple[str, str] | None:
+    """The `def` line of the prompt, without its docstring, and the body."""
+    if "canonical_solution" not in row:
+        return None
+    prompt: str = row["prompt"]
+    start = prompt.rindex(f"def {row['entry_point']}")
+    return re.split(r"\"\"\"|'''", prompt[start:], maxsplit=1)[0], row["canonical_solution"]
 
 
 @lru_cache(maxsize=4096)
@@ -68,6 +78,7 @@ HUMANEVAL = Task(
     entry_point=entry_point,
     program=program,
     reference=reference,
+    solution=solution,
     prefix="HumanEval/",
 )
 MINI = replace(
@@ -77,6 +88,7 @@ MINI = replace(
     file="heldout.jsonl",
     sha256="1cb117cf26ba8df0857f3ceb9b2b4b1173096d7aaeb57809d5a4656b979a1788",
     prefix="",
+    kept_out=False,  # the embedded calibration data is the same generator's: other problems, often in the same words
 )
 MINI_VALIDATION = replace(
     MINI,

@@ -47,6 +47,19 @@ def reference(row: Row) -> str | None:
     return code
 
 
+def solution(row: Row) -> tuple[str, str] | None:
+    return down_to_def(row["code"])
+
+
+def down_to_def(code: str) -> tuple[str, str]:
+    """A program cut behind its first `def`; imports, constants and classes may stand before the function."""
+    signature, newline, body = code.partition("\n")
+    while newline and "def " not in signature:
+        line, newline, body = body.partition("\n")
+        signature += "\n" + line
+    return signature, body
+
+
 def _test(row: Row) -> str:
     return "\n".join(row["test_list"])
 
@@ -90,6 +103,7 @@ MBPP_FULL = Task(
     entry_point=entry_point,
     program=program,
     reference=reference,
+    solution=solution,
     prefix="MBPP/",
 )
 MBPP_TEST = replace(MBPP_FULL, name="mbpp_test", title="MBPP (test)", ids=TEST_PART)

@@ -14,7 +14,7 @@ from functools import lru_cache
 from importlib.resources import files
 from typing import Any
 
-from ms_pangu_quant.evaluation.tasks import humaneval
+from ms_pangu_quant.evaluation.tasks import humaneval, mbpp
 from ms_pangu_quant.evaluation.tasks.task import Row, Statement, Task
 from ms_pangu_quant.evaluation.verdict import Program
 
@@ -36,6 +36,10 @@ def mbpp_statement(row: Row) -> Statement:
 def mbpp_reference(row: Row) -> str | None:
     code: str = row["canonical_solution"]
     return code
+
+
+def mbpp_solution(row: Row) -> tuple[str, str] | None:
+    return mbpp.down_to_def(row["canonical_solution"])
 
 
 def _program(row: Row, source: str, canonical: str) -> Program:
@@ -71,6 +75,7 @@ HUMANEVAL_PLUS = Task(
     entry_point=humaneval.entry_point,
     program=humaneval_program,
     reference=humaneval.reference,
+    solution=humaneval.solution,
     prefix="HumanEval/",
 )
 MBPP_PLUS = Task(
@@ -83,5 +88,6 @@ MBPP_PLUS = Task(
     entry_point=humaneval.entry_point,
     program=mbpp_program,
     reference=mbpp_reference,
+    solution=mbpp_solution,
     prefix="Mbpp/",
 )

@@ -36,6 +36,8 @@ class Task:
     entry_point  row -> the function that an answer must define.
     program      (row, code) -> the program to judge; code defines the entry point.
     reference    row -> a solution that passes, None where the row has none.
+    solution     row -> (lines down to its `def`, body) of that solution without the prompt's prose, None likewise.
+    kept_out     calibration data may not hold its problems: calibration/overlap.py searches for statement and solution.
     """
 
     name: str
@@ -47,8 +49,10 @@ class Task:
     entry_point: Callable[[Row], str]
     program: Callable[[Row, str], Program]
     reference: Callable[[Row], str | None]
+    solution: Callable[[Row], tuple[str, str] | None]
     ids: range | None = None
     prefix: str = ""
+    kept_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,10 @@ class Problem:
     @property
     def reference(self) -> str | None:
         return self.task.reference(self.row)
+
+    @property
+    def solution(self) -> tuple[str, str] | None:
+        return self.task.solution(self.row)
 
     def program(self, code: str) -> Program:
         return self.task.program(self.row, code)
