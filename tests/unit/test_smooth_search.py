@@ -67,6 +67,29 @@ def test_the_error_is_close_to_the_measured_one_for_uncorrelated_inputs(scheme):
         assert output_error(s, weights, seen, scheme) == pytest.approx(measured_error(x, weights, s, scheme), rel=rel)
 
 
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_every_output_counts_once_however_few_of_its_layer_are_sampled(scheme):
+    """For layers of equal rows, whose error is that of one row as often as they have rows."""
+    generator = np.random.default_rng(3)
+    seen = InputStats.observe(generator.normal(size=(50, 16)).astype(np.float32), rows=50)
+    one, other = generator.normal(size=(2, 1, 16)).astype(np.float32) * np.array([[[1]], [[3]]], np.float32)
+    for s in generator.lognormal(size=(3, 16)).astype(np.float32):
+        alone = [output_error(s, [row], seen, scheme) for row in (one, other)]
+        for count in (1, 511, 512, 513, 768, 1024, 4096, 4100):
+            got = output_error(s, [np.repeat(one, count, axis=0), np.repeat(other, 1024, axis=0)], seen, scheme)
+            assert got == pytest.approx(count * alone[0] + 1024 * alone[1], rel=1e-9)
+
+
+def test_the_sampled_outputs_are_spread_over_the_whole_layer():
+    generator = np.random.default_rng(4)
+    seen = InputStats.observe(generator.normal(size=(50, 16)).astype(np.float32), rows=50)
+    weight = (generator.normal(size=(512, 16)) * np.linspace(0.1, 3, 512)[:, None]).astype(np.float32)
+    s = generator.lognormal(size=16).astype(np.float32)
+    for scheme in SCHEMES.values():
+        one, eight = (output_error(s, [np.repeat(weight, times, axis=0)], seen, scheme) for times in (1, 8))
+        assert eight == pytest.approx(8 * one, rel=1e-9)
+
+
 def test_a_common_factor_of_the_scale_changes_nothing():
     generator = np.random.default_rng(2)
     seen = InputStats.observe(generator.normal(size=(50, 16)).astype(np.float32), gram=True, rows=50)
