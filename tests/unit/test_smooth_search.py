@@ -1,5 +1,6 @@
 """transforms/smooth_search.py: the error it minimises is the one that rounding makes, and the block computes the same."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -88,6 +89,34 @@ def test_the_sampled_outputs_are_spread_over_the_whole_layer():
     for scheme in SCHEMES.values():
         one, eight = (output_error(s, [np.repeat(weight, times, axis=0)], seen, scheme) for times in (1, 8))
         assert eight == pytest.approx(8 * one, rel=1e-9)
+
+
+@pytest.fixture
+def missed():
+    """A layer, its input's statistics with a sample of all rows, and with one of 50 that misses channel 3's outlier."""
+    generator = np.random.default_rng(5)
+    x, weight = (generator.normal(size=(rows, 64)).astype(np.float32) for rows in (3000, 32))
+    sample = InputStats.observe(x, rows=50).sample
+    x[2000, 3] = 100
+    whole = InputStats.observe(x, rows=3000)
+    return weight, whole, dataclasses.replace(whole, sample=sample)
+
+
+@pytest.mark.parametrize("scheme", [PRESETS["w8a8"], PRESETS["w8a8_static"]], ids=["w8a8", "w8a8_static"])
+def test_an_outlier_that_the_sample_missed_does_not_look_cheap(missed, scheme):
+    """Dividing it pays, although no sampled row says so; without it, the same scale costs more than it saves."""
+    weight, _, loud = missed
+    quiet = dataclasses.replace(loud, absmax=np.abs(loud.sample.rows).max(axis=0))
+    ones = np.ones(64, np.float32)
+    s = np.where(np.arange(64) == 3, 5, ones).astype(np.float32)
+    assert output_error(s, [weight], loud, scheme) < 0.5 * output_error(ones, [weight], loud, scheme)
+    assert output_error(s, [weight], quiet, scheme) > 2 * output_error(ones, [weight], quiet, scheme)
+
+
+def test_the_range_of_a_static_activation_is_known_however_few_tokens_are_sampled(missed):
+    weight, whole, few = missed
+    for s in np.random.default_rng(6).lognormal(size=(5, 64)).astype(np.float32):
+        assert len({output_error(s, [weight], seen, SCHEMES["w8a8_static"]) for seen in (whole, few)}) == 1
 
 
 def test_a_common_factor_of_the_scale_changes_nothing():
