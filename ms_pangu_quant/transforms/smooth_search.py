@@ -109,6 +109,7 @@ class OutputError:
     """The sum above as a function of the scale s [in], over the calibration tokens and _ROWS channels of each layer.
 
     weights  [out_i, in] float32, the layers that read the input.
+    A sampled channel counts as often as its layer has channels for each sampled one: the sum is that over whole layers.
     The largest activation of every channel counts as one more row of the sample: an outlier that the sample missed must not
     look cheap.
     """
@@ -117,15 +118,22 @@ class OutputError:
         assert seen.squares is not None
         assert seen.sample is not None
         self._scheme, self._tokens, self._squares = scheme, seen.tokens, seen.squares
-        self._weight = np.abs(np.concatenate([weight[:: -(-len(weight) // _ROWS)] for weight in weights]))
-        self._columns = np.einsum("ri,ri->i", self._weight, self._weight, dtype=np.float64)
+        rows, stand_for = zip(*map(_sampled_rows, weights), strict=True)
+        self._weight, self._stand_for = np.abs(np.concatenate(rows)), np.concatenate(stand_for)
+        self._columns = np.einsum("ri,ri->i", self._weight, self._stand_for * self._weight, dtype=np.float64)
         self._rows = np.abs(np.vstack([seen.sample.rows, seen.absmax]))
 
     def __call__(self, s: NDArray[np.float32]) -> float:
         square, groups = s.astype(np.float64) ** 2, self._scheme.weight.groups(len(s))
         steps_w = np.square((self._weight * s).reshape(-1, groups, len(s) // groups).max(axis=2), dtype=np.float64)
-        rounded_w = steps_w.sum(axis=0) @ (self._squares / square).reshape(groups, -1).sum(axis=1)
+        rounded_w = (self._stand_for * steps_w).sum(axis=0) @ (self._squares / square).reshape(groups, -1).sum(axis=1)
         largest = (self._rows * (1 / s).astype(np.float32)).max(axis=1).astype(np.float64)
         steps_x = np.square(largest).mean() if self._scheme.activation.dynamic else np.square(largest.max())
         rounded_x = self._tokens * steps_x * (self._columns @ square)
         return float(rounded_w / self._scheme.weight.divisor**2 + rounded_x / self._scheme.activation.divisor**2) / 12
+
+
+def _sampled_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Of a layer [out, in] up to _ROWS rows, evenly spread, and how many of its rows each stands for [sampled, 1]."""
+    rows = weight[:: -(-len(weight) // _ROWS)]
+    return rows, np.full((len(rows), 1), len(weight) / len(rows))

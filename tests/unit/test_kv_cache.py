@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -140,6 +141,19 @@ def test_mse_errs_least_and_percentile_clips_what_lies_outside():
     x[7, 3] = 400
     grid = chosen(Int8Cache(method="percentile", percentile=99.8), x)
     assert 127 * grid.scale.reshape(-1)[3] < 100
+
+
+@ALL
+@pytest.mark.parametrize("end", [-400, 400])
+def test_an_outlier_that_the_sample_missed_is_not_clipped_as_if_it_did_not_exist(setting, end):
+    """At the 100th percentile, which clips nothing that it knows of."""
+    x = numbers(tokens=5000)
+    sample = RangeStats.observe(x, rows=50).sample
+    x[3000, 3] = end
+    stats = dataclasses.replace(RangeStats.observe(x), sample=sample)
+    grid = dataclasses.replace(setting, percentile=100).cache(stats, stats, HEADS).key
+    held = grid.values(grid.codes(heads(x[3000:3001])))[0, 0, 3]
+    assert held == pytest.approx(end, rel=0.05)
 
 
 def test_statistics_merge_in_any_order_and_grouping():

@@ -1,5 +1,6 @@
 """transforms/smooth_search.py: the error it minimises is the one that rounding makes, and the block computes the same."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -66,6 +67,57 @@ def test_the_error_is_close_to_the_measured_one_for_uncorrelated_inputs(scheme):
     for exponent in (0.0, 0.3, 0.6):
         s = (channels**exponent).astype(np.float32)
         assert output_error(s, weights, seen, scheme) == pytest.approx(measured_error(x, weights, s, scheme), rel=rel)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_every_output_counts_once_however_few_of_its_layer_are_sampled(scheme):
+    """For layers of equal rows, whose error is that of one row as often as they have rows."""
+    generator = np.random.default_rng(3)
+    seen = InputStats.observe(generator.normal(size=(50, 16)).astype(np.float32), rows=50)
+    one, other = generator.normal(size=(2, 1, 16)).astype(np.float32) * np.array([[[1]], [[3]]], np.float32)
+    for s in generator.lognormal(size=(3, 16)).astype(np.float32):
+        alone = [output_error(s, [row], seen, scheme) for row in (one, other)]
+        for count in (1, 511, 512, 513, 768, 1024, 4096, 4100):
+            got = output_error(s, [np.repeat(one, count, axis=0), np.repeat(other, 1024, axis=0)], seen, scheme)
+            assert got == pytest.approx(count * alone[0] + 1024 * alone[1], rel=1e-9)
+
+
+def test_the_sampled_outputs_are_spread_over_the_whole_layer():
+    generator = np.random.default_rng(4)
+    seen = InputStats.observe(generator.normal(size=(50, 16)).astype(np.float32), rows=50)
+    weight = (generator.normal(size=(512, 16)) * np.linspace(0.1, 3, 512)[:, None]).astype(np.float32)
+    s = generator.lognormal(size=16).astype(np.float32)
+    for scheme in SCHEMES.values():
+        one, eight = (output_error(s, [np.repeat(weight, times, axis=0)], seen, scheme) for times in (1, 8))
+        assert eight == pytest.approx(8 * one, rel=1e-9)
+
+
+@pytest.fixture
+def missed():
+    """A layer, its input's statistics with a sample of all rows, and with one of 50 that misses channel 3's outlier."""
+    generator = np.random.default_rng(5)
+    x, weight = (generator.normal(size=(rows, 64)).astype(np.float32) for rows in (3000, 32))
+    sample = InputStats.observe(x, rows=50).sample
+    x[2000, 3] = 100
+    whole = InputStats.observe(x, rows=3000)
+    return weight, whole, dataclasses.replace(whole, sample=sample)
+
+
+@pytest.mark.parametrize("scheme", [PRESETS["w8a8"], PRESETS["w8a8_static"]], ids=["w8a8", "w8a8_static"])
+def test_an_outlier_that_the_sample_missed_does_not_look_cheap(missed, scheme):
+    """Dividing it pays, although no sampled row says so; without it, the same scale costs more than it saves."""
+    weight, _, loud = missed
+    quiet = dataclasses.replace(loud, absmax=np.abs(loud.sample.rows).max(axis=0))
+    ones = np.ones(64, np.float32)
+    s = np.where(np.arange(64) == 3, 5, ones).astype(np.float32)
+    assert output_error(s, [weight], loud, scheme) < 0.5 * output_error(ones, [weight], loud, scheme)
+    assert output_error(s, [weight], quiet, scheme) > 2 * output_error(ones, [weight], quiet, scheme)
+
+
+def test_the_range_of_a_static_activation_is_known_however_few_tokens_are_sampled(missed):
+    weight, whole, few = missed
+    for s in np.random.default_rng(6).lognormal(size=(5, 64)).astype(np.float32):
+        assert len({output_error(s, [weight], seen, SCHEMES["w8a8_static"]) for seen in (whole, few)}) == 1
 
 
 def test_a_common_factor_of_the_scale_changes_nothing():
