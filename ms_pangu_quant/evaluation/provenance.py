@@ -14,9 +14,9 @@ from typing import Any
 
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, read_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 
-REPORT_FILE = "quantization_report.json"
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
 

@@ -67,7 +67,7 @@ class SmoothSearch:
             if scheme is None:
                 continue
             seen = stats[input_name]
-            cost = OutputError([block.weight(site) for site in sites], seen, scheme)
+            cost = OutputCost([block.weight(site) for site in sites], seen, scheme)
             best, least = None, np.inf
             for s in self._candidates(block, input_name, seen):
                 with one_thread():
@@ -97,7 +97,7 @@ class SmoothSearch:
                     yield np.where(usable, np.exp(log_s), 1.0).astype(np.float32)
 
 
-class OutputError:
+class OutputCost:
     """The sum above as a function of the scale s [in], over the calibration tokens and _ROWS channels of each layer.
 
     weights  [out_i, in] float32, the layers that read the input.
