@@ -3,8 +3,8 @@
 With an operator for each cell, MindSpore's executor takes about 50 us for each of the dozen of a block: a third of a decode
 step of the 1B. The operator calls the same kernels in the same order, so it gives the same bits.
 
-Blocks that follow one another are again one operator (Run). Their 38 inputs each would still cost the executor a fifth of a
-decode step, so it is given the addresses of the parameters instead, which are no part of the graph.
+Blocks that follow one another are again one operator (FusedRun). Their 38 inputs each would still cost the executor a fifth
+of a decode step, so it is given the addresses of the parameters instead, which are no part of the graph.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ms_pangu_quant.backends.cpu_kernels.operators import block_operator, operat
 _ENTRY = 7  # int64 of the table that say where an input is; see PanguStack in block.cc
 
 
-class Run(nn.Cell):
+class FusedRun(nn.Cell):
     """Blocks that follow one another, as one operator; point() tells it where their parameters are.
 
     table  int64 [blocks, inputs of a block, 7], a parameter because the graph would take a tensor's values for constants.
@@ -38,7 +38,7 @@ class Run(nn.Cell):
         self.kernel = operator(library, "PanguStack")
         self.kept: list[NDArray[Any]] = []
 
-    def point(self, blocks: Sequence[Block]) -> None:
+    def point(self, blocks: Sequence[FusedBlock]) -> None:
         """To be called when the blocks' parameters have been loaded; what it points to lives as long as this cell."""
         arrays = [[one if isinstance(one, int) else one.asnumpy() for one in block.inputs(*range(7))] for block in blocks]
         self.table.set_data(Tensor(np.array([[_entry(one) for one in row] for row in arrays], np.int64)))
@@ -60,19 +60,19 @@ def _entry(where: int | NDArray[Any]) -> list[int]:
     return [where.ctypes.data, int(where.dtype == np.uint8), where.ndim, *shape]
 
 
-def join(layers: Sequence[Any]) -> list[tuple[Run, list[Block]]]:
+def join_blocks(layers: Sequence[Any]) -> list[tuple[FusedRun, list[FusedBlock]]]:
     """Lets the first of several whole blocks in a row compute all of them, and the others pass on what they get.
 
     Returns what has to be pointed at the parameters when they have been loaded.
     """
-    runs: list[tuple[Run, list[Block]]] = []
-    row: list[Block] = []
+    runs: list[tuple[FusedRun, list[FusedBlock]]] = []
+    row: list[FusedBlock] = []
     for place, layer in enumerate([*layers, None]):
-        if layer is not None and isinstance(layer, Block) and layer.whole:
+        if layer is not None and isinstance(layer, FusedBlock) and layer.whole:
             row.append(layer)
             continue
         if row:
-            run = Run(kernels(), place - len(row), len(row), len(row[0].inputs(*range(7))))
+            run = FusedRun(kernels(), place - len(row), len(row), len(row[0].inputs(*range(7))))
             row[0].run = run
             for passed in row[1:]:
                 passed.joined = True
@@ -81,7 +81,7 @@ def join(layers: Sequence[Any]) -> list[tuple[Run, list[Block]]]:
     return runs
 
 
-class Block(TransformerLayer):
+class FusedBlock(TransformerLayer):
     """MindFormers' layer, with its cells and parameter names.
 
     A linear method that the kernel knows has block_parameters(layer): weight, scale, input_scale, input_offset, sum_bias,
@@ -105,7 +105,7 @@ class Block(TransformerLayer):
             and not self.apply_residual_connection_post_norm
         )
         self.kernel = block_operator(kernels()) if self.whole else None
-        self.run: Run | None = None  # of this block and those behind it
+        self.run: FusedRun | None = None  # of this block and those behind it
         self.joined = False  # computed by the run of a block before it
 
     def inputs(self, x, cos, sin, slot_mapping, block_tables, batch_valid_length, q_seq_lens):

@@ -20,7 +20,7 @@ from mindspore.common.initializer import initializer
 
 from ms_pangu_quant.backends import Backend, cpu
 from ms_pangu_quant.backends.cache import cache_grid_parameter
-from ms_pangu_quant.backends.cpu_block import Block
+from ms_pangu_quant.backends.cpu_block import FusedBlock
 from ms_pangu_quant.backends.cpu_kernels.library import kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
@@ -266,7 +266,7 @@ rope_utils.ROPE_FUNCTION["pangu_cpu_fused_rope"] = _rope  # MindFormers' own tab
 BACKEND: Backend = replace(
     cpu.BACKEND,
     norm=RMSNorm,
-    layer=Block,
+    layer=FusedBlock,
     mlp=SwiGLUMLP,
     core_attention=lambda **sizes: ModuleSpec(module=PagedAttention, params=sizes),
     rope_name="pangu_cpu_fused_rope",

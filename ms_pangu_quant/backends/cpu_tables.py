@@ -21,7 +21,7 @@ from mindspore.common.initializer import initializer
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import CpuGPTModel
-from ms_pangu_quant.backends.cpu_block import join
+from ms_pangu_quant.backends.cpu_block import join_blocks
 from ms_pangu_quant.backends.cpu_kernels.library import Library
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.errors import CheckpointError
@@ -92,7 +92,7 @@ class TableGPTModel(CpuGPTModel):
     ) -> None:
         super().__init__(*arguments, pre_process=False, share_embeddings_and_output_weights=False, **keywords)
         self.pre_process = pre_process
-        self.runs = join(self.decoder.layers)
+        self.runs = join_blocks(self.decoder.layers)
         if pre_process:
             self.embedding = Embedding(library, self.vocab_size, self.config.hidden_size)
         tables = [self.embedding.word_embeddings] if pre_process else []

@@ -16,7 +16,7 @@ from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.estimate import sensitivity_seconds
 from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.recipe import KEEP_FLOAT, Recipe, find_recipe, load_recipe
-from ms_pangu_quant.report.sensitivity import group_name, sensitivity_plot
+from ms_pangu_quant.report.sensitivity_plot import group_name, sensitivity_plot
 from ms_pangu_quant.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, split
 
 _DEARER = "w8a8"

@@ -46,7 +46,7 @@ def periodic_tail(items: Sequence[Hashable]) -> Tail:
     return found
 
 
-def measure(record: Mapping[str, Any]) -> dict[str, Any]:
+def lengths_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """Lengths and repetition of a sample; token counts are None where the file has none, and words are counted then."""
     split = split_text(record["completion"])
     answer = record["answer"] if isinstance(record.get("answer"), str) else split.answer

@@ -16,7 +16,7 @@ from typing import Any
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation import sandbox
 from ms_pangu_quant.evaluation.extract import Extraction, extract, split_text
-from ms_pangu_quant.evaluation.lengths import measure
+from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
 from ms_pangu_quant.evaluation.sandbox import Sandbox
 from ms_pangu_quant.evaluation.tasks import Problem, find_problem
@@ -157,7 +157,7 @@ def _record(sample: Sample, extraction: Extraction, outcome: Outcome, key: str) 
         "rule": extraction.rule,
         "detail": outcome.detail,
         "oracle": outcome.oracle,
-        **measure(sample.record),
+        **lengths_of(sample.record),
         "key": key,
     }
 

@@ -42,24 +42,24 @@ _UNRELATED = 0.5  # relative weight error beyond which a layer is not the checkp
 
 
 @dataclass(frozen=True)
-class Interval:
+class Bounds:
     """low <= x <= high for each of n positive unknowns; low = high where it is known."""
 
     low: NDArray[np.float64]
     high: NDArray[np.float64]
 
     @classmethod
-    def exactly(cls, values: NDArray[Any]) -> Interval:
+    def exactly(cls, values: NDArray[Any]) -> Bounds:
         wide = values.astype(np.float64)
         return cls(wide * (1 - _SLACK), wide * (1 + _SLACK))
 
     @classmethod
-    def anything(cls, count: int) -> Interval:
+    def anything(cls, count: int) -> Bounds:
         return cls(np.full(count, 0.0), np.full(count, np.inf))
 
-    def inverse(self) -> Interval:
+    def inverse(self) -> Bounds:
         with np.errstate(divide="ignore"):
-            return Interval(1 / self.high, 1 / self.low)
+            return Bounds(1 / self.high, 1 / self.low)
 
     @property
     def middle(self) -> NDArray[np.float64]:
@@ -120,7 +120,7 @@ def check_block(
     index: int, original: Block, stored: Block, linears: Mapping[str, QuantizedLinear], law: Law
 ) -> Iterator[str]:
     """Faults of one block. original: the float checkpoint's block;  stored: the float tensors of the quantized one."""
-    rows: dict[str, Interval] = {}  # of v and up: 1 / scale of the next layer's input
+    rows: dict[str, Bounds] = {}  # of v and up: 1 / scale of the next layer's input
     for site in layout.SITES:
         name = f"{layout.block_prefix(index)}{site.name}.weight"
         weight, linear = original.weight(site), linears.get(site.name)
@@ -130,7 +130,7 @@ def check_block(
             if produces:
                 rows[site.name] = _float_rows(weight, stored.weight(site), inputs)
             continue
-        row = _bias_ratio(original, stored, site) if produces else Interval.exactly(np.ones(len(weight)))
+        row = _bias_ratio(original, stored, site) if produces else Bounds.exactly(np.ones(len(weight)))
         if law.half_step:
             row, bad, lines = _half_step(weight, linear, inputs, row)
             if bad:
@@ -149,52 +149,52 @@ def check_block(
             rows[site.name] = row
 
 
-def _scaled(weight: NDArray[np.float32], rows: Interval, inputs: Interval) -> NDArray[np.float32]:
+def _scaled(weight: NDArray[np.float32], rows: Bounds, inputs: Bounds) -> NDArray[np.float32]:
     return np.asarray(weight * rows.middle[:, None] * inputs.middle, np.float32)
 
 
-def _input_scale(original: Block, stored: Block, site: layout.LinearSite, rows: Mapping[str, Interval]) -> Interval:
+def _input_scale(original: Block, stored: Block, site: layout.LinearSite, rows: Mapping[str, Bounds]) -> Bounds:
     if site.producer in layout.NORMS:
         before, after = original[f"{site.producer}.weight"], stored[f"{site.producer}.weight"]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratio = np.where((before == 0) & (after == 0), 1.0, before.astype(np.float64) / after)
-        return Interval.exactly(np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0))
-    interval = rows[site.producer].inverse()
+        return Bounds.exactly(np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0))
+    bounds = rows[site.producer].inverse()
     if site.input_name != layout.ATTENTION_OUTPUT:
-        return interval
+        return bounds
     config = original.config  # one value channel feeds a group of query heads
     group = config.num_attention_heads // config.num_key_value_heads
 
     def expand(values: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.repeat(values.reshape(config.num_key_value_heads, 1, config.head_dim), group, axis=1).reshape(-1)
 
-    return Interval(expand(interval.low), expand(interval.high))
+    return Bounds(expand(bounds.low), expand(bounds.high))
 
 
-def _bias_ratio(original: Block, stored: Block, site: layout.LinearSite) -> Interval:
+def _bias_ratio(original: Block, stored: Block, site: layout.LinearSite) -> Bounds:
     """t of each row, from the bias that was scaled with it; anything where there is none."""
     before, after = original.bias(site), stored.bias(site)
-    free = Interval.anything(len(original.weight(site)))
+    free = Bounds.anything(len(original.weight(site)))
     if before is None or after is None:
         return free
     known = (before != 0) & (after != 0) & (np.sign(before) == np.sign(after))
-    ratio = Interval.exactly(np.divide(after.astype(np.float64), before, out=np.ones(len(before)), where=known))
-    return Interval(np.where(known, ratio.low, free.low), np.where(known, ratio.high, free.high))
+    ratio = Bounds.exactly(np.divide(after.astype(np.float64), before, out=np.ones(len(before)), where=known))
+    return Bounds(np.where(known, ratio.low, free.low), np.where(known, ratio.high, free.high))
 
 
-def _float_rows(weight: NDArray[np.float32], stored: NDArray[np.float32], inputs: Interval) -> Interval:
+def _float_rows(weight: NDArray[np.float32], stored: NDArray[np.float32], inputs: Bounds) -> Bounds:
     """t of each row of a layer that stayed float: stored = weight * s * t. inputs is known there (a norm's)."""
     base = weight * inputs.middle
     largest = np.abs(base).argmax(axis=1)
     at = np.arange(len(base))
     denominator = base[at, largest]
     ratio = np.divide(stored[at, largest], denominator, out=np.ones(len(base)), where=denominator != 0)
-    return Interval.exactly(np.where(ratio > 0, ratio, 1.0))
+    return Bounds.exactly(np.where(ratio > 0, ratio, 1.0))
 
 
 def _half_step(
-    weight: NDArray[np.float32], linear: QuantizedLinear, inputs: Interval, rows: Interval
-) -> tuple[Interval, int, str]:
+    weight: NDArray[np.float32], linear: QuantizedLinear, inputs: Bounds, rows: Bounds
+) -> tuple[Bounds, int, str]:
     """(t of the rows, as far as it is then known; how many lines cannot obey the law; "rows" or "columns").
 
     Every weight allows an interval of u in |weight * u - code * scale| <= scale / 2. With s known, u / s is an interval of
@@ -218,8 +218,8 @@ def _half_step(
             by_row[0][piece] = np.maximum(by_row[0][piece], (low / s).max(axis=1))
             by_row[1][piece] = np.minimum(by_row[1][piece], (high / s).min(axis=1))
     if not inputs.known:
-        return rows, int(Interval(*by_column).empty.sum()), "columns"
-    found = Interval(*by_row)
+        return rows, int(Bounds(*by_column).empty.sum()), "columns"
+    found = Bounds(*by_row)
     bad = found.empty
-    free = Interval(np.where(bad, 0.0, found.low), np.where(bad, np.inf, found.high))  # nothing follows from a bad row
+    free = Bounds(np.where(bad, 0.0, found.low), np.where(bad, np.inf, found.high))  # nothing follows from a bad row
     return free, int(bad.sum()), "rows"

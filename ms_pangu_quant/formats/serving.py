@@ -1,19 +1,26 @@
 """Who computes which scheme in which format, and how: what `inspect --servable` prints and `export` refuses by.
 
-Every row was read in the source it names, at the versions it names; none was run on an NPU or a GPU. The first row of a
-consumer that applies to a checkpoint decides.
+The claims are rows of assets/served.yaml, each with its source. The first row of a consumer that applies to a checkpoint
+decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.linear import FLOAT, KINDS
+from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.suggestion import did_you_mean
 
 INTEGER = "integer GEMM"
 MEMORY = "float GEMM, weights small in memory only"
@@ -24,12 +31,15 @@ UNKNOWN = "not known"
 INT8_CACHE = "int8 cache"
 FLOAT_CACHE = "float cache"
 SERVED = (INTEGER, MEMORY, INT8_CACHE)
+_VERDICTS = (INTEGER, MEMORY, DEQUANTIZED, INT8_CACHE, FLOAT_CACHE, REFUSES, WRONG, UNKNOWN)
 
-_W8 = ("W8A8", "W8A8_DYNAMIC")
-_W4 = ("W4A8_DYNAMIC",)
-_C8 = (kv_cache.KIND,)
-_MF = "mindformers/parallel_core/inference/quantization/golden_stick"
-_VA = "vllm_ascend/quantization"
+_FILE = Path(__file__).parent.parent / "assets" / "served.yaml"
+_KIND_OF = {  # what a scheme is called in the file -> the kind of a layer, or of the cache
+    "w8a8_static": "W8A8",
+    "w8a8": "W8A8_DYNAMIC",
+    "w4a8": "W4A8_DYNAMIC",
+    "int8_cache": kv_cache.KIND,
+}
 
 
 @dataclass(frozen=True)
@@ -67,134 +77,69 @@ class Row:
         )
 
 
-ROWS: tuple[Row, ...] = (
-    Row("mindformers", KINDS, "ms_pangu_quant (CPU)", "this", INTEGER, "exact integer products", "backends/cpu.py"),
-    Row(
-        "mindformers", _W8, "ms_pangu_quant (Ascend)", "this", INTEGER,
-        "as MindFormers; never run on an NPU, see docs/ascend.md", "backends/ascend.py",
+@cache
+def table() -> tuple[Row, ...]:
+    """Every row of assets/served.yaml, in its order."""
+    return read_table(_FILE.read_text(encoding="utf-8"), _FILE.name)
+
+
+def read_table(text: str, where: str) -> tuple[Row, ...]:
+    """text is YAML; where is what errors call it. Raises BackendError naming the row and the key."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BackendError(f"{where}: not readable as YAML: {error}") from None
+    if not isinstance(raw, dict) or not all(name in FORMATS and isinstance(rows, list) for name, rows in raw.items()):
+        raise BackendError(f"{where}: wanted a list of rows below each of {', '.join(FORMATS)}, and nothing else")
+    return tuple(
+        _row(stored_as, row, f"{where}: {stored_as}: row {number}")
+        for stored_as, rows in raw.items()
+        for number, row in enumerate(rows, 1)
+    )
+
+
+def _row(stored_as: str, raw: Any, where: str) -> Row:
+    if not isinstance(raw, dict):
+        raise BackendError(f"{where}: is {raw!r}, wanted {', '.join(_KEYS)}")
+    where = f"{where} ({raw.get('consumer')})"
+    for key in (*raw, *_TEXTS, "schemes", "verdict"):
+        if key not in _KEYS:
+            raise BackendError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}; known: {', '.join(_KEYS)}")
+        lawful, wanted = _KEYS[key]
+        if not lawful(raw.get(key)):
+            raise BackendError(f"{where}: {key} is {raw.get(key)!r}, wanted {wanted}")
+    return Row(
+        format=stored_as,
+        kinds=tuple(_KIND_OF[scheme] for scheme in raw["schemes"]),
+        verdict=raw["verdict"],
+        biased=raw.get("biased"),
+        group_sizes=tuple(raw["group_sizes"]) if "group_sizes" in raw else None,
+        **{key: raw[key] for key in _TEXTS},
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_list(value: Any, lawful: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(lawful, value))
+
+
+_TEXTS = ("consumer", "versions", "note", "source")
+_KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row in the file: whether a value is lawful, and what is
+    **dict.fromkeys(_TEXTS, (_is_text, "a text (a number in quotes)")),
+    "schemes": (
+        lambda value: _is_list(value, lambda each: each in [*_KIND_OF]),
+        f"a list of some of {', '.join(_KIND_OF)}",
     ),
-    Row(
-        "mindformers", _W4, "ms_pangu_quant (Ascend)", "this", INTEGER,
-        "GroupedMatmulV4; never run on an NPU, see docs/ascend.md", "backends/ascend.py", group_sizes=(0, 256),
+    "verdict": (lambda value: value in _VERDICTS, f"one of: {'; '.join(_VERDICTS)}"),
+    "biased": (lambda value: isinstance(value, bool), "true or false"),
+    "group_sizes": (
+        lambda value: _is_list(value, lambda each: type(each) is int and each >= 0),
+        "a list of whole numbers, 0 for per channel",
     ),
-    Row(
-        "mindformers", _W4, "ms_pangu_quant (Ascend)", "this", MEMORY,
-        "W4A16, activations stay float; never run on an NPU, see docs/ascend.md", "backends/ascend.py",
-    ),
-    Row(
-        "mindformers", _W8, "MindFormers", "1.8 - 2.1", INTEGER,
-        "QuantV2 or DynamicQuantExt, then QuantBatchMatmul; needs PanguEmbedded registered (import "
-        "ms_pangu_quant.network.pangu)", f"{_MF}/a8w8.py, a8dynw8.py",
-    ),
-    Row(
-        "mindformers", _W4, "MindFormers", "1.8 - 2.1", REFUSES,
-        "ValueError: 'A8W4DynamicQuant is now only support for MOE'", f"{_MF}/a8dynw4.py",
-    ),
-    Row(
-        "mindformers", _W8, "vLLM-MindSpore", "0.5.1", INTEGER,
-        "as MindFormers, with this package installed beside it; never run on an NPU, see docs/serving.md",
-        "ms_pangu_quant/serving.py",
-    ),
-    Row(
-        "mindformers", _W4, "vLLM-MindSpore", "0.5.1", INTEGER,
-        "GroupedMatmulV4, with this package installed beside it; never run on an NPU, see docs/serving.md",
-        "ms_pangu_quant/serving.py", group_sizes=(0, 256),
-    ),
-    Row(
-        "mindformers", _W4, "vLLM-MindSpore", "0.5.1", MEMORY,
-        "W4A16, with this package installed beside it; never run on an NPU, see docs/serving.md",
-        "ms_pangu_quant/serving.py",
-    ),
-    Row(
-        "ascend", _W8, "vllm-ascend", "main of 2026-08", INTEGER,
-        "npu_quant_matmul; scales are held in the network's dtype", f"{_VA}/methods/w8a8_static.py, w8a8_dynamic.py",
-    ),
-    Row(
-        "ascend", _W4, "vllm-ascend", "<= 0.23", REFUSES,
-        "per channel: divides by group_size 0; the scheme was removed after 0.23 (PR 13713)", f"{_VA}/methods/w4a8.py",
-        group_sizes=(0,),
-    ),
-    Row(
-        "ascend", _W4, "vllm-ascend", "<= 0.23", WRONG,
-        "the layer's bias is not added; the scheme was removed after 0.23 (PR 13713)", f"{_VA}/methods/w4a8.py, apply()",
-        biased=True,
-    ),
-    Row(
-        "ascend", _W4, "vllm-ascend", "<= 0.23", MEMORY,
-        "activations stay float (npu_weight_quant_batchmatmul); removed after 0.23 (PR 13713)",
-        f"{_VA}/methods/w4a8.py, apply()", group_sizes=(64, 128),
-    ),
-    Row(
-        "ascend", _W4, "vllm-ascend", "<= 0.23", REFUSES,
-        "its kernel takes groups of 64 and 128 only (issues 5603, 10834)", "vllm-ascend issues 5603, 10834",
-    ),
-    Row(
-        "ascend", ("W8A8",), "MindFormers", "1.8 - 2.1", WRONG,
-        "the bias is in quant_bias and is added again; use the mindformers format", f"{_MF}/a8w8.py, apply()", biased=True,
-    ),
-    Row("ascend", _W8, "MindFormers", "1.8 - 2.1", INTEGER, "as quantization 'ascend'", f"{_MF}/a8w8.py, a8dynw8.py"),
-    Row(
-        "ascend", _W4, "MindFormers", "1.8 - 2.1", REFUSES,
-        "ValueError: 'A8W4DynamicQuant is now only support for MOE'", f"{_MF}/a8dynw4.py",
-    ),
-    Row("ascend", KINDS, "MindIE", "-", UNKNOWN, "msModelSlim names it as a reader; its source is not public", "-"),
-    Row(
-        "compressed-tensors", _W8, "vLLM", "after 0.11.0", INTEGER, "int8 kernels of CUDA and CPU",
-        "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_w8a8_int8.py",
-    ),
-    Row(
-        "compressed-tensors", _W4, "vLLM", "after 0.11.0", INTEGER,
-        "on CPUs (PyTorch's dynamic 4-bit kernel; group scales become bfloat16); on GPUs activations stay float (38066)",
-        "vllm/model_executor/layers/quantization/compressed_tensors/schemes/compressed_tensors_w4a8_int.py",
-    ),
-    Row(
-        "compressed-tensors", _W8, "vllm-ascend", "main of 2026-08", INTEGER, "npu_quant_matmul",
-        f"{_VA}/compressed_tensors_config.py",
-    ),
-    Row(
-        "compressed-tensors", _W4, "vllm-ascend", "main of 2026-08", REFUSES, "for experts only",
-        f"{_VA}/compressed_tensors_config.py",
-    ),
-    Row(
-        "compressed-tensors", KINDS, "transformers", "4.57", DEQUANTIZED, "the library decompresses when it loads",
-        "transformers/quantizers/quantizer_compressed_tensors.py",
-    ),
-    Row(
-        "mindformers", _C8, "ms_pangu_quant (CPU)", "this", INT8_CACHE, "prefill attends to the codes too",
-        "backends/cpu.py",
-    ),
-    Row(
-        "mindformers", _C8, "ms_pangu_quant (Ascend)", "this", INT8_CACHE,
-        "QuantV2, then PagedAttention with antiquant scales; prefill attends to floats; never run on an NPU, see "
-        "docs/kv_cache.md", "backends/ascend.py",
-    ),
-    Row(
-        "mindformers", _C8, "MindFormers", "1.8 - 2.1", FLOAT_CACHE, "has no int8 cache and passes over the scales",
-        "mindformers/parallel_core/inference/base_models/gpt/gpt_model.py, load_weights()",
-    ),
-    Row(
-        "mindformers", _C8, "vLLM-MindSpore", "0.5.1", FLOAT_CACHE,
-        "allocates the cache itself, in the network's dtype; the scales are passed over", "ms_pangu_quant/serving.py",
-    ),
-    Row(
-        "ascend", _C8, "vllm-ascend", "main of 2026-09", INT8_CACHE,
-        "from kv_cache_type C8; zero points must be 0 where it keeps the cache in NZ; that its openPangu model loads the "
-        "scales was not checked", f"{_VA}/modelslim_config.py, methods/kv_c8.py",
-    ),
-    Row(
-        "ascend", _C8, "MindFormers", "1.8 - 2.1", FLOAT_CACHE, "has no int8 cache and passes over the scales",
-        "mindformers/parallel_core/inference/base_models/gpt/gpt_model.py, load_weights()",
-    ),
-    Row(
-        "ascend", _C8, "MindIE", "-", UNKNOWN,
-        "documents C8 with W8A8 for float16 LLaMA3.1 and Qwen2; its source is not public", "MindIE LLM, KV Cache int8",
-    ),
-    Row(
-        "compressed-tensors", _C8, "vLLM", "after 0.11.0", REFUSES,
-        "float8 caches with a scale for a tensor or a head only, so the format is refused",
-        "docs/features/quantization/quantized_kvcache.md",
-    ),
-)  # fmt: skip
+}
 
 
 def facts_of(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> tuple[Facts, ...]:
@@ -218,7 +163,7 @@ def _of(kind: str, kinds: Mapping[str, str]) -> Iterable[str]:
 def rows_for(stored_as: str, facts: Facts) -> list[Row]:
     """One row for each consumer that this project knows of. None but itself knows its online Hadamard."""
     found: dict[str, Row] = {}
-    for row in ROWS:
+    for row in table():
         if row.format == stored_as and row.applies(facts):
             if facts.online_hadamard and not row.consumer.startswith("ms_pangu_quant"):
                 row = replace(row, verdict=REFUSES, note="has no Hadamard matrix in front of down_proj", source="-")
@@ -232,7 +177,7 @@ def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
         rows = rows_for(stored_as, each)
         if any(row.verdict in SERVED for row in rows):
             continue
-        formats = sorted({row.format for row in ROWS})
+        formats = sorted({row.format for row in table()})
         others = [name for name in formats if any(row.verdict in SERVED for row in rows_for(name, each))]
         reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows)
         scheme = "an int8 key/value cache" if each.kind == kv_cache.KIND else each.kind

@@ -24,7 +24,7 @@ from ms_pangu_quant.inference.model import BLOCK_SIZE, PREFILL_TOKENS, Model
 
 
 @dataclass(frozen=True)
-class Limits:
+class MachineLimits:
     """All threads together: multiplications and additions a second, and bytes a second from memory."""
 
     int8: float
@@ -32,18 +32,20 @@ class Limits:
     bandwidth: float
 
     @staticmethod
-    def measure() -> Limits:
+    def measure() -> MachineLimits:
         kernels = library()
         if kernels is not None:
             functions = kernels.functions
-            return Limits(functions.pangu_peak(1), functions.pangu_peak(0), functions.pangu_bandwidth(256, 5))
+            return MachineLimits(functions.pangu_peak(1), functions.pangu_peak(0), functions.pangu_bandwidth(256, 5))
         matrix, memory = np.ones((1024, 1024), np.float32), np.ones(1 << 27, np.uint8)
         fp32 = 2 * 1024**3 / min(_seconds(lambda: matrix @ matrix) for _ in range(10))
-        return Limits(fp32, fp32, memory.nbytes / min(_seconds(lambda: memory.view(np.uint64).sum()) for _ in range(5)))
+        return MachineLimits(
+            fp32, fp32, memory.nbytes / min(_seconds(lambda: memory.view(np.uint64).sum()) for _ in range(5))
+        )
 
     @staticmethod
-    def median(measured: Sequence[Limits]) -> Limits:
-        return Limits(*(float(np.median(each)) for each in zip(*map(astuple, measured), strict=True)))
+    def median(measured: Sequence[MachineLimits]) -> MachineLimits:
+        return MachineLimits(*(float(np.median(each)) for each in zip(*map(astuple, measured), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Work:
     head_bytes: int
     integer_head: bool = False
 
-    def seconds(self, limits: Limits, tokens: int, logits: int, passes: int) -> float:
+    def seconds(self, limits: MachineLimits, tokens: int, logits: int, passes: int) -> float:
         """Least time for `tokens` through the layers and `logits` through the head, in so many passes."""
         compute = 2 * tokens * self.quantized / limits.int8 + 2 * tokens * self.floating / limits.fp32
         compute += 2 * logits * self.head / (limits.int8 if self.integer_head else limits.fp32)
@@ -108,7 +110,7 @@ def bench(
     seed: int = 0,
     with_limits: bool = True,
     on_measured: Callable[[], None] = lambda: None,
-) -> tuple[list[dict[str, Any]], Limits | None]:
+) -> tuple[list[dict[str, Any]], MachineLimits | None]:
     """Rows for each prompt length, batch size, phase and subject; on_measured is called len(subjects) times for each pair.
 
     latency_ms      median over repetitions: prefill until all first tokens are known; decode for one step of the batch.
@@ -118,7 +120,7 @@ def bench(
     time_to_first_token_ms  prefill rows: until the first sequence's first token is known.
     """
     generator = np.random.default_rng(seed)
-    measured: list[Limits] = []
+    measured: list[MachineLimits] = []
     rows = []
     for prompt_len in prompt_lens:
         for batch in batch_sizes:
@@ -135,8 +137,8 @@ def bench(
                     if repeat == repeats:
                         on_measured()
                 if repeat and with_limits:
-                    measured.append(Limits.measure())
-            limits = Limits.median(measured[-repeats:]) if with_limits else None
+                    measured.append(MachineLimits.measure())
+            limits = MachineLimits.median(measured[-repeats:]) if with_limits else None
             peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             for subject in subjects:
                 for phase, tokens in (("prefill", batch * prompt_len), ("decode", batch)):
@@ -149,7 +151,7 @@ def bench(
                     if phase == "prefill":
                         row["time_to_first_token_ms"] = 1e3 * float(np.median(times[subject.name, "first"]))
                     rows.append(row)
-    return rows, Limits.median(measured) if with_limits else None
+    return rows, MachineLimits.median(measured) if with_limits else None
 
 
 def cache_bytes(model: Model) -> int:

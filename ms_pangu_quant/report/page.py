@@ -20,7 +20,7 @@ from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.prediction import BATCHES, CONTEXT, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
-from ms_pangu_quant.report.sensitivity import group_name
+from ms_pangu_quant.report.sensitivity_plot import group_name
 from ms_pangu_quant.report.speed import Speed, cases
 from ms_pangu_quant.sensitivity import Sensitivity
 

@@ -10,7 +10,7 @@ from typing import Any
 from ms_pangu_quant.report.comparison import Comparison
 from ms_pangu_quant.report.prediction import BATCHES, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
-from ms_pangu_quant.report.sensitivity import draw, label
+from ms_pangu_quant.report.sensitivity_plot import draw, label
 from ms_pangu_quant.report.speed import Speed, cases
 from ms_pangu_quant.sensitivity import Sensitivity
 

@@ -75,7 +75,7 @@ class SmoothSearch:
     ) -> tuple[Block, dict[str, InputStats]]:
         for input_name, scheme in self._searched(schemes):
             sites, seen = sites_reading(input_name), stats[input_name]
-            cost = OutputError([block.weight(site) for site in sites], seen, scheme)
+            cost = OutputCost([block.weight(site) for site in sites], seen, scheme)
             best, least = None, np.inf
             for s in self._candidates(block, input_name, seen):
                 with one_thread():
@@ -105,7 +105,7 @@ class SmoothSearch:
                     yield np.where(usable, np.exp(log_s), 1.0).astype(np.float32)
 
 
-class OutputError:
+class OutputCost:
     """The sum above as a function of the scale s [in], over the calibration tokens and _ROWS channels of each layer.
 
     weights  [out_i, in] float32, the layers that read the input.

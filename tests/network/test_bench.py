@@ -13,7 +13,7 @@ from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.formats.reader import QuantizedReader
-from ms_pangu_quant.inference.bench import Limits, Subject, Work, _passes, bench, work_of
+from ms_pangu_quant.inference.bench import MachineLimits, Subject, Work, _passes, bench, work_of
 from ms_pangu_quant.inference.model import load
 from tests.conftest import MINI
 
@@ -71,23 +71,23 @@ def test_the_work_of_a_token_is_counted_from_the_weights_in_memory(quantized):
 
 
 def test_the_limit_of_a_phase_is_the_slower_of_arithmetic_and_memory():
-    limits = Limits(int8=100.0, fp32=10.0, bandwidth=1000.0)
+    limits = MachineLimits(int8=100.0, fp32=10.0, bandwidth=1000.0)
     work = Work(quantized=50, floating=5, head=20, layer_bytes=300, head_bytes=100)
     assert work.seconds(limits, tokens=10, logits=1, passes=1) == 2 * 10 * 50 / 100 + 2 * (10 * 5 + 20) / 10
     integers = replace(work, integer_head=True)
     assert integers.seconds(limits, tokens=10, logits=1, passes=1) == 2 * (10 * 50 + 20) / 100 + 2 * 10 * 5 / 10
-    assert work.seconds(Limits(1e9, 1e9, 1000.0), tokens=1, logits=1, passes=3) == pytest.approx(3 * 400 / 1000)
+    assert work.seconds(MachineLimits(1e9, 1e9, 1000.0), tokens=1, logits=1, passes=3) == pytest.approx(3 * 400 / 1000)
 
 
 def test_a_row_stands_beside_the_median_of_what_its_own_repetitions_measured(quantized, monkeypatch):
     model = load(quantized("w8a8"), kv_cache_tokens=64)
     work = Work(quantized=1, floating=1, head=1, layer_bytes=3000, head_bytes=1000)
     bandwidths = iter([1e4, 9e9, 2e4, 5e5, 1e5, 2e9])
-    monkeypatch.setattr(Limits, "measure", staticmethod(lambda: Limits(1e12, 1e12, next(bandwidths))))
+    monkeypatch.setattr(MachineLimits, "measure", staticmethod(lambda: MachineLimits(1e12, 1e12, next(bandwidths))))
     rows, limits = bench([Subject("quantized", model, work)], [8, 16], [1], new_tokens=2, repeats=3)
     least = [row["limit_fraction"] * row["latency_ms"] / 1e3 for row in rows if row["phase"] == "decode"]
     assert least == pytest.approx([4000 / 2e4, 4000 / 5e5])
-    assert limits == Limits(1e12, 1e12, (1e5 + 5e5) / 2)
+    assert limits == MachineLimits(1e12, 1e12, (1e5 + 5e5) / 2)
 
 
 @pytest.mark.parametrize(

@@ -153,14 +153,14 @@ def test_blocks_as_one_operator_have_the_bits_of_single_ones_and_of_their_cells(
 def test_blocks_are_joined_between_the_layers_that_are_not_whole(quantized):
     model, untouched = (load(quantized("w8a8"), kv_cache_tokens=64) for _ in range(2))
     network = model.network
-    from ms_pangu_quant.backends.cpu_block import join
+    from ms_pangu_quant.backends.cpu_block import join_blocks
 
     layers = list(network.model.decoder.layers)
     for layer in layers:
         layer.run, layer.joined = None, False
     middle = len(layers) // 2
     layers[middle].whole = False
-    runs = join(layers)
+    runs = join_blocks(layers)
     assert [blocks for _, blocks in runs] == [layers[:middle], layers[middle + 1 :]]
     assert [layer.run is not None for layer in layers] == [index in (0, middle + 1) for index in range(len(layers))]
     assert not layers[middle].joined

@@ -12,7 +12,7 @@ from scipy import stats
 
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation import statistics
-from ms_pangu_quant.evaluation.lengths import COPIES, Tail, measure, periodic_tail, spread
+from ms_pangu_quant.evaluation.lengths import COPIES, Tail, lengths_of, periodic_tail, spread
 
 
 @pytest.mark.parametrize(("n", "c", "k"), [(5, 0, 2), (5, 2, 1), (5, 2, 3), (6, 4, 3), (4, 4, 4), (7, 1, 7)])
@@ -241,10 +241,10 @@ def test_a_sample_is_measured_in_tokens_where_it_has_them_and_in_words():
         "thought_tokens": 3,
         "repetitive": True,
     }
-    found = measure(generated)
+    found = lengths_of(generated)
     assert (found["words"], found["thought_words"], found["answer_words"]) == (5, 3, 2)
     assert (found["tokens"], found["thought_tokens"], found["repetitive"]) == (9, 3, True)
-    foreign = measure({"completion": "def f(): " + "pass ; " * 30})
+    foreign = lengths_of({"completion": "def f(): " + "pass ; " * 30})
     assert (foreign["tokens"], foreign["thought_words"], foreign["repetitive"]) == (None, None, True)
 
 

@@ -14,7 +14,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation import statistics
-from ms_pangu_quant.evaluation.lengths import measure
+from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import write_json, write_records
 from ms_pangu_quant.evaluation.sandbox import RLIMITS, find_isolation
 from ms_pangu_quant.evaluation.summary import summarize
@@ -50,7 +50,9 @@ def make(folder, name: str, passes=None, precision="bfloat16", text="```python\n
                 samples.append(sample)
                 verdict = "pass" if bit == "1" else "wrong_answer"
                 names = {key: sample[key] for key in ("task", "mode", "task_id", "sample_id")}
-                results.append({**names, "verdict": verdict, "rule": "fenced", "oracle": "two_process", **measure(sample)})
+                results.append(
+                    {**names, "verdict": verdict, "rule": "fenced", "oracle": "two_process", **lengths_of(sample)}
+                )
     output = folder / name
     write_records(output / "samples.jsonl", samples)
     write_records(output / "results.jsonl", results)

@@ -1,25 +1,32 @@
 """formats/serving.py: the table is complete, the documentation repeats it, and export is refused by it."""
 
 import pytest
+import yaml
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import BackendError, RequestError
+from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.linear import FLOAT, KINDS
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.serving import (
     DEQUANTIZED,
+    FLOAT_CACHE,
+    INT8_CACHE,
     INTEGER,
     MEMORY,
     REFUSES,
-    ROWS,
     UNKNOWN,
     WRONG,
     Facts,
     check_served,
     facts_of,
+    read_table,
     rows_for,
+    table,
 )
+
+ROWS = table()
 
 CONFIG = {
     "model_type": "PanguEmbedded",
@@ -61,6 +68,78 @@ def test_the_documentation_has_no_other_row(root):
         line for line in lines if line.startswith(tuple(f"| {name} | {kind}" for name in FORMATS for kind in ("W", "C8")))
     }
     assert rows == {markdown(row) for row in ROWS}
+
+
+def test_the_file_has_a_row_for_every_scheme_in_every_format_and_no_other():
+    found = {(row.format, kind) for row in ROWS for kind in row.kinds}
+    assert found == {(name, kind) for name in FORMATS for kind in (*KINDS, kv_cache.KIND)}
+
+
+def test_a_verdict_on_a_cache_is_of_a_cache_and_one_on_layers_of_layers():
+    for row in ROWS:
+        of_cache = row.kinds == (kv_cache.KIND,)
+        assert of_cache or kv_cache.KIND not in row.kinds
+        own = (INT8_CACHE, FLOAT_CACHE) if of_cache else (INTEGER, MEMORY, DEQUANTIZED)
+        assert row.verdict in (*own, REFUSES, WRONG, UNKNOWN)
+
+
+def test_the_file_is_read_once():
+    assert table() is table()
+
+
+LAWFUL = {
+    "consumer": "MindFormers",
+    "versions": "2.1",
+    "schemes": ["w8a8", "int8_cache"],
+    "verdict": INTEGER,
+    "note": "how",
+    "source": "-",
+}
+
+
+def test_a_row_of_the_file_calls_schemes_as_recipes_do_and_its_conditions_may_be_left_out():
+    (row,) = read_table(yaml.safe_dump({"ascend": [LAWFUL]}), "a.yaml")
+    assert (row.kinds, row.biased, row.group_sizes) == (("W8A8_DYNAMIC", "C8"), None, None)
+    (row,) = read_table(yaml.safe_dump({"ascend": [{**LAWFUL, "biased": False, "group_sizes": [0, 64]}]}), "a.yaml")
+    assert (row.biased, row.group_sizes) == (False, (0, 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"verdikt": INTEGER}, "unknown key 'verdikt'.*did you mean 'verdict'"),
+        ({"verdict": "fast"}, "verdict is 'fast', wanted one of: integer GEMM"),
+        ({"verdict": None}, "verdict is None"),
+        ({"schemes": ["W8A8"]}, "schemes is .*'W8A8'.*wanted a list of some of w8a8_static, w8a8, w4a8, int8_cache"),
+        ({"schemes": "w8a8"}, "schemes is 'w8a8'"),
+        ({"schemes": []}, "schemes is"),
+        ({"schemes": [["w8a8"]]}, "schemes is"),
+        ({"versions": 2.1}, r"versions is 2.1, wanted a text \(a number in quotes\)"),
+        ({"note": ""}, "note is ''"),
+        ({"biased": "yes"}, "biased is 'yes', wanted true or false"),
+        ({"group_sizes": 64}, "group_sizes is 64"),
+        ({"group_sizes": [True]}, "group_sizes is"),
+        ({"group_sizes": [-1]}, "group_sizes is"),
+    ],
+)
+def test_a_row_that_is_not_one_is_an_error_that_names_it(change, said):
+    text = yaml.safe_dump({"ascend": [LAWFUL, {**LAWFUL, **change}]})
+    with pytest.raises(BackendError, match=rf"^a.yaml: ascend: row 2 \(MindFormers\): {said}"):
+        read_table(text, "a.yaml")
+
+
+@pytest.mark.parametrize("key", LAWFUL)
+def test_a_row_without_one_of_its_keys_is_an_error_that_names_both(key):
+    text = yaml.safe_dump({"ascend": [{name: value for name, value in LAWFUL.items() if name != key}]})
+    with pytest.raises(BackendError, match=rf"ascend: row 1 .*{key} is None"):
+        read_table(text, "a.yaml")
+
+
+@pytest.mark.parametrize("text", ["ascnd: []", "ascend: 1", "- ascend", "", "ascend: [", "ascend: [1]"])
+def test_a_file_that_is_no_table_is_an_error_of_one_line(text):
+    with pytest.raises(BackendError, match=r"^a.yaml: ") as raised:
+        read_table(text, "a.yaml")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("biased", [True, False])

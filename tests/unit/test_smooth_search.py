@@ -13,14 +13,14 @@ from ms_pangu_quant.quantizers.grid import scale_from_absmax
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
 from ms_pangu_quant.transforms.smooth import smooth_scale
-from ms_pangu_quant.transforms.smooth_search import OutputError, SmoothSearch
+from ms_pangu_quant.transforms.smooth_search import OutputCost, SmoothSearch
 
 W4 = QuantScheme(TensorScheme(4, "group", group_size=8), PRESETS["w4a8"].activation)
 SCHEMES = {"w8a8": PRESETS["w8a8"], "w8a8_static": PRESETS["w8a8_static"], "w4a8": PRESETS["w4a8"], "w4a8_g8": W4}
 
 
 def output_error(s, weights, seen, scheme):
-    return OutputError(weights, seen, scheme)(s)
+    return OutputCost(weights, seen, scheme)(s)
 
 
 def every(scheme):

@@ -16,6 +16,7 @@ NAMED = (  # a glance at what would be missed first, whatever git says
     "ms_pangu_quant/assets/openpangu-mini/tokenizer.model",
     "ms_pangu_quant/assets/benchmarks/HumanEval.jsonl.gz",
     "ms_pangu_quant/assets/calibration.jsonl",
+    "ms_pangu_quant/assets/served.yaml",
     "ms_pangu_quant/backends/cpu_kernels/linear.cc",
     "ms_pangu_quant/backends/cpu_kernels/linear.h",
     "ms_pangu_quant/configs/w8a8.yaml",
