@@ -7,24 +7,26 @@ its content as a mapping. MindSpore is started where it is needed, on the CPU in
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ms_pangu_quant.calibration.data import TokenData, load_token_data
-from ms_pangu_quant.calibration.statistics import InputStats
-from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.reader import FORMATS, open_checkpoint
 from ms_pangu_quant.formats.serving import check_served, facts_of
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline import BlockReport, QuantizeResult, check_data, planned_kinds
-from ms_pangu_quant.pipeline import quantize as run_pipeline
+from ms_pangu_quant.pipeline.block import transform_block
+from ms_pangu_quant.pipeline.loop import quantize as run_pipeline
+from ms_pangu_quant.pipeline.prepare import check_data
+from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
 from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe, parse_recipe
 from ms_pangu_quant.sensitivity import Sensitivity, assigned
 
@@ -45,14 +47,13 @@ def quantize(
     resume: bool = False,
     allow_benchmark_overlap: bool = False,
     allow_unserved: bool = False,
-    on_block: Callable[[BlockReport], None] = lambda report: None,
+    progress: Progress = SILENT,
 ) -> QuantizeResult:
     """Quantize a float checkpoint into the new directory `output`, one block in memory at a time.
 
     calibration  .jsonl, .parquet or dataset directory; the recipe says how much of it is used.
     sensitivity  what `pangu-quant sensitivity` wrote, for a recipe with a budget.
     stored_as    "mindformers", "ascend" or "compressed-tensors"; docs/formats.md says who reads which.
-    on_block     called with each block's errors once it is on disk; with resume, for the finished ones too.
     Raises       PanguQuantError, as the command does, before anything is written where that is possible.
     """
     reader, chosen = CheckpointReader(Path(checkpoint)), as_recipe(recipe)
@@ -69,9 +70,9 @@ def quantize(
         chosen = assigned(chosen, reader.config, Sensitivity.load(Path(sensitivity)), FORMATS[stored_as])
     plan = chosen.plan(reader.config)
     if not allow_unserved:
-        check_served(stored_as, facts_of(reader.config, planned_kinds(plan), plan.group_size))
+        check_served(stored_as, facts_of(reader.config, plan))
     return run_pipeline(
-        reader, chosen, Path(output), data=data, resume=resume, stored_as=FORMATS[stored_as], on_block=on_block
+        reader, chosen, Path(output), data=data, resume=resume, stored_as=FORMATS[stored_as], progress=progress
     )
 
 
@@ -119,17 +120,15 @@ def observe(
     reader = chosen.rewritten(reader)
     plan = chosen.plan(reader.config)
     runtime.ensure_started()
-    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+    from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), [len(each) for each in sequences])
     runner = BlockRunner(reader.config, hidden.lengths)
     for earlier in range(index):
-        hidden = runner.advance(reader.block(earlier), {}, hidden)
-    block, kept = reader.block(index), max(rows, chosen.needs_rows)
-    stats, _ = runner.observe(block, hidden, gram=chosen.needs_gram, rows=kept, where=f"block {index}")
-    for transform in chosen.transforms:
-        block, stats = transform(block, stats, plan.of_block(index))
-    return block, stats
+        hidden = runner.advance(reader.rounded_block(earlier), hidden)
+    block = reader.block(index)
+    stats, _ = runner.observe(block, hidden, chosen.observed | Needs(rows=rows), f"block {index}")
+    return transform_block(block, stats, chosen, plan.blocks[index])
 
 
 def as_recipe(recipe: AnyRecipe) -> Recipe:

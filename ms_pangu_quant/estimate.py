@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -12,9 +13,10 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache, mindformers
-from ms_pangu_quant.formats.linear import FLOAT
 from ms_pangu_quant.formats.reader import Format
-from ms_pangu_quant.recipe import Plan, Recipe
+from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.recipe import Recipe
 from ms_pangu_quant.scheme import QuantScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
@@ -37,7 +39,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     """Raises RecipeError if the recipe does not fit the checkpoint."""
     reader = recipe.rewritten(reader)
     plan = recipe.plan(reader.config)
-    weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES))
+    weights = sum(map(math.prod, (layout.site_shape(reader.config, site) for site in layout.SITES)))
     tokens = data.tokens if data else 0
     streams = 3 * 4 * tokens * reader.config.hidden_size  # hidden states in, out, and the float yardstick
     # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
@@ -45,7 +47,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     peak += _gram_bytes(reader.config, recipe, weights, tokens)
     blocks = reader.config.num_hidden_layers
     # Float, and rounded in a quarter of the time where there are integer kernels; with drift both up to each input as well.
-    passes = 4.5 if recipe.quantizer.needs_drift else 1.3
+    passes = 4.5 if recipe.seen else 1.3
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
@@ -57,37 +59,31 @@ def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) 
     sizes = [layout.site_shape(config, layout.sites_reading(name)[0])[1] for name in layout.INPUT_NAMES]
     widest = 8 * max(sizes) ** 2
     total = 0.0
-    if recipe.needs_gram:
+    if recipe.observed.gram:
         total += 8 * sum(size**2 for size in sizes)
-    if recipe.quantizer.needs_gram:
+    if recipe.quantizer.needs.gram:
         total += widest + 3 * 2**27
-    if recipe.quantizer.needs_drift:  # and a second network and stream for the float model
+    if recipe.seen:  # and a second network and stream for the float model
         total += 2.5 * widest + 4 * weights + 2 * 4 * tokens * config.hidden_size
     return total
 
 
 def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """Operations a block's grams, factors and columns take; float64 ones count twice.
-
-    For outputs * inputs^2: 2 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 more for each of them.
-    """
-    if not recipe.quantizer.needs_gram:
-        return 0.0
-    drift, sweeps = recipe.quantizer.needs_drift, getattr(recipe.quantizer, "sweeps", 0)
-    each = 2 + 4 * drift + (2 + 3 * sweeps if sweeps else 0)
+    """Operations a block's grams and its rounding take."""
     total = 0.0
     for name in layout.INPUT_NAMES:
         shapes = [layout.site_shape(config, site) for site in layout.sites_reading(name)]
-        inputs, outputs = shapes[0][1], sum(outputs for outputs, _ in shapes)
-        total += tokens * inputs**2 * (3 if drift else 1)
-        total += (2 + drift) * len(shapes) * inputs**3 / 3 + each * outputs * inputs**2
+        inputs = shapes[0][1]
+        if recipe.quantizer.needs.gram:
+            total += tokens * inputs**2 * (3 if recipe.seen else 1)
+        total += sum(recipe.quantizer.operations(*shape) for shape in shapes)
     return total
 
 
 def sensitivity_seconds(config: ModelConfig, recipe: Recipe, statistics: int, measured: int) -> float:
     """What measure() takes on this machine for so many tokens; the copies' way to the head is most of it."""
     blocks = config.num_hidden_layers
-    weights = sum(outputs * inputs for outputs, inputs in (layout.site_shape(config, site) for site in layout.SITES))
+    weights = sum(map(math.prod, (layout.site_shape(config, site) for site in layout.SITES)))
     passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
     products: float = 2 * weights * (passes * measured + blocks * statistics)
     products += 2 * (4 * blocks + 3) * 1.1 * measured * config.vocab_size * config.hidden_size
@@ -99,28 +95,22 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as
     """Size of the tensors that quantize() will write; `reader` rewritten as the recipe says."""
     config = reader.config
     total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
-    for index in range(config.num_hidden_layers):
-        prefix = layout.block_prefix(index)
-        schemes = plan.of_block(index)
+    for index, block in enumerate(plan.blocks):
+        prefix, quantized = layout.block_prefix(index), {f"{site.name}.weight" for site, _ in block.quantized}
         for name in layout.block_shapes(config):
-            if schemes.get(name.removesuffix(".weight")) is None:
+            if name not in quantized:
                 entry = reader.files.entries[prefix + name]
-                width = 4 if recipe.changes(name, schemes) else entry.dtype.itemsize
+                width = 4 if recipe.changes(name, block.by_name) else entry.dtype.itemsize
                 total += entry.nbytes // entry.dtype.itemsize * width
-        for site in layout.SITES:
-            scheme = schemes[site.name]
-            if scheme is not None:
-                total += layer_bytes(stored_as, config, site, scheme, plan.group_size)
-    if recipe.kv_cache is not None:
+        total += sum(layer_bytes(stored_as, config, site, scheme) for site, scheme in block.quantized)
+    if plan.cache is not None:
         total += sum(spec.nbytes(bfloat16_values=True) for spec in kv_cache.specs(config).values())
     return total
 
 
-def layer_bytes(
-    stored_as: Format, config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme, group_size: int
-) -> int:
+def layer_bytes(stored_as: Format, config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> int:
     """Size of one quantized layer's tensors, without its bias."""
-    specs = stored_as.specs(config, site, scheme.kind, group_size).values()
+    specs = stored_as.specs(config, site, scheme).values()
     narrow = scheme.weight.bfloat16_scale
     return sum(spec.nbytes(bfloat16_values=narrow) for spec in specs if not spec.optional)
 
@@ -128,14 +118,14 @@ def layer_bytes(
 def _groups(plan: Plan, config: ModelConfig) -> tuple[tuple[str, str, str, float], ...]:
     """Layers with the same scheme together: one row for each set of blocks that are planned alike."""
     rows: dict[tuple[str, str, float], list[int]] = {}
-    for index in range(config.num_hidden_layers):
-        for fused in dict.fromkeys(site.fused for site in layout.SITES):
-            sites = [site for site in layout.SITES if site.fused == fused]
-            scheme = plan.scheme(index, sites[0])
+    for index, block in enumerate(plan.blocks):
+        for fused in layout.FUSED:
+            sites = layout.fused(fused)
+            scheme = block.scheme(sites[0])
             bits = scheme.bits_per_weight(layout.site_shape(config, sites[0])[1]) if scheme else 16.0
-            names = "/".join(site.name.split(".")[1].removesuffix("_proj") for site in sites)
-            rows.setdefault((names, scheme.kind if scheme else FLOAT, bits), []).append(index)
-    return tuple((names, _ranges(indices), kind, bits) for (names, kind, bits), indices in rows.items())
+            names = "/".join(site.short for site in sites)
+            rows.setdefault((names, word_of(scheme), bits), []).append(index)
+    return tuple((names, _ranges(indices), word, bits) for (names, word, bits), indices in rows.items())
 
 
 def _ranges(indices: list[int]) -> str:

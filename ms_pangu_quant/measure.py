@@ -15,8 +15,10 @@ gains is not in the figures).
 from __future__ import annotations
 
 import json
+import operator
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,20 +26,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
-from ms_pangu_quant.calibration.statistics import InputStats
-from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+from ms_pangu_quant.calibration.statistics import NOTHING
+from ms_pangu_quant.calibration.stream import NoStream, relative_error
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.files import write_json
-from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.errors import OutputError
-from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows
-from ms_pangu_quant.pipeline import check_data, checkpoint_hash, relative_error
+from ms_pangu_quant.pipeline.block import round_block, transform_block
+from ms_pangu_quant.pipeline.prepare import check_data, checkpoint_hash
 from ms_pangu_quant.recipe import Recipe
 from ms_pangu_quant.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
 
-GROUPS = tuple(dict.fromkeys(site.fused for site in layout.SITES))
 _FIRST = 3  # streams in front of the groups': the float model's, and with all layers in the cheaper and the dearer scheme
 _AT_A_TIME = 16  # streams that go through a block between two calls of on_step
 
@@ -68,7 +70,7 @@ def measure(
         each.plan(reader.config)  # what does not fit the model is said before hours have passed
     known, measured = split(data, tokens)
     origin = {
-        "checkpoint": checkpoint_hash(reader, lambda count: None),
+        "checkpoint": checkpoint_hash(reader),
         "method": method_digest(recipe),
         "data": data.sha256,
         "seed": recipe.calibration.seed,
@@ -104,11 +106,11 @@ def measure(
 
 def total_steps(blocks: int) -> int:
     """Streams times blocks, and heads."""
-    return sum(_steps(index) for index in range(blocks)) + _FIRST + len(GROUPS) * blocks
+    return sum(_steps(index) for index in range(blocks)) + _FIRST + len(layout.FUSED) * blocks
 
 
 def _steps(index: int) -> int:
-    return _FIRST + len(GROUPS) * (index + 1)
+    return _FIRST + len(layout.FUSED) * (index + 1)
 
 
 def _measure_block(
@@ -121,61 +123,45 @@ def _measure_block(
     on_step: Callable[[int], None],
 ) -> None:
     before, after = state.open(index)
-    stats, observed = runner.observe(
-        block,
-        Hidden(state.statistics(index), lengths[0]),
-        gram=recipes[0].quantizer.needs_gram or any(each.needs_gram for each in recipes),
-        rows=max(each.needs_rows for each in recipes),
-        where=f"block {index}",
-    )
-    runner.advance(block, {}, Hidden(before[0], lengths[1]), after[0])
+    needs = reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each in recipes))
+    stats, observed = runner.observe(block, Hidden(state.statistics(index), lengths[0]), needs, f"block {index}")
+    runner.advance(RoundedBlock(block), Hidden(before[0], lengths[1]), after[0])
 
-    def error(changed: Block, linears: Mapping[str, QuantizedLinear], output: NDArray[np.float32] | None = None) -> float:
-        return relative_error(runner.advance(changed, linears, Hidden(before[0], lengths[1]), output).states, after[0])
+    def error(changed: RoundedBlock, output: NDArray[np.float32] | None = None) -> float:
+        return relative_error(runner.advance(changed, Hidden(before[0], lengths[1]), output).states, after[0])
 
-    errors: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
-    alone: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
+    errors: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
+    alone: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
     for place, each in enumerate(recipes):
-        changed, linears = _rounded(block, stats, each, index)
-        runner.advance(changed, linears, Hidden(before[1 + place], lengths[1]), after[1 + place])
-        for number, group in enumerate(GROUPS):
-            own = {site.name: linears[site.name] for site in layout.SITES if site.fused == group}
-            stream = after[_FIRST + len(GROUPS) * index + number] if place == 0 else None
-            errors[group][each.scheme] = error(changed, own, stream)
+        plan = each.plan(block.config).blocks[index]
+        changed, known = transform_block(block, stats, each, plan)
+        rounded = round_block(changed, known, each, plan, NoStream())
+        runner.advance(rounded, Hidden(before[1 + place], lengths[1]), after[1 + place])
+        for number, group in enumerate(layout.FUSED):
+            own = {site.name: rounded.linears[site.name] for site in layout.fused(group)}
+            stream = after[_FIRST + len(layout.FUSED) * index + number] if place == 0 else None
+            errors[group][each.scheme] = error(RoundedBlock(changed, own), stream)
             if place == 0:
-                parts = {name: {name: linear} for name, linear in own.items()} if len(own) > 1 else {}
-                alone[group] = {name: error(changed, part) for name, part in parts.items()} or dict.fromkeys(
+                parts = (
+                    {name: RoundedBlock(changed, {name: linear}) for name, linear in own.items()} if len(own) > 1 else {}
+                )
+                alone[group] = {name: error(part) for name, part in parts.items()} or dict.fromkeys(
                     own, errors[group][each.scheme]
                 )
-        del changed, linears
-    on_step(_FIRST + len(GROUPS))
+        del changed, rounded
+    on_step(_FIRST + len(layout.FUSED))
     for start in range(_FIRST, len(before), _AT_A_TIME):
         carried = before[start : start + _AT_A_TIME]
         flat = (len(carried) * before.shape[1], before.shape[2])
         out = after[start : start + len(carried)].reshape(flat)
-        runner.advance(block, {}, Hidden(carried.reshape(flat), lengths[1] * len(carried)), out)
+        runner.advance(RoundedBlock(block), Hidden(carried.reshape(flat), lengths[1] * len(carried)), out)
         on_step(len(carried))
     records = [
-        {"block": index, "group": group, "output_error": errors[group], "site_error": alone[group]} for group in GROUPS
+        {"block": index, "group": group, "output_error": errors[group], "site_error": alone[group]}
+        for group in layout.FUSED
     ]
-    state.finish(index, observed, after, records)
-
-
-def _rounded(
-    block: Block, stats: Mapping[str, InputStats], recipe: Recipe, index: int
-) -> tuple[Block, dict[str, QuantizedLinear]]:
-    """(the transformed float block, all of its layers rounded)."""
-    plan = recipe.plan(block.config)
-    for transform in recipe.transforms:
-        block, stats = transform(block, stats, plan.of_block(index))
-    linears = {}
-    for site in layout.SITES:
-        scheme, seen = plan.scheme(index, site), stats[site.input_name]
-        assert scheme is not None  # a uniform recipe of a preset
-        scale = None if scheme.activation.dynamic else recipe.activation_range.factor(seen, scheme.activation)
-        weight = recipe.quantizer(block.weight(site), scheme.weight, seen)
-        linears[site.name] = QuantizedLinear(scheme.kind, weight, scale)
-    return block, linears
+    assert observed is not None
+    state.finish(index, observed.states, after, records)
 
 
 def _final_kl(
@@ -245,7 +231,7 @@ class _State:
     def open(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """(streams in front of the block, room for those behind it: the same and one for each group)."""
         before = self.streams(index)
-        shape = (len(before) + len(GROUPS), *before.shape[1:])
+        shape = (len(before) + len(layout.FUSED), *before.shape[1:])
         after = np.lib.format.open_memmap(self._streams(index + 1), mode="w+", dtype=np.float32, shape=shape)
         return before, after
 

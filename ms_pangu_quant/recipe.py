@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,18 +20,19 @@ import yaml
 from numpy.typing import NDArray
 
 from ms_pangu_quant.budget import Assignment, Budget
-from ms_pangu_quant.calibration.statistics import InputStats
+from ms_pangu_quant.calibration.statistics import NOTHING, InputStats, Needs
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import PanguQuantError, RecipeError
+from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.scheme import INT8_CACHE, PRESETS, QuantScheme, TensorScheme
 from ms_pangu_quant.settings import canonical, digest_of, setting_names
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 from ms_pangu_quant.transforms.rotate import Rotate
@@ -40,7 +43,7 @@ from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 class Transform(Protocol):
     """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
 
-    inputs are those of the block that it changes; needs_rows is how many rows of each input it wants to see;
+    inputs are those of the block that it changes; needs says what it wants to know of each input;
     changes(name, schemes) says whether it rewrites a tensor ("mlp.up_proj.weight") of a block with these schemes.
     """
 
@@ -48,10 +51,7 @@ class Transform(Protocol):
     def inputs(self) -> Sequence[str]: ...
 
     @property
-    def needs_gram(self) -> bool: ...
-
-    @property
-    def needs_rows(self) -> int: ...
+    def needs(self) -> Needs: ...
 
     def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool: ...
 
@@ -71,19 +71,16 @@ class Rewrite(Protocol):
 
 
 class WeightQuantizer(Protocol):
-    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure.
-
-    needs_drift: its statistics must have the drift from the float model, so layers are rounded one input after another.
-    """
+    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure."""
 
     @property
-    def needs_gram(self) -> bool: ...
+    def needs(self) -> Needs:
+        """What it wants to know of the input."""
+        ...
 
-    @property
-    def needs_drift(self) -> bool: ...
-
-    @property
-    def needs_calibration(self) -> bool: ...
+    def operations(self, outputs: int, inputs: int) -> float:
+        """What rounding a weight [outputs, inputs] takes, roughly: for estimates, and for dividing the work."""
+        ...
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
 
@@ -103,21 +100,6 @@ class CalibrationSettings:
     samples: int = 128
     max_length: int = 512
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The scheme of every linear layer, None where it stays float; keys are (block index, site name)."""
-
-    schemes: Mapping[tuple[int, str], QuantScheme | None]
-    group_size: int
-
-    def scheme(self, index: int, site: layout.LinearSite) -> QuantScheme | None:
-        return self.schemes[index, site.name]
-
-    def of_block(self, index: int) -> dict[str, QuantScheme | None]:
-        """The schemes of one block by site name."""
-        return {site.name: self.schemes[index, site.name] for site in layout.SITES}
 
 
 @dataclass(frozen=True)
@@ -166,15 +148,19 @@ class Recipe:
         return yaml.safe_dump(_spelled(self), sort_keys=False, allow_unicode=True)
 
     @property
-    def needs_gram(self) -> bool:
-        """Whether grams are wanted of the float block; a quantizer that needs the drift gets its own, input by input."""
-        quantizer = self.quantizer.needs_gram and not self.quantizer.needs_drift
-        return quantizer or any(transform.needs_gram for transform in self.transforms)
+    def observed(self) -> Needs:
+        """What is wanted of the inputs of a float block; a quantizer that aims at the float model sees them itself."""
+        needs = reduce(operator.or_, (transform.needs for transform in self.transforms), NOTHING)
+        return needs | (self._of_rounding if self.seen is None else NOTHING)
 
     @property
-    def needs_rows(self) -> int:
-        static = self.activation_range.needs_rows if self._is_static else 0
-        return max([static, *(transform.needs_rows for transform in self.transforms)])
+    def seen(self) -> Needs | None:
+        """What is wanted of each input as the layers rounded before it make it; None where nothing is."""
+        return self._of_rounding if self.quantizer.needs.drift else None
+
+    @property
+    def _of_rounding(self) -> Needs:
+        return self.quantizer.needs | (self.activation_range.needs if self._is_static else NOTHING)
 
     @property
     def _is_static(self) -> bool:
@@ -183,8 +169,8 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        measured = bool(self.transforms) or self.quantizer.needs_calibration or self.budget is not None
-        return measured or self._is_static or self.kv_cache is not None
+        beside = self.budget is not None or self.kv_cache is not None
+        return beside or (self.observed | (self.seen or NOTHING)).data
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
         """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
@@ -207,11 +193,7 @@ class Recipe:
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
-        names = {
-            f"{layout.block_prefix(index)}{site.name}": (index, site)
-            for index in range(config.num_hidden_layers)
-            for site in layout.SITES
-        }
+        names = [name.removesuffix(".weight") for name in layout.linear_names(config)]
         if self.budget is not None and self.assignment is None:
             raise RecipeError(
                 f"{self.where}: scheme is a budget, and which layers it raises follows from sensitivities: run it with "
@@ -223,24 +205,22 @@ class Recipe:
             if not matched:
                 raise RecipeError(
                     f"{self.where}: layers: pattern {pattern!r} matches no layer; layers are called "
-                    f"{next(iter(names))} and so on, * matches anything"
+                    f"{names[0]} and so on, * matches anything"
                 )
             chosen.update(dict.fromkeys(matched, scheme))
-        schemes = {(index, site.name): self._scheme(chosen[name]) for name, (index, site) in names.items()}
         self._check_fused(config, chosen)
-        return Plan(schemes, self._group_size(config, schemes))
+        schemes = {name: self._scheme(scheme) for name, scheme in chosen.items()}
+        plan = Plan.of_layers(schemes, config.num_hidden_layers, None if self.kv_cache is None else INT8_CACHE)
+        self._check_sizes(config, plan)
+        return plan
 
     def _scheme(self, name: str) -> QuantScheme | None:
         return None if name == KEEP_FLOAT else PRESETS[name].with_range(full_range=self.full_range)
 
     def _check_fused(self, config: ModelConfig, chosen: Mapping[str, str]) -> None:
         for index in range(config.num_hidden_layers):
-            for fused in {site.fused for site in layout.SITES}:
-                parts = {
-                    site.name: chosen[f"{layout.block_prefix(index)}{site.name}"]
-                    for site in layout.SITES
-                    if site.fused == fused
-                }
+            for fused in layout.FUSED:
+                parts = {site.name: chosen[f"{layout.block_prefix(index)}{site.name}"] for site in layout.fused(fused)}
                 if len(set(parts.values())) > 1:
                     listed = ", ".join(f"{name}: {scheme}" for name, scheme in parts.items())
                     raise RecipeError(
@@ -248,30 +228,25 @@ class Recipe:
                         "and would use the first scheme for all: give them the same"
                     )
 
-    def _group_size(self, config: ModelConfig, schemes: Mapping[tuple[int, str], QuantScheme | None]) -> int:
-        sizes = set()
-        for (_, name), scheme in schemes.items():
-            site = next(site for site in layout.SITES if site.name == name)
+    def _check_sizes(self, config: ModelConfig, plan: Plan) -> None:
+        for _, site, scheme in plan:
             outputs, inputs = layout.site_shape(config, site)
             if scheme is None:
                 continue
             try:
                 scheme.weight.groups(inputs)
             except RecipeError as error:
-                raise RecipeError(f"{self.where}: {name}: {error}") from None
-            if scheme.weight.bits == 4:
-                sizes.add(scheme.weight.group_size)
-                if outputs % 2 or inputs % 2:
-                    raise RecipeError(
-                        f"{self.where}: {name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
-                        "needs even sizes: keep it float or in w8a8"
-                    )
-        if len(sizes) > 1:
+                raise RecipeError(f"{self.where}: {site.name}: {error}") from None
+            if scheme.weight.bits == 4 and (outputs % 2 or inputs % 2):
+                raise RecipeError(
+                    f"{self.where}: {site.name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
+                    "needs even sizes: keep it float or in w8a8"
+                )
+        if len(plan.group_sizes) > 1:
             raise RecipeError(
-                f"{self.where}: int4 group sizes {sorted(sizes)} (0 is per channel) are mixed; MindFormers "
+                f"{self.where}: int4 group sizes {sorted(plan.group_sizes)} (0 is per channel) are mixed; MindFormers "
                 "has one group_size for the whole network"
             )
-        return sizes.pop() if sizes else 0
 
 
 def find_recipe(name: str) -> Path:
@@ -387,10 +362,10 @@ def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transf
     if count > 1 or (count and names[0] not in REWRITES):
         raise RecipeError(f"{where}: rotate stands first and once; it folds the norms, and smoothing with them, away")
     for name, item in zip(names[count:], built[count:], strict=True):
-        if count and built[0].online and "mlp_hidden" in item.inputs:
+        if count and built[0].online and layout.MLP_HIDDEN in item.inputs:
             raise RecipeError(
-                f"{where}: rotate.online mixes the channels of mlp_hidden when the model is run, so no scale of it can "
-                f"be folded into up_proj: name the other inputs in {name}.inputs"
+                f"{where}: rotate.online mixes the channels of {layout.MLP_HIDDEN} when the model is run, so no scale of "
+                f"it can be folded into {layout.UP_PROJ.short}_proj: name the other inputs in {name}.inputs"
             )
     return tuple(built[:count]), tuple(built[count:])
 

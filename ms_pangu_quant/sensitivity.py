@@ -55,7 +55,7 @@ class GroupSensitivity:
     @property
     def layers(self) -> list[str]:
         """Full names."""
-        return [f"{layout.block_prefix(self.block)}{site.name}" for site in layout.SITES if site.fused == self.group]
+        return [f"{layout.block_prefix(self.block)}{site.name}" for site in layout.fused(self.group)]
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,9 @@ def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as:
     _check_fits(recipe, config, found)
     layers = [layer for group in found.groups for layer in group.layers]
     named = recipe.named(layers)
-    group_size = max(PRESETS[name].weight.group_size for name in budget.schemes)
     open_groups, choices, bits, kl = [], [], 0, 0.0
     for group in found.groups:
-        stored = [_bits(config, group, name, stored_as, group_size) for name in budget.schemes]
+        stored = [_bits(config, group, name, stored_as) for name in budget.schemes]
         expected = found.predicted(group)
         fixed = {named[layer] for layer in group.layers if layer in named}
         if not fixed:
@@ -208,8 +207,7 @@ def _check_fits(recipe: Recipe, config: ModelConfig, found: Sensitivity) -> None
 
 
 def _weights(config: ModelConfig, group: GroupSensitivity) -> int:
-    shapes = [layout.site_shape(config, site) for site in layout.SITES if site.fused == group.group]
-    return sum(outputs * inputs for outputs, inputs in shapes)
+    return sum(math.prod(layout.site_shape(config, site)) for site in layout.fused(group.group))
 
 
 def _float_bits(recipe: Recipe, config: ModelConfig, group: GroupSensitivity, named: Mapping[str, str]) -> int:
@@ -218,11 +216,9 @@ def _float_bits(recipe: Recipe, config: ModelConfig, group: GroupSensitivity, na
     schemes = {site.name: PRESETS.get(named.get(f"{prefix}{site.name}", recipe.scheme)) for site in layout.SITES}
     return sum(
         math.prod(layout.site_shape(config, site)) * (32 if recipe.changes(f"{site.name}.weight", schemes) else own)
-        for site in layout.SITES
-        if site.fused == group.group
+        for site in layout.fused(group.group)
     )
 
 
-def _bits(config: ModelConfig, group: GroupSensitivity, scheme: str, stored_as: Format, group_size: int) -> int:
-    sites = [site for site in layout.SITES if site.fused == group.group]
-    return 8 * sum(layer_bytes(stored_as, config, site, PRESETS[scheme], group_size) for site in sites)
+def _bits(config: ModelConfig, group: GroupSensitivity, scheme: str, stored_as: Format) -> int:
+    return 8 * sum(layer_bytes(stored_as, config, site, PRESETS[scheme]) for site in layout.fused(group.group))

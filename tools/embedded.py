@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_json, write_safetensors
-from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.transforms.fold import fold_scale, scale_channels
 
 OUTLIER_INPUTS = {  # what a config's `outliers` names -> the inputs whose channels grow

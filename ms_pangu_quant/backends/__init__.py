@@ -21,7 +21,8 @@ class Backend:
     norm               RMSNorm cell class.
     mlp                MLP cell class in place of MindFormers', or None.
     core_attention     (num_blocks, block_size, cache) by name -> ModuleSpec or cell class of attention over the paged
-                       cache; where `cache`, its scheme, is not None the cell has a parameter cache_grid [4, kv_heads * head_dim].
+                       cache; where `cache`, its scheme, is not None the cell has a parameter cache_grid
+                       [4, kv_heads * head_dim].
     rope_name          MindFormers' position_embedding_type.
     gpt_model          GPTModel or a subclass.
     linear_methods     Arithmetic -> LinearMethodBase class; None -> that of float layers, where it is not MindFormers' own.

@@ -181,7 +181,13 @@ class BlockRunner:
         return stats, None if states is None else Hidden(states, hidden.lengths)
 
     def observe_input(
-        self, input_name: str, block: RoundedBlock, hidden: Hidden, beside: tuple[BlockRunner, Hidden], needs: Needs, where: str
+        self,
+        input_name: str,
+        block: RoundedBlock,
+        hidden: Hidden,
+        beside: tuple[BlockRunner, Hidden],
+        needs: Needs,
+        where: str,
     ) -> InputStats:
         """Statistics of one input with gram and drift, the layers and the cache in front of it as far as they are rounded.
 
@@ -197,15 +203,13 @@ class BlockRunner:
             builder.add(x.asnumpy(), y.asnumpy())
         return builder.finish()
 
-    def observe_cache(
-        self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str
-    ) -> tuple[RangeStats, RangeStats]:
+    def observe_cache(self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str) -> tuple[RangeStats, RangeStats]:
         """Statistics of the keys, after rope, and of the values that the block's layers, as they are rounded, make."""
         seen: list[list[RangeStats]] = [[], []]
-        start = self._first_row
         for place, outputs in self._run(block, hidden, until=_CACHED):
             for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
-                stats = RangeStats.observe(x.asnumpy(), rows=needs.rows, start=start + place.start, where=f"{where}: {name}")
+                first = self._first_row + place.start
+                stats = RangeStats.observe(x.asnumpy(), rows=needs.rows, start=first, where=f"{where}: {name}")
                 parts[:] = [parts[0].merge(stats) if parts else stats]
         return seen[0][0], seen[1][0]
 

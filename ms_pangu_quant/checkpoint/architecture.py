@@ -25,7 +25,7 @@ class Architecture:
     rope_theta: float
 
 
-_ATTENTION = frozenset({layout.Q, layout.K, layout.V, layout.O})
+_ATTENTION = frozenset({layout.Q_PROJ, layout.K_PROJ, layout.V_PROJ, layout.O_PROJ})
 ARCHITECTURES = {
     "PanguEmbedded": Architecture("bias", _ATTENTION, True, 1e-5, 16_000_000.0),
     "llama": Architecture("attention_bias", _ATTENTION, False, 1e-6, 10_000.0),

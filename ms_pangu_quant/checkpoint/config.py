@@ -131,7 +131,12 @@ def differences(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
     for key in _ONE_MODEL:
         got, wanted = getattr(config, key), getattr(reference, key)
         if got != wanted:
-            yield f"{key} is {got}, wanted {wanted}"
+            yield f"{key} is {_told(got)}, wanted {_told(wanted)}"
+
+
+def _told(value: Any) -> str:
+    """Layers by their short names."""
+    return f"[{' '.join(sorted(site.short for site in value))}]" if isinstance(value, frozenset) else str(value)
 
 
 def check_same_model(directory: Path, config: ModelConfig, against: Path, reference: ModelConfig) -> None:

@@ -50,7 +50,7 @@ INPUT_NAMES = ATTENTION_INPUT, ATTENTION_OUTPUT, MLP_INPUT, MLP_HIDDEN = (
 )
 FUSED = QKV, PROJ, FC1, FC2 = "linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"
 NORMS = ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
-SITES = Q, K, V, O, GATE, UP, DOWN = (
+SITES = Q_PROJ, K_PROJ, V_PROJ, O_PROJ, GATE_PROJ, UP_PROJ, DOWN_PROJ = (
     LinearSite("self_attn.q_proj", ATTENTION_INPUT, ATTENTION_NORM, QKV),
     LinearSite("self_attn.k_proj", ATTENTION_INPUT, ATTENTION_NORM, QKV),
     LinearSite("self_attn.v_proj", ATTENTION_INPUT, ATTENTION_NORM, QKV),
@@ -59,7 +59,7 @@ SITES = Q, K, V, O, GATE, UP, DOWN = (
     LinearSite("mlp.up_proj", MLP_INPUT, MLP_NORM, FC1),
     LinearSite("mlp.down_proj", MLP_HIDDEN, "mlp.up_proj", FC2, writes_stream=True),
 )
-CACHED = K, V  # whose outputs the key and the value cache hold
+CACHED = K_PROJ, V_PROJ  # whose outputs the key and the value cache hold
 BY_NAME = {site.name: site for site in SITES}
 
 
@@ -77,7 +77,8 @@ def site_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     hidden, inner = config.hidden_size, config.intermediate_size
-    outputs = {Q: queries, K: keys, V: keys, O: hidden, GATE: inner, UP: inner, DOWN: hidden}[site]
+    narrow = {Q_PROJ: queries, K_PROJ: keys, V_PROJ: keys, GATE_PROJ: inner, UP_PROJ: inner}
+    outputs = hidden if site.writes_stream else narrow[site]
     inputs = {ATTENTION_INPUT: hidden, ATTENTION_OUTPUT: queries, MLP_INPUT: hidden, MLP_HIDDEN: inner}[site.input_name]
     return outputs, inputs
 

@@ -12,7 +12,7 @@ from rich.table import Table
 from ms_pangu_quant.checkpoint.config import check_same_model
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
-from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import open_checkpoint
 
 
 def bench_command(
@@ -41,7 +41,7 @@ def bench_command(
     lengths, batches = _numbers("--prompt-lens", prompt_lens), _numbers("--batch-sizes", batch_sizes)
     paths = [directory] if against is None else [against, directory]
     readers = [open_checkpoint(path) for path in paths]
-    if against is not None and isinstance(readers[0], QuantizedReader):
+    if against is not None and not readers[0].plan.is_float:
         raise CheckpointError(f"--against: {against} is quantized; wanted the float checkpoint")
     if against is not None:  # before minutes of loading
         check_same_model(directory, readers[1].config, against, readers[0].config)
@@ -51,10 +51,9 @@ def bench_command(
     cache = BLOCK_SIZE * blocks_needed(max(lengths), max(batches), new_tokens)
     subjects = []
     for path, reader in zip(paths, readers, strict=True):
-        kinds = reader.kinds if isinstance(reader, QuantizedReader) else None
         own_head = "stored" if path == against else head
         model = load(path, device, kv_cache_tokens=cache, head=own_head, verbose=verbose)
-        subjects.append(Subject("float" if kinds is None else "quantized", model, work_of(model, kinds)))
+        subjects.append(Subject("float" if reader.plan.is_float else "quantized", model, work_of(model, reader.plan)))
     with progress_bars() as progress:
         task = progress.add_task("measure", total=len(lengths) * len(batches) * len(subjects), kind="count")
         rows, limits = bench(

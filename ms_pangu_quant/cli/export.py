@@ -32,9 +32,9 @@ def export_command(
     """
     target = chosen_format(stored_as)
     reader = open_checkpoint(directory)
-    if not isinstance(reader, QuantizedReader):
+    if not isinstance(reader, QuantizedReader):  # it has a format, and a writer of another can take it over
         raise RequestError(f"{directory}: is a float checkpoint; wanted a quantized one (pangu-quant quantize makes it)")
-    facts = facts_of(reader.config, reader.kinds, reader.group_size, reader.int8_cache)
+    facts = facts_of(reader.config, reader.plan)
     if not allow_unserved:
         check_served(target.NAME, facts)
     if resume and is_exported(reader, target, output):
@@ -47,4 +47,4 @@ def export_command(
     for each in facts:
         for row in rows_for(target.NAME, each):
             if row.verdict == WRONG:
-                err.print(f"{each.kind}: not for {row.consumer}, which {row.verdict}: {row.note}", soft_wrap=True)
+                err.print(f"{each.word}: not for {row.consumer}, which {row.verdict}: {row.note}", soft_wrap=True)

@@ -14,13 +14,14 @@ import typer
 from rich.table import Table
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.cli.console import AsJson, Directory, out, size
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import kv_cache
-from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import FORMATS, Reader, open_checkpoint
 from ms_pangu_quant.formats.serving import INTEGER, REFUSES, WRONG, facts_of, rows_for
+from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.quantizers.kv_cache import CacheGrid
 from ms_pangu_quant.suggestion import did_you_mean
 
 
@@ -56,34 +57,33 @@ def inspect_command(
 def inspection(directory: Path) -> dict[str, Any]:
     """What `inspect --json` prints."""
     reader = open_checkpoint(directory)
-    quantized = isinstance(reader, QuantizedReader)
+    quantized = reader.format is not None
     report_path = directory / REPORT_FILE
     report = json.loads(report_path.read_text(encoding="utf-8")) if quantized and report_path.exists() else {}
     blocks = report.get("blocks", [])
     layers, bits, weights = [], 0.0, 0
-    for index in range(reader.config.num_hidden_layers):
-        for site in layout.SITES:
-            name = f"{layout.block_prefix(index)}{site.name}"
-            outputs, inputs = layout.site_shape(reader.config, site)
-            stored = 8 * sum(
-                entry.nbytes
-                for key, entry in reader.files.entries.items()
-                if key.startswith(f"{name}.") and not key.endswith(".bias") and ".kv_cache_" not in key
-            )
-            error = blocks[index]["weight_error"].get(site.name) if index < len(blocks) else None
-            layers.append(
-                {
-                    "name": name,
-                    "scheme": reader.kinds[f"{name}.weight"] if quantized else "FLOAT",
-                    "bits_per_weight": stored / (outputs * inputs),
-                    "weight_error": error,
-                }
-            )
-            bits, weights = bits + stored, weights + outputs * inputs
+    for place, (name, site, scheme) in enumerate(reader.plan):
+        outputs, inputs = layout.site_shape(reader.config, site)
+        stored = 8 * sum(
+            entry.nbytes
+            for key, entry in reader.files.entries.items()
+            if key.startswith(f"{name}.") and not key.endswith(".bias") and not kv_cache.is_cache_tensor(key)
+        )
+        index = place // len(layout.SITES)
+        error = blocks[index]["weight_error"].get(site.name) if index < len(blocks) else None
+        layers.append(
+            {
+                "name": name,
+                "scheme": word_of(scheme),
+                "bits_per_weight": stored / (outputs * inputs),
+                "weight_error": error,
+            }
+        )
+        bits, weights = bits + stored, weights + outputs * inputs
     return {
         "directory": str(directory),
         "quantized": quantized,
-        "trained_rows": str(reader.rows) if isinstance(reader, CheckpointReader) and reader.rows else None,
+        "trained_rows": str(reader.rows) if reader.rows else None,
         "layers": layers,
         "output_error": [block["output_error"] for block in blocks],
         "bytes": reader.files.nbytes,
@@ -94,19 +94,24 @@ def inspection(directory: Path) -> dict[str, Any]:
     }
 
 
-def cache_of(reader: CheckpointReader | QuantizedReader) -> dict[str, Any]:
+def cache_of(reader: Reader) -> dict[str, Any]:
     """What keys and values are cached as, the bytes of one token, and whether the grids have zero points."""
-    int8 = isinstance(reader, QuantizedReader) and reader.int8_cache
+    int8 = reader.plan.cache is not None
     found: dict[str, Any] = {
         "dtype": "int8" if int8 else "float",
         "bytes_per_token": kv_cache.bytes_per_token(reader.config, 1 if int8 else 2),
         "bytes_per_token_bfloat16": kv_cache.bytes_per_token(reader.config, 2),
     }
     if int8:
-        grids = [grid for index in range(reader.config.num_hidden_layers) for grid in vars(reader.cache(index)).values()]
+        grids = [grid for index in range(reader.config.num_hidden_layers) for grid in _grids(reader, index)]
         found["zero_points"] = any(grid.offset.any() for grid in grids)
         found["scales_per_head"] = max(len(set(row.tolist())) for grid in grids for row in grid.scale)
     return found
+
+
+def _grids(reader: Reader, index: int) -> tuple[CacheGrid, CacheGrid]:
+    cache = kv_cache.read_cache(reader.files, reader.config, index)
+    return cache.key, cache.value
 
 
 def graphs(directory: Path, device: str) -> dict[str, Any]:
@@ -119,27 +124,23 @@ def graphs(directory: Path, device: str) -> dict[str, Any]:
     runtime.start("cpu", "graph")
     from ms_pangu_quant.network.graph import device_backend, operator_counts
 
-    quantized = isinstance(reader, QuantizedReader)
-    of_network = (
-        {"kinds": reader.kinds, "group_size": reader.group_size, "int8_cache": reader.int8_cache} if quantized else {}
-    )
     phases = {
-        phase: [asdict(each) for each in operator_counts(reader.config, device_backend(device), phase=phase, **of_network)]
+        phase: [asdict(each) for each in operator_counts(reader.config, reader.plan, device_backend(device), phase=phase)]
         for phase in ("prefill", "decode")
     }
-    kinds = dict(Counter(reader.kinds.values())) if quantized else {"FLOAT": 7 * reader.config.num_hidden_layers}
-    return {"directory": str(directory), "device": device, "layers": kinds, "phases": phases}
+    words = dict(Counter(word_of(scheme) for _, _, scheme in reader.plan))
+    return {"directory": str(directory), "device": device, "layers": words, "phases": phases}
 
 
 def servability(directory: Path) -> dict[str, Any]:
     """What `inspect --servable --json` prints."""
     reader = open_checkpoint(directory)
-    if not isinstance(reader, QuantizedReader):
+    if reader.format is None:
         raise RequestError(f"{directory}: is a float checkpoint; --servable is about quantized ones")
     rows = [
         {
             "format": name,
-            "scheme": each.kind,
+            "scheme": each.word,
             "group_size": each.group_size,
             "consumer": row.consumer,
             "versions": row.versions,
@@ -147,7 +148,7 @@ def servability(directory: Path) -> dict[str, Any]:
             "note": row.note,
             "source": row.source,
         }
-        for each in facts_of(reader.config, reader.kinds, reader.group_size, reader.int8_cache)
+        for each in facts_of(reader.config, reader.plan)
         for name in FORMATS
         for row in rows_for(name, each)
     ]
@@ -176,7 +177,7 @@ def print_layers(found: dict[str, Any]) -> None:
     A float checkpoint has only the totals.
     """
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
-    short = [site.name.split(".")[1].removesuffix("_proj") for site in layout.SITES]
+    short = [site.short for site in layout.SITES]
     for heading in ("block", "scheme", "bits", "output", *short):
         table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
     per_block = len(layout.SITES)

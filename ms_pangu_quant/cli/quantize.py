@@ -31,7 +31,10 @@ from ms_pangu_quant.cli.sensitivity import with_budget_spent
 from ms_pangu_quant.estimate import Estimate, estimate
 from ms_pangu_quant.formats.serving import check_served, facts_of
 from ms_pangu_quant.network import ranks, runtime
-from ms_pangu_quant.pipeline import BlockReport, check_data, planned_kinds, quantize
+from ms_pangu_quant.pipeline.loop import quantize
+from ms_pangu_quant.pipeline.prepare import check_data
+from ms_pangu_quant.pipeline.report import BlockReport
+from ms_pangu_quant.pipeline.report import Progress as RunProgress
 from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe
 
 
@@ -95,9 +98,7 @@ def quantize_command(
     )
     if not allow_unserved:
         plan = chosen.plan(reader.config)
-        check_served(
-            layout_on_disk.NAME, facts_of(reader.config, planned_kinds(plan), plan.group_size, chosen.kv_cache is not None)
-        )
+        check_served(layout_on_disk.NAME, facts_of(reader.config, plan))
     if dry_run:
         check_data(reader.config, chosen, data)
         _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)
@@ -116,8 +117,7 @@ def quantize_command(
             data=data,
             resume=resume,
             stored_as=layout_on_disk,
-            on_block=on_block,
-            on_bytes=lambda count: progress.advance(hashing, count),
+            progress=RunProgress(lambda count: progress.advance(hashing, count), on_block),
         )
     if not ranks.current().is_first:
         return

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.checkpoint.config import read_json
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
-from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import Reader, open_checkpoint
+from ms_pangu_quant.formats.words import INT8_CACHE_WORD, word_of
 
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
@@ -51,19 +51,21 @@ def environment() -> dict[str, Any]:
     return {"versions": versions, "python": platform.python_version(), "machine": machine}
 
 
-def precision(reader: CheckpointReader | QuantizedReader) -> str:
-    """The kind of most of its layers, such as W8A8_DYNAMIC, and "C8" for an int8 cache; or a float checkpoint's dtype."""
-    if isinstance(reader, QuantizedReader):
-        kind, count = Counter(reader.kinds.values()).most_common(1)[0]
-        group = f" g{reader.group_size}" if reader.group_size and kind.startswith("W4") else ""
-        return kind + group + ("" if count == len(reader.kinds) else " (mixed)") + (" C8" if reader.int8_cache else "")
+def precision(reader: Reader) -> str:
+    """The word for the scheme of most of its layers, and for an int8 cache; or a float checkpoint's dtype."""
+    if reader.format is not None:
+        schemes = [scheme for _, _, scheme in reader.plan]
+        most, count = Counter(schemes).most_common(1)[0]
+        group = f" g{most.group_size}" if most is not None and most.group_size else ""
+        mixed = "" if count == len(schemes) else " (mixed)"
+        return word_of(most) + group + mixed + (f" {INT8_CACHE_WORD}" if reader.plan.cache else "")
     return Counter(entry.dtype.name for entry in reader.files.entries.values()).most_common(1)[0][0]
 
 
-def _recipe(reader: CheckpointReader | QuantizedReader) -> dict[str, Any] | None:
+def _recipe(reader: Reader) -> dict[str, Any] | None:
     """The recipe and the errors of each block, from the report beside every format; None for a float checkpoint."""
     path = reader.directory / REPORT_FILE
-    if not isinstance(reader, QuantizedReader) or not path.exists():
+    if reader.format is None or not path.exists():
         return None
     report = read_json(path)
     return {name: report.get(name) for name in ("recipe", "fingerprint", "blocks", "bytes_before", "calibration")}

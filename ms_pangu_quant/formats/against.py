@@ -30,8 +30,8 @@ import yaml
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
+from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces

@@ -29,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig, read_json
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import kv_cache, packing
 from ms_pangu_quant.formats.linear import (

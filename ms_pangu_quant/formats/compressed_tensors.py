@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.linear import (
     FLOATS,
@@ -95,10 +95,11 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
             f"the {NAME} format: its readers have float8 key/value caches with one scale for a tensor or a head, none of "
             "int8 with one for each channel; use --format mindformers or ascend, or a recipe without kv_cache"
         )
-    names: dict[QuantScheme | None, list[str]] = {}
+    names: dict[QuantScheme, list[str]] = {}
     for name, _, scheme in plan:
-        names.setdefault(scheme, []).append(name)
-    ignored = names.pop(None, [])
+        if scheme is not None:
+            names.setdefault(scheme, []).append(name)
+    ignored = [name for name, _, scheme in plan if scheme is None]
     used = sorted(names, key=lambda scheme: (_ORDER.index(scheme.arithmetic), scheme.group_size))
     settings = {
         "quant_method": "compressed-tensors",
@@ -154,8 +155,8 @@ def read_plan(directory: Path, config: ModelConfig) -> Plan:
         raise CheckpointError(f"{where}.format is {settings.get('format')!r}, wanted 'int-quantized'")
     if settings.get("kv_cache_scheme") is not None:
         raise CheckpointError(
-            f"{where}.kv_cache_scheme is {settings['kv_cache_scheme']!r}; a quantized key/value cache is not read from this "
-            "format"
+            f"{where}.kv_cache_scheme is {settings['kv_cache_scheme']!r}; a quantized key/value cache is not read from "
+            "this format"
         )
     groups, ignored = settings.get("config_groups"), settings.get("ignore") or []
     if not isinstance(groups, Mapping) or not isinstance(ignored, list):
@@ -199,14 +200,7 @@ def _scheme(group: Any, where: str) -> QuantScheme:
     )
     size = weights.get("group_size") or 0
     shape = (weights.get("num_bits"), weights.get("strategy"), inputs.get("strategy"), bool(inputs.get("dynamic")))
-    scheme = next(
-        (
-            preset
-            for preset in PRESETS.values()
-            if shape == (preset.weight.bits, preset.weight.granularity, preset.activation.granularity, preset.activation.dynamic)
-        ),
-        None,
-    )
+    scheme = next((preset for preset in PRESETS.values() if _shape(preset) == shape), None)
     integers = weights.get("type") == inputs.get("type") == "int" and inputs.get("num_bits") == 8
     # A static zero point is read from its tensor; per-token ones are computed here without.
     symmetric = weights.get("symmetric", True) and (inputs.get("symmetric", True) or not inputs.get("dynamic"))
@@ -218,3 +212,7 @@ def _scheme(group: Any, where: str) -> QuantScheme:
             "wanted symmetric int8 per channel or int4 per channel or group, inputs int8 per token, or per tensor"
         )
     return scheme.grouped(size) if grouped else scheme
+
+
+def _shape(scheme: QuantScheme) -> tuple[Any, ...]:
+    return scheme.weight.bits, scheme.weight.granularity, scheme.activation.granularity, scheme.activation.dynamic

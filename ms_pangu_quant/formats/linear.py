@@ -101,7 +101,9 @@ def family_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def describe(
-    config: ModelConfig, plan: Plan, specs: Callable[[ModelConfig, layout.LinearSite, QuantScheme], Mapping[str, TensorSpec]]
+    config: ModelConfig,
+    plan: Plan,
+    specs: Callable[[ModelConfig, layout.LinearSite, QuantScheme], Mapping[str, TensorSpec]],
 ) -> dict[str, str]:
     """Parameter name -> word, a layer's weight before its bias (MindFormers takes the first key that contains its name).
 

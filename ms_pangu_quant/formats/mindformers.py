@@ -30,8 +30,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE, ModelConfig, read_json
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
+from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE, ModelConfig, read_json
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats import kv_cache, packing
 from ms_pangu_quant.formats.linear import (
@@ -139,4 +139,6 @@ def read_plan(directory: Path, config: ModelConfig) -> Plan:
     settings, where = config.raw["quantization_config"], directory / "config.json"
     cache = kv_cache.read_scheme(settings.get(kv_cache.TYPE_KEY), f"{where}: quantization_config.{kv_cache.TYPE_KEY}")
     group_size = read_group_size(settings, f"{where}: quantization_config")
-    return read_description(config, read_json(directory / QUANTIZATION_FILE), group_size, cache, directory / QUANTIZATION_FILE)
+    return read_description(
+        config, read_json(directory / QUANTIZATION_FILE), group_size, cache, directory / QUANTIZATION_FILE
+    )

@@ -13,6 +13,7 @@ from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
+from ms_pangu_quant.checkpoint.training import RowLayout
 from ms_pangu_quant.errors import CheckpointError, RecipeError
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
 from ms_pangu_quant.formats.linear import TensorSpec
@@ -67,7 +68,14 @@ class Reader(Protocol):
     config: ModelConfig
     plan: Plan
     files: TensorFiles
-    format: Format | None  # of a quantized directory
+
+    @property
+    def format(self) -> Format | None:
+        """Of a quantized directory."""
+
+    @property
+    def rows(self) -> RowLayout | None:
+        """Of what MindFormers' training saved."""
 
     def rounded_block(self, index: int) -> RoundedBlock: ...
 
@@ -80,7 +88,7 @@ class QuantizedReader:
         self.directory = directory
         self.config = ModelConfig.from_file(directory / "config.json")
         self.format = find_format(directory, self.config)
-        self.plan = self.format.read_plan(directory, self.config)
+        self.plan, self.rows = self.format.read_plan(directory, self.config), None
         self.files = TensorFiles(directory)
         quantized = quantized_specs(self.format, self.config, self.plan)
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []

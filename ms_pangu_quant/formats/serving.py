@@ -6,7 +6,7 @@ decides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,9 +17,10 @@ import yaml
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import BackendError, RequestError
-from ms_pangu_quant.formats import kv_cache
-from ms_pangu_quant.formats.linear import FLOAT, KINDS
 from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.formats.words import INT8_CACHE_WORD, WORDS
+from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC, Arithmetic
 from ms_pangu_quant.suggestion import did_you_mean
 
 INTEGER = "integer GEMM"
@@ -34,33 +35,37 @@ SERVED = (INTEGER, MEMORY, INT8_CACHE)
 _VERDICTS = (INTEGER, MEMORY, DEQUANTIZED, INT8_CACHE, FLOAT_CACHE, REFUSES, WRONG, UNKNOWN)
 
 _FILE = Path(__file__).parent.parent / "assets" / "served.yaml"
-_KIND_OF = {  # what a scheme is called in the file -> the kind of a layer, or of the cache
-    "w8a8_static": "W8A8",
-    "w8a8": "W8A8_DYNAMIC",
-    "w4a8": "W4A8_DYNAMIC",
-    "int8_cache": kv_cache.KIND,
+_SCHEMES: dict[str, Arithmetic | None] = {  # by their names in the file; None is the cache of keys and values
+    "w8a8_static": W8A8_STATIC,
+    "w8a8": W8A8,
+    "w4a8": W4A8,
+    "int8_cache": None,
 }
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a row's condition asks of the layers of one kind; the kind of an int8 key/value cache is kv_cache.KIND.
+    """What a row's condition asks of the layers of one arithmetic; None: of an int8 key/value cache.
 
     group_size 0 is per channel; biased: any has a bias; online_hadamard: as in ModelConfig.
     """
 
-    kind: str
+    arithmetic: Arithmetic | None
     group_size: int
     biased: bool
     online_hadamard: bool = False
 
+    @property
+    def word(self) -> str:
+        return INT8_CACHE_WORD if self.arithmetic is None else WORDS[self.arithmetic]
+
 
 @dataclass(frozen=True)
 class Row:
-    """`verdict` for layers of `kinds` in `format`, if they are biased / grouped so / of these group sizes (None: any)."""
+    """`verdict` for layers of `schemes` in `format`, if they are biased / grouped so / of these group sizes (None: any)."""
 
     format: str
-    kinds: tuple[str, ...]
+    schemes: tuple[Arithmetic | None, ...]
     consumer: str
     versions: str
     verdict: str
@@ -71,7 +76,7 @@ class Row:
 
     def applies(self, facts: Facts) -> bool:
         return (
-            facts.kind in self.kinds
+            facts.arithmetic in self.schemes
             and self.biased in (None, facts.biased)
             and (self.group_sizes is None or facts.group_size in self.group_sizes)
         )
@@ -110,7 +115,7 @@ def _row(stored_as: str, raw: Any, where: str) -> Row:
             raise BackendError(f"{where}: {key} is {raw.get(key)!r}, wanted {wanted}")
     return Row(
         format=stored_as,
-        kinds=tuple(_KIND_OF[scheme] for scheme in raw["schemes"]),
+        schemes=tuple(_SCHEMES[scheme] for scheme in raw["schemes"]),
         verdict=raw["verdict"],
         biased=raw.get("biased"),
         group_sizes=tuple(raw["group_sizes"]) if "group_sizes" in raw else None,
@@ -130,8 +135,8 @@ _TEXTS = ("consumer", "versions", "note", "source")
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row in the file: whether a value is lawful, and what is
     **dict.fromkeys(_TEXTS, (_is_text, "a text (a number in quotes)")),
     "schemes": (
-        lambda value: _is_list(value, lambda each: each in [*_KIND_OF]),
-        f"a list of some of {', '.join(_KIND_OF)}",
+        lambda value: _is_list(value, lambda each: each in [*_SCHEMES]),
+        f"a list of some of {', '.join(_SCHEMES)}",
     ),
     "verdict": (lambda value: value in _VERDICTS, f"one of: {'; '.join(_VERDICTS)}"),
     "biased": (lambda value: isinstance(value, bool), "true or false"),
@@ -142,22 +147,17 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row in the file:
 }
 
 
-def facts_of(config: ModelConfig, kinds: Mapping[str, str], group_size: int, int8_cache: bool = False) -> tuple[Facts, ...]:
-    """One for each kind that occurs; kinds: weight name -> kind."""
+def facts_of(config: ModelConfig, plan: Plan) -> tuple[Facts, ...]:
+    """One for each arithmetic that occurs, and one for an int8 cache."""
     found = []
-    for kind in KINDS:
-        sites = [site for site in layout.SITES if any(name.endswith(f"{site.name}.weight") for name in _of(kind, kinds))]
-        if sites:
-            biased = any(layout.has_bias(config, site) for site in sites)
-            size = group_size if kind == "W4A8_DYNAMIC" else 0
-            found.append(Facts(kind, size, biased, config.online_hadamard))
-    if int8_cache:
-        found.append(Facts(kv_cache.KIND, 0, False, config.online_hadamard))
+    for arithmetic in WORDS:
+        layers = [(site, scheme) for _, site, scheme in plan if scheme is not None and scheme.arithmetic == arithmetic]
+        if layers:
+            biased = any(layout.has_bias(config, site) for site, _ in layers)
+            found.append(Facts(arithmetic, layers[0][1].group_size, biased, config.online_hadamard))
+    if plan.cache is not None:
+        found.append(Facts(None, 0, False, config.online_hadamard))
     return tuple(found)
-
-
-def _of(kind: str, kinds: Mapping[str, str]) -> Iterable[str]:
-    return (name for name, found in kinds.items() if found == kind != FLOAT)
 
 
 def rows_for(stored_as: str, facts: Facts) -> list[Row]:
@@ -172,7 +172,7 @@ def rows_for(stored_as: str, facts: Facts) -> list[Row]:
 
 
 def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
-    """Raises RequestError if no consumer would compute one of the kinds from this format."""
+    """Raises RequestError if no consumer would compute one of these schemes from this format."""
     for each in facts:
         rows = rows_for(stored_as, each)
         if any(row.verdict in SERVED for row in rows):
@@ -180,8 +180,8 @@ def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
         formats = sorted({row.format for row in table()})
         others = [name for name in formats if any(row.verdict in SERVED for row in rows_for(name, each))]
         reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows)
-        scheme = "an int8 key/value cache" if each.kind == kv_cache.KIND else each.kind
-        scheme = f"{each.kind} in groups of {each.group_size}" if each.group_size else scheme
+        scheme = "an int8 key/value cache" if each.arithmetic is None else each.word
+        scheme = f"{each.word} in groups of {each.group_size}" if each.group_size else scheme
         what = f"{scheme}{' with biases' if each.biased else ''} in the {stored_as} format"
-        at_all = "" if each.kind == kv_cache.KIND else ", or --allow-unserved to write it all the same"
+        at_all = "" if each.arithmetic is None else ", or --allow-unserved to write it all the same"
         raise RequestError(f"{what}: no program computes it ({reasons}); use --format {' or '.join(others)}{at_all}")

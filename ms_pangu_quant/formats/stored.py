@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.checkpoint.block import RoundedBlock
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import Format

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig, differences, read_json
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, hash_file
 from ms_pangu_quant.errors import CheckpointError

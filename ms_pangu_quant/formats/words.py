@@ -1,4 +1,4 @@
-"""The words that MindFormers' and msModelSlim's descriptions have for a layer's scheme, here and at the network's edge only."""
+"""The words that MindFormers' and msModelSlim's descriptions have for a layer's scheme; no other room spells them."""
 
 from __future__ import annotations
 

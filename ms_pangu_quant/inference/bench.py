@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.inference.model import BLOCK_SIZE, PREFILL_TOKENS, Model
+from ms_pangu_quant.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -67,17 +68,15 @@ class Work:
         return max(compute, passes * (self.layer_bytes + self.head_bytes) / limits.bandwidth)
 
 
-def work_of(model: Model, kinds: Mapping[str, str] | None) -> Work:
-    """kinds as in QuantizedReader.kinds; None for a float checkpoint."""
+def work_of(model: Model, plan: Plan) -> Work:
     quantized = floating = 0
     config: ModelConfig = model.config
-    for index in range(config.num_hidden_layers):
-        for site in layout.SITES:
-            outputs, inputs = layout.site_shape(config, site)
-            if kinds is None or kinds[f"{layout.block_prefix(index)}{site.name}.weight"] == "FLOAT":
-                floating += outputs * inputs
-            else:
-                quantized += outputs * inputs
+    for _, site, scheme in plan:
+        outputs, inputs = layout.site_shape(config, site)
+        if scheme is None:
+            floating += outputs * inputs
+        else:
+            quantized += outputs * inputs
     layers = head = 0
     integer_head = False
     for name, parameter in model.network.model.parameters_and_names():

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import check_same_model
-from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
+from ms_pangu_quant.checkpoint.reader import embedding_rows
+from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.network import runtime
 
 _SLICE_BYTES = 64 << 20
@@ -73,24 +73,22 @@ def compare(
 
 
 def _final_states(
-    reader: CheckpointReader | QuantizedReader, sequences: Sequence[NDArray[np.int32]], on_block: Callable[[], None]
+    reader: Reader, sequences: Sequence[NDArray[np.int32]], on_block: Callable[[], None]
 ) -> NDArray[np.float32]:
     """Normalised hidden states [tokens, hidden] of every token that has a next one."""
     runtime.ensure_started()
-    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+    from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 
     inputs = [sequence[:-1] for sequence in sequences]
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(inputs)), [len(sequence) for sequence in inputs])
     runner = BlockRunner(reader.config, hidden.lengths)
     for index in range(reader.config.num_hidden_layers):
-        quantized = isinstance(reader, QuantizedReader)
-        block, linears = reader.block(index) if quantized else (reader.block(index), {})
-        hidden = runner.advance(block, linears, hidden, cache=reader.cache(index) if quantized else None)
+        hidden = runner.advance(reader.rounded_block(index), hidden)
         on_block()
     return final_norm(reader, hidden.states)
 
 
-def final_norm(reader: CheckpointReader | QuantizedReader, states: NDArray[np.float32]) -> NDArray[np.float32]:
+def final_norm(reader: Reader, states: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the head reads [tokens, hidden] of hidden states behind the last block."""
     scale = 1 / np.sqrt(np.mean(np.square(states), axis=1, keepdims=True) + np.float32(reader.config.rms_norm_eps))
     return states * scale * reader.files.read_float32(layout.FINAL_NORM)
@@ -139,7 +137,7 @@ def divergences(
     return kl, best == best[0], log_total - chosen
 
 
-def head_rows(reader: CheckpointReader | QuantizedReader, start: int, stop: int) -> NDArray[np.float32]:
+def head_rows(reader: Reader, start: int, stop: int) -> NDArray[np.float32]:
     name = layout.EMBEDDING if reader.config.tie_word_embeddings else layout.HEAD
     return reader.files.read_float32(name, start, stop)
 

@@ -13,10 +13,9 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
-from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
+from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
 from ms_pangu_quant.network import ranks, runtime
@@ -77,13 +76,13 @@ def load(
     return Model(reader, kv_cache_tokens, w4a8, head)
 
 
-def check_head(head: str, reader: CheckpointReader | QuantizedReader, device: str) -> None:
+def check_head(head: str, reader: Reader, device: str) -> None:
     """Raises RequestError or BackendError where load() could not compute the head so."""
     if head == "stored":
         return
     if head != "int8":
         raise RequestError(f"head: got {head!r}, wanted stored or int8")
-    if not isinstance(reader, QuantizedReader):
+    if reader.format is None:
         raise RequestError(f"head int8: {reader.directory} is a float checkpoint, whose head stays as it is stored")
     if device != "cpu":
         raise RequestError(f"head int8: only the CPU kernels round a head; on {device} it stays as it is stored")
@@ -96,7 +95,7 @@ class Model:
 
     def __init__(
         self,
-        reader: CheckpointReader | QuantizedReader,
+        reader: Reader,
         kv_cache_tokens: int,
         w4a8: str = "auto",
         head: str = "stored",
@@ -110,30 +109,26 @@ class Model:
         self.directory = reader.directory
         self._tokenizer: Tokenizer | None = None
         self._num_blocks = -(-kv_cache_tokens // BLOCK_SIZE)
-        quantized = isinstance(reader, QuantizedReader)
         self._cut = runtime.tensor_parallel()
         if self._cut > 1:
-            check_cut(self.config, self._cut, *((reader.kinds, reader.group_size) if quantized else ()))
+            check_cut(self.config, self._cut, reader.plan)
         self._compiled: set[str] = set()
         self._closed = False
         self.network = build_network(
             self.config,
-            kinds=reader.kinds if quantized else None,
-            group_size=reader.group_size if quantized else 0,
+            reader.plan,
             num_blocks=self._num_blocks,
             block_size=BLOCK_SIZE,
-            w4a8=w4a8,
-            head=head,
-            int8_cache=quantized and reader.int8_cache,
+            options={"w4a8": w4a8, "head": head},
         )
-        self.network.load_tensors(served_tensors(reader, self.network.backend, int8_cache=self.network.int8_cache))
+        self.network.load_tensors(served_tensors(reader, self.network.backend, cache=reader.plan.cache))
         self.caches = self.network.backend.new_caches(
             self.config.num_hidden_layers,
             self._num_blocks,
             BLOCK_SIZE,
             cache_heads(self.config, self._cut),
             self.config.head_dim,
-            int8_cache=self.network.int8_cache,
+            cache=reader.plan.cache,
         )
         if runtime.mode() == "graph":
             self.network.set_dynamic_inputs()

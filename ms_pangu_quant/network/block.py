@@ -56,9 +56,7 @@ class ServedBlock:
     """Blocks of one plan. num_blocks, block_size: of its key/value cache."""
 
     def __init__(self, config: ModelConfig, plan: BlockPlan, *, num_blocks: int, block_size: int) -> None:
-        self._network = build_network(
-            config, Plan((plan,)), num_blocks=num_blocks, block_size=block_size, whole=False
-        )
+        self._network = build_network(config, Plan((plan,)), num_blocks=num_blocks, block_size=block_size, whole=False)
         self._layer = _Layer(self._network)
         self._layer.set_train(False)
         if runtime.mode() == "graph":

@@ -359,8 +359,8 @@ def build_network(
         max_position_embeddings=config.max_position_embeddings,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=config.rope_theta,
-        bias=layout.Q in config.biased,
-        output_bias=layout.O in config.biased,
+        bias=layout.Q_PROJ in config.biased,
+        output_bias=layout.O_PROJ in config.biased,
         tie_word_embeddings=config.tie_word_embeddings,
         pad_token_id=config.pad_token_id or 0,
         num_blocks=num_blocks,
@@ -373,9 +373,7 @@ def build_network(
     return network
 
 
-def _quant_config(
-    config: ModelConfig, plan: Plan, options: Mapping[str, str], backend: Backend
-) -> PanguQuantConfig | None:
+def _quant_config(config: ModelConfig, plan: Plan, options: Mapping[str, str], backend: Backend) -> PanguQuantConfig | None:
     """None where every layer is MindFormers' own float one."""
     if plan.is_float and None not in backend.linear_methods:
         return None

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.ranges import RangeStats
+from ms_pangu_quant.calibration.statistics import Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import round_up_to_bfloat16
 

@@ -31,8 +31,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces

@@ -25,8 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
-from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import QuantScheme

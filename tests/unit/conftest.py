@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.config import ModelConfig
 
 ROOT = Path(__file__).parents[2]
 

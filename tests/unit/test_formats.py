@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.estimate import layer_bytes

@@ -26,7 +26,13 @@ else:
 PACKAGE = "ms_pangu_quant"
 LEVELS = (  # a name stands for the module and all below it; the longest that fits decides
     ("errors", "suggestion", "installation"),
-    ("scheme", "settings", "arguments", "evaluation.verdict", "evaluation.tasks"),  # what a benchmark is: calibration asks it too
+    (
+        "scheme",
+        "settings",
+        "arguments",
+        "evaluation.verdict",
+        "evaluation.tasks",
+    ),  # what a benchmark is: calibration asks it too
     ("checkpoint", "calibration", "transforms", "quantizers", "formats"),
     ("budget",),
     ("recipe", "estimate", "roofline", "sensitivity"),

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import CheckpointError
