@@ -109,13 +109,13 @@ def decode_seconds(device: Device, config: ModelConfig, precision: str, batch_si
     return _total(device, _operators(config, precision, batch_size, batch_size, pairs, cached=pairs))
 
 
-def memory_bytes(config: ModelConfig, precision: str, tokens: int, group_size: int = 0) -> float:
-    """Weights, and the key/value cache of `tokens` tokens in bfloat16; activations and the runtime come on top."""
+def memory_bytes(config: ModelConfig, precision: str, tokens: int) -> float:
+    """Weights with a scale for each channel, and the key/value cache of `tokens` tokens in bfloat16; activations and the
+    runtime come on top."""
     weights = 0.0
     for site in layout.SITES:
         outputs, inputs = layout.site_shape(config, site)
-        groups = inputs // group_size if group_size and _weight_bytes(precision) < 1 else 1
-        weights += outputs * (inputs * _weight_bytes(precision) + (0 if precision == "float16" else 4 * groups))
+        weights += outputs * (inputs * _weight_bytes(precision) + (0 if precision == "float16" else 4))
         weights += 2 * outputs * layout.has_bias(config, site)
     norms = 2 * 4 * config.hidden_size
     tables = (1 if config.tie_word_embeddings else 2) * 2 * config.vocab_size * config.hidden_size

@@ -7,7 +7,7 @@ and machines combine. Scaling is exact: the statistics of x / s follow from thos
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -248,13 +248,3 @@ def add_product(total: NDArray[np.float64], d: NDArray[np.float32], x: NDArray[n
 def _strips(size: int) -> Iterator[slice]:
     for start in range(0, size, _STRIP):
         yield slice(start, min(start + _STRIP, size))
-
-
-def merge_all(parts: Iterable[InputStats]) -> InputStats:
-    """Raises ValueError if there is nothing to merge."""
-    total: InputStats | None = None
-    for part in parts:
-        total = part if total is None else total.merge(part)
-    if total is None:
-        raise ValueError("no statistics to merge")
-    return total

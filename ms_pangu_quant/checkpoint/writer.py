@@ -235,10 +235,3 @@ def hash_file(path: Path) -> str:
         while piece := stream.read(16 << 20):
             digest.update(piece)
     return digest.hexdigest()
-
-
-def free_bytes(path: Path) -> int:
-    """Space left on the disk that `path` is, or would be, on."""
-    while not path.exists():
-        path = path.parent
-    return os.statvfs(path).f_bavail * os.statvfs(path).f_frsize

@@ -7,7 +7,6 @@ import json
 import os
 import platform
 from collections import Counter
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,11 @@ from ms_pangu_quant.formats.words import INT8_CACHE_WORD, word_of
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
 
-def of_checkpoint(
-    directory: Path, device: str, head: str = "stored", on_bytes: Callable[[int], None] | None = None
-) -> dict[str, Any]:
-    """Reads the whole checkpoint once. head as of load(), told where it is not stored; on_bytes is called with the bytes
-    just read."""
+def of_checkpoint(directory: Path, device: str, head: str = "stored") -> dict[str, Any]:
+    """Reads the whole checkpoint once. head as of load(), told where it is not stored."""
     reader = open_checkpoint(directory)
     config = json.dumps(dict(reader.config.raw), sort_keys=True)
-    digest = hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()
+    digest = hashlib.sha256((reader.files.sha256() + config).encode()).hexdigest()
     return {
         "model": directory.resolve().name,
         "checkpoint_sha256": digest,

@@ -16,7 +16,7 @@ from ms_pangu_quant.quantizers.grid import row_pieces, scale_from_absmax, weight
 from ms_pangu_quant.scheme import TensorScheme
 
 ScaleChoice = Literal["absmax", "mse"]
-SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 25))
+_SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 25))
 
 
 def check_scale_choice(where: str, choice: str) -> None:
@@ -32,10 +32,7 @@ def choose_scale(
 
 
 def mse_scale(
-    weight: NDArray[np.float32],
-    scheme: TensorScheme,
-    importance: NDArray[np.float64] | None = None,
-    shrinks: tuple[float, ...] = SHRINKS,
+    weight: NDArray[np.float32], scheme: TensorScheme, importance: NDArray[np.float64] | None = None
 ) -> NDArray[np.float32]:
     """Of the scales absmax * shrink / divisor the one with the least sum of importance * (w - dequantized)^2.
 
@@ -51,12 +48,12 @@ def mse_scale(
         grouped = weight[rows].reshape(-1, *factors.shape)
         absmax = np.abs(grouped).max(axis=2)
         best = np.full(absmax.shape, np.inf)
-        for shrink in shrinks:
+        for shrink in _SHRINKS:
             scale = scale_from_absmax(absmax * np.float32(shrink), scheme)
             error = _weighted_error(grouped, scale, scheme, factors)
             better = error < best
             best = np.where(better, error, best)
-            chosen[rows] = np.where(better, scale, chosen[rows]) if shrink != shrinks[0] else scale
+            chosen[rows] = np.where(better, scale, chosen[rows]) if shrink != _SHRINKS[0] else scale
     return chosen
 
 

@@ -97,15 +97,14 @@ def sweep(
     scale: NDArray[np.float32],
     scheme: TensorScheme,
     gram: NDArray[np.float32],
-    block: int = BLOCK,
 ) -> NDArray[np.int8]:
     """Every code [out, in] once set to the best given all others, channel 0 first."""
     steps = np.repeat(scale.T, weight.shape[1] // scale.shape[1], axis=0)  # [in, out]
     target = np.ascontiguousarray(weight.T)
     moved = codes.T.astype(np.float64)
     error = (target - moved * steps).astype(np.float32)
-    for start in range(0, len(target), block):
-        stop = min(start + block, len(target))
+    for start in range(0, len(target), BLOCK):
+        stop = min(start + BLOCK, len(target))
         gradient = (gram[start:stop] @ error).astype(np.float64)
         inside = gram[start:stop, start:stop].astype(np.float64)
         changes = np.zeros((stop - start, error.shape[1]))

@@ -36,11 +36,6 @@ def hadamard_factors(size: int) -> tuple[NDArray[np.int8], ...]:
     )
 
 
-def hadamard_matrix(size: int) -> NDArray[np.int8]:
-    """[size, size], entries +-1, H H^T = size * I."""
-    return np.asarray(reduce(np.kron, hadamard_factors(size), np.ones((1, 1), np.int8)), np.int8)
-
-
 def multiply(rows: NDArray[np.float64], factors: Sequence[NDArray[np.int8]]) -> NDArray[np.float64]:
     """rows [count, n] times the orthogonal matrix H / sqrt(n), H the Kronecker product of `factors`."""
     count, size = rows.shape

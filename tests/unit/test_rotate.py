@@ -1,16 +1,23 @@
 """transforms/hadamard.py and rotate.py: exact matrices, and rotations that leave a model's function alone."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.transforms.hadamard import hadamard_factors, hadamard_matrix, multiply
+from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
 from ms_pangu_quant.transforms.rotate import Rotate, Rotation, rotate_block
 
 MODEL_SIZES = {64: (64,), 128: (64, 2), 256: (64, 4), 768: (12, 64), 1536: (12, 64, 2), 4096: (64, 64)}
 WIDE_SIZES = {6144: (12, 64, 8), 12800: (100, 64, 2)}
+
+
+def hadamard_matrix(size):
+    """[size, size], the product of the factors spelled out."""
+    return functools.reduce(np.kron, hadamard_factors(size), np.ones((1, 1), np.int8))
 
 
 @pytest.mark.parametrize("order", [1, 2, 4, 8, 12, 20, 24, 28, 36, 44, 52, 60, 68, 76, 84, 100, 256, 768, 1536])

@@ -1,6 +1,7 @@
 """calibration/share.py and checkpoint/cut.py: what each rank sees, rounds and holds."""
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_pangu_quant.calibration.share import owners, rounding_cost, share_of
-from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder, merge_all
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
@@ -48,7 +49,7 @@ def test_statistics_of_the_shares_merge_into_those_of_the_whole(size):
 
     rows = [sum(lengths[: share_of(lengths, rank, size).begin]) for rank in range(size)] + [len(x)]
     whole = seen(0, len(x))
-    merged = merge_all(seen(begin, end) for begin, end in itertools.pairwise(rows))
+    merged = functools.reduce(InputStats.merge, itertools.starmap(seen, itertools.pairwise(rows)))
     assert merged.tokens == whole.tokens
     assert merged.absmax.tobytes() == whole.absmax.tobytes()
     assert merged.sample.keys.tobytes() == whole.sample.keys.tobytes()
