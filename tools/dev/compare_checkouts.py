@@ -40,6 +40,10 @@ REFUSED = 2  # pangu-quant's exit code for what a user can mend
 REPORT = "quantization_report.json"
 TOKENS = "512"
 SHOWN = 6
+EXAMPLE = """\
+Example:
+  python tools/dev/compare_checkouts.py ../before . --recipes w8a8 w4a8_mixed --checkpoints mini --work /tmp/bytes
+"""
 
 
 @dataclass(frozen=True)
@@ -302,7 +306,9 @@ def compare(bench: Bench, cases: list[Case], meant: list[str]) -> int:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("before", type=Path, metavar="BEFORE", help="checkout whose bytes are to be kept; committed")
     parser.add_argument("after", type=Path, metavar="AFTER", help="checkout with the change")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="of BEFORE's configs/ (default: all)")
