@@ -30,25 +30,25 @@ lint: install
 	$(BIN)/mypy
 
 soak: install
-	$(BIN)/python tools/soak.py
+	$(BIN)/python tools/dev/soak.py
 
 mutate: install
-	$(BIN)/python tools/mutate.py
+	$(BIN)/python tools/dev/mutate.py
 
 goldens: install
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[goldens]'
-	$(BIN)/python tools/make_goldens.py
+	$(BIN)/python tools/goldens/network.py
 
 # The tables of docs/accuracy.md. Rows of other tools need TABLES='--llmcompressor-python PY --msmodelslim-python PY'.
 tables: install
-	$(BIN)/python tools/tables.py $(TABLES)
+	$(BIN)/python tools/dev/tables.py $(TABLES)
 
 notebook: install
 	$(BIN)/python -m pytest -m '' tests/e2e/test_notebook.py
 
 # The API reference, from the docstrings: docs/api.md for what is public, build/api/ for every module.
 api: install
-	$(BIN)/python tools/api.py
+	$(BIN)/python tools/dev/api.py
 
 clean:
 	rm -rf $(VENV) demo_output accuracy_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

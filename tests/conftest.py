@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,15 +13,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "ms_pangu_quant" / "assets"
 MINI, TIED = ASSETS / "openpangu-mini", ASSETS / "openpangu-mini-tied"
-
-
-def load_tool(name: str) -> ModuleType:
-    """A file of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,7 +25,9 @@ def kernels_built() -> None:
 
 @pytest.fixture(scope="session")
 def write_checkpoint() -> Callable[..., None]:
-    return load_tool("make_checkpoint").write_checkpoint
+    from tools.dev.make_checkpoint import write_checkpoint
+
+    return write_checkpoint
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""tools/ascend_acceptance.sh: its options, and (slow) a rehearsal on the CPU with a step that fails and is repeated."""
+"""tools/ascend/acceptance.sh: its options, and (slow) a rehearsal on the CPU with a step that fails and is repeated."""
 
 import json
 import re
@@ -8,9 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from tests.conftest import MINI, ROOT, load_tool
+from tests.conftest import MINI, ROOT
+from tools.ascend import logits as tool
 
-SCRIPT = ROOT / "tools/ascend_acceptance.sh"
+SCRIPT = ROOT / "tools/ascend/acceptance.sh"
 
 
 def run(*options):
@@ -41,7 +42,6 @@ def test_a_wrong_option_is_named_and_nothing_is_run(options, said):
 
 
 def test_the_difference_of_logits_is_the_kl_of_their_distributions(tmp_path):
-    tool = load_tool("logits")
     one = np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], np.float32))
     other = np.log(np.array([[0.25, 0.5, 0.25], [0.1, 0.2, 0.7]], np.float32)) + 3  # a shift changes no distribution
     for name, logits in (("one", one), ("other", other)):

@@ -20,7 +20,8 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import find_recipe, load_recipe
-from tests.conftest import MINI, TIED, calibration, load_tool, token_data
+from tests.conftest import MINI, TIED, calibration, token_data
+from tools.dev import make_checkpoint
 
 ROTATED_FLOAT = "scheme: float\ntransforms: [{rotate: {seed: 3}}]\n"
 TINY = {"hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80, "vocab_size": 96}
@@ -60,9 +61,8 @@ def rewrite(source, folder, change):
 @pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rotated_float_checkpoint_is_served_with_the_logits_of_the_original(tied, recipe, rounded, tmp_path):
-    tool = load_tool("make_checkpoint")
-    config = tool.make_config("tiny", tie_word_embeddings=tied, **TINY)
-    tool.write_checkpoint(tmp_path / "float", config, seed=1, dtype="float32")
+    config = make_checkpoint.make_config("tiny", tie_word_embeddings=tied, **TINY)
+    make_checkpoint.write_checkpoint(tmp_path / "float", config, seed=1, dtype="float32")
     made = rounded(tmp_path / "float", recipe(ROTATED_FLOAT), chats=0)
     assert json.loads((made / "config.json").read_text())["tie_word_embeddings"] is False
     ids = np.random.default_rng(0).integers(0, 96, 40).tolist()
@@ -82,8 +82,8 @@ def test_the_embedded_checkpoint_rotated_has_its_own_logits(recipe, rounded, tmp
 def test_each_input_alone_is_seen_as_all_of_them_together(tmp_path):
     """Nothing quantized and both models the same: the statistics are those of the float block, and nothing drifts."""
     runtime.start("cpu", "graph")
-    tool = load_tool("make_checkpoint")
-    tool.write_checkpoint(tmp_path / "float", tool.make_config("tiny", **TINY), seed=1, dtype="float32")
+    config = make_checkpoint.make_config("tiny", **TINY)
+    make_checkpoint.write_checkpoint(tmp_path / "float", config, seed=1, dtype="float32")
     reader = CheckpointReader(tmp_path / "float")
     lengths = [17, 1, 30]
     hidden = Hidden(embedding_rows(reader.files, np.arange(48, dtype=np.int32)), lengths)

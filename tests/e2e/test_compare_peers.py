@@ -1,24 +1,13 @@
 """A row of another tool from its files to its figures: what llm-compressor and msModelSlim wrote, as goldens hold it."""
 
-import importlib
 import json
-import sys
 
 import numpy as np
 import pytest
 
 from ms_pangu_quant.inference.model import load
-from tests.conftest import ROOT
 from tests.e2e.test_interop import GOLDEN, perplexity, unpacked
-
-
-@pytest.fixture
-def measure(monkeypatch):
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    yield importlib.import_module("measure")
-    for name in {"measure", "peers"} - before:
-        sys.modules.pop(name, None)
+from tools.peers import measure
 
 
 def programs(folder, golden, output):
@@ -33,7 +22,7 @@ def programs(folder, golden, output):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llmcompressor_w8a8", "msmodelslim_w8a8", "msmodelslim_w4a8_dynamic"])
-def test_a_peers_row_is_read_back_measured_as_served_and_measured_once(name, measure, write_checkpoint, tmp_path):
+def test_a_peers_row_is_read_back_measured_as_served_and_measured_once(name, write_checkpoint, tmp_path):
     written, _ = unpacked(name, tmp_path / "golden")
     tool = measure.LLM_COMPRESSOR if name.startswith("llm") else measure.MSMODELSLIM
     with np.load(GOLDEN / f"{name}.npz") as archive:

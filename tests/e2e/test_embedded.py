@@ -12,7 +12,8 @@ from ms_pangu_quant.cli import main
 from ms_pangu_quant.evaluation.summary import scores
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.report.results import load_runs
-from tests.conftest import ASSETS, ROOT, load_tool
+from tests.conftest import ASSETS
+from tools.embedded.ship import write_data
 
 CARD = (ASSETS / "README.md").read_text(encoding="utf-8")
 CHECKPOINTS = ("openpangu-mini", "openpangu-mini-tied")
@@ -30,9 +31,8 @@ def test_the_card_names_the_files_that_are_shipped(name):
     assert json.loads((ASSETS / name / "config.json").read_text())["tie_word_embeddings"] is name.endswith("tied")
 
 
-def test_the_data_are_what_the_generator_makes(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
-    load_tool("embed").write_data(tmp_path, 0)
+def test_the_data_are_what_the_generator_makes(tmp_path):
+    write_data(tmp_path, 0)
     for file in tmp_path.iterdir():
         assert file.read_bytes() == (ASSETS / file.name).read_bytes(), file.name
 

@@ -23,7 +23,8 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import find_recipe, load_recipe
-from tests.conftest import MINI, ROOT, load_tool, token_data
+from tests.conftest import MINI, ROOT, token_data
+from tools.goldens import formats as tool
 
 GOLDEN = ROOT / "tests/golden/formats"
 
@@ -342,8 +343,6 @@ def test_transformers_with_rounded_activations_agrees_with_ours(recipe, quantize
     python = os.environ.get("PANGU_QUANT_PEERS_PYTHON") or sys.executable
     if python == sys.executable and importlib.util.find_spec("compressed_tensors") is None:
         pytest.skip("compressed-tensors is not installed here; set PANGU_QUANT_PEERS_PYTHON to a Python that has it")
-    load_tool("make_checkpoint")  # which the other imports
-    tool = load_tool("make_format_goldens")
     export(QuantizedReader(quantized(recipe)), FORMATS["compressed-tensors"], tmp_path / "out")
     ours = load(tmp_path / "out", kv_cache_tokens=128).logits(ids())
     reference = load(MINI, kv_cache_tokens=128).logits(ids())

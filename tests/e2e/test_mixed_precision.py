@@ -22,7 +22,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import load_recipe
 from ms_pangu_quant.sensitivity import assigned, split
-from tests.conftest import load_tool
+from tools.dev import make_checkpoint
 
 SCHEMES = ("w4a8_g32", "w8a8")
 METHOD = "transforms: [smooth]\nrounding: {gptq: {damping: 0.01}}\n"
@@ -36,8 +36,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(folder):
-    tool = load_tool("make_checkpoint")
-    tool.write_checkpoint(folder / "float", tool.make_config("tiny"), seed=3, dtype="float32")
+    make_checkpoint.write_checkpoint(folder / "float", make_checkpoint.make_config("tiny"), seed=3, dtype="float32")
     return folder / "float"
 
 

@@ -21,7 +21,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.recipe import load_recipe
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
-from tests.conftest import load_tool
+from tools.dev import make_checkpoint
 
 FLOAT = "scheme: float\ntransforms: [{rotate: {seed: 3, online: true}}]\n"
 INT4 = "scheme: w4a8_g32\ntransforms: [{rotate: {online: true}}]\nrounding: {gptq: {correct: true, sweeps: 1}}\n"
@@ -36,8 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(folder):
     """128 inputs of down_proj are 64 * 2: more than one factor."""
-    tool = load_tool("make_checkpoint")
-    tool.write_checkpoint(folder / "float", tool.make_config("tiny"), seed=3, dtype="float32")
+    make_checkpoint.write_checkpoint(folder / "float", make_checkpoint.make_config("tiny"), seed=3, dtype="float32")
     return folder / "float"
 
 

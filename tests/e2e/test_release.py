@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tools.dev import make_checkpoint
 
 LOADS = """
 import ctypes, gc, os, sys
@@ -27,14 +26,10 @@ for number in range(5):
 
 
 @pytest.mark.slow
-def test_five_loads_leave_less_than_a_tenth_of_the_weights_of_four(tmp_path, monkeypatch):
+def test_five_loads_leave_less_than_a_tenth_of_the_weights_of_four(tmp_path):
     """The first load warms up. What is left of each is its compiled graph, whatever the size of the weights."""
-    spec = importlib.util.spec_from_file_location("make_checkpoint_of_release", ROOT / "tools/make_checkpoint.py")
-    checkpoint_tool = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, checkpoint_tool)  # dataclasses look their module up
-    spec.loader.exec_module(checkpoint_tool)
-    config = checkpoint_tool.make_config("tiny", layers=1, dtype="float32", vocab_size=400_000, tie_word_embeddings=False)
-    checkpoint_tool.write_checkpoint(tmp_path / "model", config, seed=0, dtype="float32", shard_bytes=10**9)
+    config = make_checkpoint.make_config("tiny", layers=1, dtype="float32", vocab_size=400_000, tie_word_embeddings=False)
+    make_checkpoint.write_checkpoint(tmp_path / "model", config, seed=0, dtype="float32", shard_bytes=10**9)
     weights = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     command = [sys.executable, "-c", LOADS, str(tmp_path / "model")]
     result = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300, check=True)

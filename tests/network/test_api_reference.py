@@ -5,26 +5,22 @@ from __future__ import annotations
 import pytest
 
 import ms_pangu_quant
-from tests.conftest import ROOT, load_tool
+from tests.conftest import ROOT
+from tools.dev import api
 
 
-@pytest.fixture(scope="module")
-def api():
-    return load_tool("api")
-
-
-def test_the_committed_page_is_current(api):
+def test_the_committed_page_is_current():
     assert api.markdown() == (ROOT / "docs/api.md").read_text(encoding="utf-8"), "run `make api`"
 
 
-def test_the_committed_page_has_every_public_name(api):
+def test_the_committed_page_has_every_public_name():
     page = api.markdown()
     for name in ms_pangu_quant.__all__:
         assert f"### {name}\n" in page or f"`{name}`" in page
 
 
 @pytest.mark.slow
-def test_every_module_gets_a_page_with_its_docstrings_as_they_are_written(api, tmp_path):
+def test_every_module_gets_a_page_with_its_docstrings_as_they_are_written(tmp_path):
     api.write_html(tmp_path)
     modules = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")

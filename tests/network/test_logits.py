@@ -1,4 +1,4 @@
-"""The network's float32 logits against Hugging Face transformers' Llama with biases (goldens: tools/make_goldens.py)."""
+"""The network's float32 logits against Hugging Face transformers' Llama with biases (goldens: tools/goldens/network.py)."""
 
 import hashlib
 

@@ -12,7 +12,8 @@ from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.network.pangu import PanguConfigConverter
 from ms_pangu_quant.pipeline import planned_kinds
 from ms_pangu_quant.recipe import find_recipe, load_recipe
-from tests.conftest import ROOT, load_tool
+from tests.conftest import ROOT
+from tools.dev.make_checkpoint import make_config
 
 FILES = sorted((ROOT / "configs/mindformers").glob("*.yaml"))
 WANTED = {  # MindFormers' name of a field -> the value openPangu-Embedded's config.json gives it
@@ -39,7 +40,7 @@ def test_there_is_one_for_each_size_and_scheme():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_mindformers_makes_the_models_network_config_of_it(file, tmp_path):
     size, scheme = parts(file)
-    raw = load_tool("make_checkpoint").make_config(size)
+    raw = make_config(size)
     config = ModelConfig.from_dict(raw, where="test")
     recipe = load_recipe(find_recipe({"w8a8": "w8a8", "w4a8": "w4a8_g256"}[scheme]))
     plan = recipe.plan(config)

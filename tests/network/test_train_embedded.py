@@ -1,20 +1,18 @@
-"""tools/train_embedded.py: the training network is transformers' Llama, resuming changes no bit, outliers no logit."""
+"""tools/embedded/: the training network is transformers' Llama, resuming changes no bit, outliers no logit."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
 
-from tests.conftest import MINI, ROOT, golden
+from tests.conftest import MINI, golden
+from tools.embedded import checkpoint, decoder, ship, train
 
-TOOLS = ("decoder", "embedded", "train_embedded", "embed")
 TINY = {
     "model": {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -30,21 +28,11 @@ TINY = {
 
 
 @pytest.fixture(scope="module")
-def tools():
-    before = set(sys.modules)
-    sys.path.insert(0, str(ROOT / "tools"))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in TOOLS})
-    sys.path.remove(str(ROOT / "tools"))
-    for name in {*TOOLS} - before:
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture(scope="module")
-def run(tools, tmp_path_factory):
+def run(tmp_path_factory):
     """A finished run of four steps, and its folder as it was after two of them."""
     folder = tmp_path_factory.mktemp("run")
     half = folder.parent / f"{folder.name}-half"
-    trained = tools.train_embedded.Run(TINY, folder, 0, None)
+    trained = train.Run(TINY, folder, 0, None)
     finish = trained.save
 
     def save():
@@ -58,22 +46,22 @@ def run(tools, tmp_path_factory):
     return SimpleNamespace(folder=folder, half=half, trained=trained)
 
 
-def test_the_training_network_gives_transformers_logits(tools):
+def test_the_training_network_gives_transformers_logits():
     from mindspore import Tensor
     from safetensors.numpy import load_file
 
     from ms_pangu_quant.checkpoint.config import ModelConfig
 
     weights = {name: value.astype(np.float32) for name, value in load_file(MINI / "model.safetensors").items()}
-    decoder = tools.decoder.Decoder(ModelConfig.from_file(MINI / "config.json"), weights)
+    network = decoder.Decoder(ModelConfig.from_file(MINI / "config.json"), weights)
     values = golden("mini")
     ids = values["ids_0"].astype(np.int32)
-    logits = decoder(Tensor(ids[None]), *decoder.tables(len(ids))).asnumpy()
+    logits = network(Tensor(ids[None]), *network.tables(len(ids))).asnumpy()
     assert np.abs(logits[values["positions_0"]] - values["logits_0"]).max() < 1e-4
 
 
-def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bits(tools, run):
-    again = tools.train_embedded.Run(TINY, run.half, 0, None)
+def test_a_run_that_was_stopped_and_resumed_ends_in_the_same_bits(run):
+    again = train.Run(TINY, run.half, 0, None)
     again.resume()
     assert again.done == 2
     again.train(every=2)
@@ -87,14 +75,14 @@ def test_four_steps_lower_the_loss_on_held_out_answers(run):
     assert last["validation"] < first["validation"] < np.log(TINY["model"]["vocab_size"]) + 0.5
 
 
-def test_put_in_outliers_change_no_logit_and_stand_out(tools, run):
+def test_put_in_outliers_change_no_logit_and_stand_out(run):
     from mindspore import Tensor
 
     config, trained = run.trained.model_config, run.trained
     weights = {each.name: each.asnumpy() for each in trained.step.parameters}
-    changed = tools.embedded.with_outliers(config, weights, TINY["outliers"], seed=5)
+    changed = checkpoint.with_outliers(config, weights, TINY["outliers"], seed=5)
     ids = Tensor(np.arange(40, dtype=np.int32)[None])
-    plain, other = (tools.decoder.Decoder(config, each) for each in (weights, changed))
+    plain, other = (decoder.Decoder(config, each) for each in (weights, changed))
     assert np.array_equal(plain(ids, *plain.tables(40)).asnumpy(), other(ids, *other.tables(40)).asnumpy())
     for name, count, factor in (
         ("input_layernorm.weight", 3, 16),
@@ -108,19 +96,19 @@ def test_put_in_outliers_change_no_logit_and_stand_out(tools, run):
             assert sorted(rows)[-count - 1 :] == [1.0, *[factor] * count]
 
 
-def test_a_factor_that_is_no_power_of_two_is_refused(tools, run):
+def test_a_factor_that_is_no_power_of_two_is_refused(run):
     with pytest.raises(ValueError, match=r"up: 3.*a power of two"):
-        tools.embedded.with_outliers(run.trained.model_config, run.trained.decoder_weights(), {"up": (1, 3)}, seed=0)
+        checkpoint.with_outliers(run.trained.model_config, run.trained.decoder_weights(), {"up": (1, 3)}, seed=0)
 
 
-def test_the_written_checkpoint_loads_and_its_tokenizer_gives_the_ids_that_were_trained_on(tools, run):
+def test_the_written_checkpoint_loads_and_its_tokenizer_gives_the_ids_that_were_trained_on(run):
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
     from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 
     reader = CheckpointReader(run.folder / "checkpoint")
     assert reader.config.tie_word_embeddings
     tokenizer = Tokenizer.from_directory(run.folder / "checkpoint")
-    for row in tools.train_embedded.chats(7, 0, "train", 40):
+    for row in train.chats(7, 0, "train", 40):
         ids, prompt = run.trained.data.encode(row)
         assert tokenizer.encode(row["text"]) == ids
         mode = row["mode"]
@@ -128,33 +116,33 @@ def test_the_written_checkpoint_loads_and_its_tokenizer_gives_the_ids_that_were_
         assert tokenizer.encode_chat([row["messages"][0], {"role": "user", "content": user}], mode=mode) == ids[:prompt]
 
 
-def test_an_untied_run_starts_from_a_tied_one_with_its_embedding_as_head(tools, run, tmp_path):
+def test_an_untied_run_starts_from_a_tied_one_with_its_embedding_as_head(run, tmp_path):
     untied = {**TINY, "model": {**TINY["model"], "tie_word_embeddings": False}}
-    begun = tools.train_embedded.Run(untied, tmp_path, 0, run.folder)
+    begun = train.Run(untied, tmp_path, 0, run.folder)
     weights = begun.decoder_weights()
     assert np.array_equal(weights["lm_head.weight"], run.trained.decoder_weights()["model.embed_tokens.weight"])
     assert begun.chunk != run.trained.chunk
 
 
-def test_a_folder_with_a_run_is_not_overwritten_and_an_empty_one_not_resumed(tools, run, tmp_path, capsys):
+def test_a_folder_with_a_run_is_not_overwritten_and_an_empty_one_not_resumed(run, tmp_path, capsys):
     config = tmp_path / "tiny.yaml"
     config.write_text(yaml.safe_dump(TINY))
     arguments = ["--config", str(config), "--output"]
-    assert tools.train_embedded.main([*arguments, str(run.folder)]) == 2
+    assert train.main([*arguments, str(run.folder)]) == 2
     assert "holds a run; give --resume or another folder" in capsys.readouterr().err
-    assert tools.train_embedded.main([*arguments, str(tmp_path / "new"), "--resume"]) == 2
+    assert train.main([*arguments, str(tmp_path / "new"), "--resume"]) == 2
     assert "holds no state.npz to resume from" in capsys.readouterr().err
 
 
-def test_embedding_runs_twice_gives_the_same_files(tools, run, tmp_path, capsys, monkeypatch):
-    assert (sum(tools.embed.HELD_OUT.values()), sum(tools.embed.VALIDATION.values())) == (300, 200)
-    monkeypatch.setattr(tools.embed, "HELD_OUT", {2: 20, 4: 5})
-    monkeypatch.setattr(tools.embed, "VALIDATION", {2: 20, 4: 5})
+def test_embedding_runs_twice_gives_the_same_files(run, tmp_path, capsys, monkeypatch):
+    assert (sum(ship.HELD_OUT.values()), sum(ship.VALIDATION.values())) == (300, 200)
+    monkeypatch.setattr(ship, "HELD_OUT", {2: 20, 4: 5})
+    monkeypatch.setattr(ship, "VALIDATION", {2: 20, 4: 5})
     printed = []
     runs = ["--untied", str(run.folder), "--tied", str(run.folder)]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        assert tools.embed.main([*runs, "--output", str(tmp_path / name)]) == 0
+        assert ship.main([*runs, "--output", str(tmp_path / name)]) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     held, chosen = (

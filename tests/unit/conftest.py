@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,14 +34,10 @@ def mini() -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint_tool() -> Iterator[ModuleType]:
-    """tools/make_checkpoint.py as a module."""
-    spec = importlib.util.spec_from_file_location("make_checkpoint_of_unit_tests", ROOT / "tools/make_checkpoint.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+def checkpoint_tool() -> ModuleType:
+    from tools.dev import make_checkpoint
+
+    return make_checkpoint
 
 
 @pytest.fixture

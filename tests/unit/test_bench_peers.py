@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "bench_peers.py"
-spec = importlib.util.spec_from_file_location("bench_peers", TOOL)
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
+from tools.peers import bench as tool
 
 IDS = [1, 2, 3, 4]
 

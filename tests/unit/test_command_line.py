@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import io
 import os
 import re
@@ -23,7 +23,9 @@ from ms_pangu_quant.evaluation.tasks import TASKS
 GROUP = typer.main.get_command(app)
 ROOT = Path(__file__).parents[2]
 TOOLS = [  # those with a parser of argparse; the thin mains of commands show the command's help
-    path.stem for path in sorted(ROOT.glob("tools/*.py")) if re.search(r"Parser\(", path.read_text(encoding="utf-8"))
+    str(path.relative_to(ROOT / "tools").with_suffix(""))
+    for path in sorted(ROOT.glob("tools/**/*.py"))
+    if re.search(r"Parser\(", path.read_text(encoding="utf-8"))
 ]
 
 
@@ -70,12 +72,8 @@ class _Parsing(Exception):
 
 
 @pytest.mark.parametrize("name", TOOLS)
-def test_the_help_of_every_tool_ends_with_an_example_that_its_parser_accepts(name, root, monkeypatch):
-    monkeypatch.syspath_prepend(root / "tools")
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", root / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+def test_the_help_of_every_tool_ends_with_an_example_that_its_parser_accepts(name, monkeypatch):
+    module = importlib.import_module(f"tools.{name.replace('/', '.')}")
 
     def caught(parser, args=None, namespace=None):
         raise _Parsing(parser)
@@ -93,7 +91,7 @@ def test_the_help_of_every_tool_ends_with_an_example_that_its_parser_accepts(nam
         parser.parse_args(words[2:])  # exits for what it does not know
 
 
-@pytest.mark.parametrize("name", ["ascend_acceptance", "msrun_quantize", "msrun_generate", "msrun_evaluate"])
+@pytest.mark.parametrize("name", ["ascend/acceptance", "msrun_quantize", "msrun_generate", "msrun_evaluate"])
 def test_the_help_of_every_shell_tool_ends_with_an_example(name, root):
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run(

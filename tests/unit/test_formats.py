@@ -1,6 +1,6 @@
 """formats/: every layout reads back what it wrote, and reads and writes what the programs it is named after write.
 
-The goldens are those programs' own files (tools/make_format_goldens.py).
+The goldens are those programs' own files (tools/goldens/formats.py).
 """
 
 import hashlib

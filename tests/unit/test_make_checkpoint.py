@@ -1,15 +1,13 @@
-"""tools/make_checkpoint.py: the bytes are reproducible, the layout is openPangu's, a broken run looks broken."""
+"""tools/dev/make_checkpoint.py: the bytes are reproducible, the layout is openPangu's, a broken run looks broken."""
 
 import hashlib
-import importlib.util
 import json
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -17,21 +15,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-TOOL = Path(__file__).parents[2] / "tools/make_checkpoint.py"
+from tools.dev import make_checkpoint as tool
 
-
-@pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("make_checkpoint", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+TOOL = Path(__file__).parents[2] / "tools/dev/make_checkpoint.py"
 
 
 def write(
-    tool: ModuleType, output: Path, *, seed: int = 0, dtype: str = "bfloat16", shard_bytes: int = 1 << 30, **changes: object
+    output: Path, *, seed: int = 0, dtype: str = "bfloat16", shard_bytes: int = 1 << 30, **changes: object
 ) -> dict[str, np.ndarray]:
     """Write the tiny shape, some fields changed; returns every tensor of every file."""
     config = tool.make_config("tiny", **changes)
@@ -43,34 +33,34 @@ def same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return one.keys() == other.keys() and all(one[name].tobytes() == other[name].tobytes() for name in one)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tool, tmp_path):
-    one, other = write(tool, tmp_path / "one"), write(tool, tmp_path / "other")
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path):
+    one, other = write(tmp_path / "one"), write(tmp_path / "other")
     assert same(one, other)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes(), name
-    for name, tensor in write(tool, tmp_path / "seed", seed=1).items():
+    for name, tensor in write(tmp_path / "seed", seed=1).items():
         assert tensor.tobytes() != one[name].tobytes(), name
 
 
-def test_the_bytes_are_those_of_every_other_machine(tool, tmp_path):
-    write(tool, tmp_path / "out", seed=7, dtype="float32")
+def test_the_bytes_are_those_of_every_other_machine(tmp_path):
+    write(tmp_path / "out", seed=7, dtype="float32")
     assert hashlib.sha256((tmp_path / "out/model.safetensors").read_bytes()).hexdigest() == (
         "d42efae82bacc9861ab65d1b88774fe6fb10777acf16551072d647fbf97482b3"
     )
 
 
 @pytest.mark.parametrize("slice_values", [1 << 14, 1000])
-def test_the_values_do_not_depend_on_how_the_work_is_cut(tool, tmp_path, monkeypatch, slice_values):
-    whole = write(tool, tmp_path / "whole")
+def test_the_values_do_not_depend_on_how_the_work_is_cut(tmp_path, monkeypatch, slice_values):
+    whole = write(tmp_path / "whole")
     monkeypatch.setattr(tool, "SLICE", slice_values)
     monkeypatch.setattr(tool, "CELL", 300)
-    assert same(write(tool, tmp_path / "cut"), whole)
+    assert same(write(tmp_path / "cut"), whole)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 30_000, 100_000])
-def test_shards_of_any_size_hold_identical_tensors_and_a_true_index(tool, tmp_path, shard_bytes):
-    whole = write(tool, tmp_path / "whole")
-    assert same(write(tool, tmp_path / "cut", shard_bytes=shard_bytes), whole)
+def test_shards_of_any_size_hold_identical_tensors_and_a_true_index(tmp_path, shard_bytes):
+    whole = write(tmp_path / "whole")
+    assert same(write(tmp_path / "cut", shard_bytes=shard_bytes), whole)
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert files == [f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)]
     assert len(files) > 1
@@ -91,7 +81,7 @@ def test_shards_of_any_size_hold_identical_tensors_and_a_true_index(tool, tmp_pa
     ],
 )
 def test_the_real_shapes_have_the_tensors_of_the_published_checkpoints(
-    tool, shape, count, parameters, q, kv, inner, hidden, layers
+    shape, count, parameters, q, kv, inner, hidden, layers
 ):
     tensors = {tensor.name: tensor.shape for tensor in tool.plan_tensors(tool.make_config(shape))}
     assert len(tensors) == count
@@ -117,37 +107,37 @@ def test_the_real_shapes_have_the_tensors_of_the_published_checkpoints(
     assert {name: tensors[name] for name in others} == others
 
 
-def test_the_7b_shape_is_cut_into_four_files_of_at_most_4_5_gb(tool):
+def test_the_7b_shape_is_cut_into_four_files_of_at_most_4_5_gb():
     shards = tool.plan_shards(tool.plan_tensors(tool.make_config("7b")), 2, tool.SHARD_BYTES)
     sizes = [2 * sum(tensor.size for tensor in tensors) for tensors in shards.values()]
     assert len(sizes) == 4
     assert max(sizes) <= 4_500_000_000
 
 
-def test_the_config_decides_head_biases_and_head_dim(tool, tmp_path):
-    tied = write(tool, tmp_path / "tied")
-    untied = write(tool, tmp_path / "untied", tie_word_embeddings=False)
+def test_the_config_decides_head_biases_and_head_dim(tmp_path):
+    tied = write(tmp_path / "tied")
+    untied = write(tmp_path / "untied", tie_word_embeddings=False)
     assert untied.keys() - tied.keys() == {"lm_head.weight"}
     assert same({name: untied[name] for name in tied}, tied)
-    plain = write(tool, tmp_path / "plain", model_type="llama", attention_bias=False)
-    biased = write(tool, tmp_path / "biased", model_type="llama", attention_bias=True)
+    plain = write(tmp_path / "plain", model_type="llama", attention_bias=False)
+    biased = write(tmp_path / "biased", model_type="llama", attention_bias=True)
     assert same(biased, tied)
     assert plain.keys() == {name for name in tied if not name.endswith(".bias")}
-    wide = write(tool, tmp_path / "wide", head_dim=24)
+    wide = write(tmp_path / "wide", head_dim=24)
     assert wide["model.layers.0.self_attn.q_proj.weight"].shape == (96, 64)
     assert wide["model.layers.0.self_attn.o_proj.weight"].shape == (64, 96)
 
 
-def test_every_dtype_is_the_float32_draw_rounded_once(tool, tmp_path):
-    exact = write(tool, tmp_path / "f32", dtype="float32")
+def test_every_dtype_is_the_float32_draw_rounded_once(tmp_path):
+    exact = write(tmp_path / "f32", dtype="float32")
     for name, dtype in (("bfloat16", ml_dtypes.bfloat16), ("float16", np.float16)):
-        rounded = write(tool, tmp_path / name, dtype=name)
+        rounded = write(tmp_path / name, dtype=name)
         assert same(rounded, {key: tensor.astype(dtype) for key, tensor in exact.items()})
         assert json.loads((tmp_path / name / "config.json").read_text())["torch_dtype"] == name
 
 
-def test_weights_have_the_promised_spread(tool, tmp_path):
-    tensors = write(tool, tmp_path / "out", dtype="float32", num_hidden_layers=1, vocab_size=4096)
+def test_weights_have_the_promised_spread(tmp_path):
+    tensors = write(tmp_path / "out", dtype="float32", num_hidden_layers=1, vocab_size=4096)
     embedding = tensors["model.embed_tokens.weight"]  # 262,144 values: 0.14 % standard error
     assert embedding.std() == pytest.approx(2.5 / 8, rel=0.01)
     assert embedding.mean() == pytest.approx(0, abs=0.003)
@@ -159,7 +149,7 @@ def test_weights_have_the_promised_spread(tool, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["config.json", "notes.txt", ".model.safetensors.partial"])
-def test_a_directory_that_holds_anything_is_refused_in_one_line(tool, tmp_path, capsys, content):
+def test_a_directory_that_holds_anything_is_refused_in_one_line(tmp_path, capsys, content):
     (tmp_path / content).write_text("mine")
     assert tool.main(["--shape", "tiny", "--output", str(tmp_path)]) == 2
     message = capsys.readouterr().err
@@ -169,14 +159,14 @@ def test_a_directory_that_holds_anything_is_refused_in_one_line(tool, tmp_path, 
     assert (tmp_path / content).read_text() == "mine"
 
 
-def test_a_full_disk_is_noticed_before_anything_is_written(tool, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_noticed_before_anything_is_written(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(tool.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
     assert tool.main(["--shape", "7b", "--output", str(tmp_path / "deep/out")]) == 2
     assert "needs 16.06 GB, the disk has 0.01 GB free" in capsys.readouterr().err
     assert not (tmp_path / "deep").exists()
 
 
-def test_a_failure_half_way_removes_what_was_written(tool, tmp_path, monkeypatch):
+def test_a_failure_half_way_removes_what_was_written(tmp_path, monkeypatch):
     def stop_at_the_third(path, written, whole_file=tool.whole_file):
         if "00003" in path.name:
             raise OSError(28, "No space left on device")
@@ -184,7 +174,7 @@ def test_a_failure_half_way_removes_what_was_written(tool, tmp_path, monkeypatch
 
     monkeypatch.setattr(tool, "whole_file", stop_at_the_third)
     with pytest.raises(OSError, match="No space left"):
-        write(tool, tmp_path / "deep/out", shard_bytes=30_000)
+        write(tmp_path / "deep/out", shard_bytes=30_000)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,13 +1,11 @@
-"""tools/peers.py, measure.py, compare_peers.py, tables.py, rescale_outliers.py: what can be checked without quantizing."""
+"""tools/peers/, dev/tables.py, embedded/rescale_outliers.py: what can be checked without quantizing."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,18 +15,9 @@ from tokenizers import Tokenizer
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError
-
-NAMES = ("peers", "measure", "compare_peers", "rescale_outliers", "tables", "bench_quantize")
-
-
-@pytest.fixture
-def tools(root, monkeypatch):
-    """The tools as modules; they import each other as files of one folder do."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(root / "tools"))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    for name in {*NAMES, "make_checkpoint"} - before:
-        sys.modules.pop(name, None)
+from tools.dev import tables
+from tools.embedded import rescale_outliers
+from tools.peers import bench_quantize, compare, measure, quantizers
 
 
 @pytest.fixture
@@ -45,22 +34,22 @@ def interpreter(tmp_path):
 
 
 @pytest.fixture
-def setting(tools, mini, root, tmp_path):
+def setting(mini, root, tmp_path):
     assets = root / "ms_pangu_quant/assets"
-    return lambda **pythons: tools.measure.Setting(
+    return lambda **pythons: measure.Setting(
         mini, assets / "calibration.jsonl", assets / "validation.jsonl", tmp_path / "work", pythons=pythons
     )
 
 
-def row_of(tools, name):
-    return next(row for row in tools.compare_peers.ROWS if row.name == name)
+def row_of(name):
+    return next(row for row in compare.ROWS if row.name == name)
 
 
 # --- what the peers are given ----------------------------------------------------------------------------------------
 
 
-def test_the_peers_get_the_checkpoint_as_a_float32_llama_with_the_same_values(tools, mini, tmp_path):
-    tools.peers.write_source(mini, tmp_path / "source")
+def test_the_peers_get_the_checkpoint_as_a_float32_llama_with_the_same_values(mini, tmp_path):
+    quantizers.write_source(mini, tmp_path / "source")
     reader, copy = CheckpointReader(mini), CheckpointReader(tmp_path / "source")
     assert json.loads((tmp_path / "source/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert copy.config.attention_bias
@@ -70,10 +59,10 @@ def test_the_peers_get_the_checkpoint_as_a_float32_llama_with_the_same_values(to
         np.testing.assert_array_equal(entry.read(), reader.files.read_float32(name))
 
 
-def test_words_of_the_peers_tokenizer_are_the_token_ids(tools, mini, tmp_path):
-    tools.peers.write_source(mini, tmp_path / "source")
+def test_words_of_the_peers_tokenizer_are_the_token_ids(mini, tmp_path):
+    quantizers.write_source(mini, tmp_path / "source")
     sequences = [np.array([1, 1023, 0, 77, 4], np.int32), np.array([500, 5], np.int32)]
-    tools.peers.write_calibration(sequences, tmp_path / "data")
+    quantizers.write_calibration(sequences, tmp_path / "data")
     tokenizer = Tokenizer.from_file(str(tmp_path / "source/tokenizer.json"))
     words = [json.loads(line)["inputs_pretokenized"] for line in (tmp_path / "data/words.jsonl").open()]
     ids = [json.loads(line)["token_ids"] for line in (tmp_path / "data/token_ids.jsonl").open()]
@@ -83,43 +72,43 @@ def test_words_of_the_peers_tokenizer_are_the_token_ids(tools, mini, tmp_path):
 # --- a row that cannot be measured -----------------------------------------------------------------------------------
 
 
-def test_a_row_without_its_tool_says_which_option_is_missing(tools, setting):
-    record = tools.measure.measure(row_of(tools, "llmc_w8a8_rtn"), setting())
+def test_a_row_without_its_tool_says_which_option_is_missing(setting):
+    record = measure.measure(row_of("llmc_w8a8_rtn"), setting())
     assert "--llmcompressor-python" in record["failure"]
-    record = tools.measure.measure(row_of(tools, "slim_w8a8"), setting(msmodelslim=sys.executable))
+    record = measure.measure(row_of("slim_w8a8"), setting(msmodelslim=sys.executable))
     assert "no package msmodelslim" in record["failure"]
 
 
-def test_missing_tools_give_exit_code_3_and_a_table_that_says_so(tools, tmp_path, capsys):
+def test_missing_tools_give_exit_code_3_and_a_table_that_says_so(tmp_path, capsys):
     only = ["--only", "llmc_w8a8_rtn", "slim_w8a8"]
-    assert tools.compare_peers.main([*only, "--work", str(tmp_path / "work"), "--modes", ""]) == 3
+    assert compare.main([*only, "--work", str(tmp_path / "work"), "--modes", ""]) == 3
     assert capsys.readouterr().out.count("not measured: ") == 2
     assert len(json.loads((tmp_path / "work/peers.json").read_text())["rows"]) == 2
 
 
-def test_a_peer_that_fails_is_quoted(tools, setting, interpreter):
+def test_a_peer_that_fails_is_quoted(setting, interpreter):
     python = interpreter("echo something; echo 'RuntimeError: needs a | here' >&2; echo 'TIP: none'; exit 7")
-    record = tools.measure.measure(row_of(tools, "llmc_w8a8_rtn"), setting(**{"llm-compressor": python}))
+    record = measure.measure(row_of("llmc_w8a8_rtn"), setting(**{"llm-compressor": python}))
     assert record["failure"] == "exit code 7: RuntimeError: needs a / here (quantize.log)"
     assert "quantize" not in record
 
 
-def test_a_peer_that_writes_a_float_checkpoint_has_not_quantized(tools, setting, interpreter, tmp_path):
+def test_a_peer_that_writes_a_float_checkpoint_has_not_quantized(setting, interpreter, tmp_path):
     """As llm-compressor does, without a word, where it finds no modifiers under the names it looks for."""
     work = tmp_path / "work"
     python = interpreter(f"cp -r {work}/peers/float32 {work}/llmc_w8a8_rtn/checkpoint")
-    record = tools.measure.measure(row_of(tools, "llmc_w8a8_rtn"), setting(**{"llm-compressor": python}))
+    record = measure.measure(row_of("llmc_w8a8_rtn"), setting(**{"llm-compressor": python}))
     assert "wrote a float checkpoint" in record["failure"]
 
 
-def test_cpu_time_and_memory_are_those_of_the_process_and_not_of_others(tools, setting, tmp_path):
+def test_cpu_time_and_memory_are_those_of_the_process_and_not_of_others(setting, tmp_path):
     program = (
         "x = bytearray(300 << 20)\nimport time\nend = time.process_time() + 0.4\nwhile time.process_time() < end: pass"
     )
-    cost = tools.measure.run([sys.executable, "-S", "-c", program], setting(), tmp_path / "log")
+    cost = measure.run([sys.executable, "-S", "-c", program], setting(), tmp_path / "log")
     assert 300 << 20 <= cost["peak_bytes"] < 400 << 20
     assert 0.4 <= cost["cpu_seconds"] < 2
-    idle = tools.measure.run([sys.executable, "-S", "-c", "pass"], setting(), tmp_path / "log")
+    idle = measure.run([sys.executable, "-S", "-c", "pass"], setting(), tmp_path / "log")
     assert idle["cpu_seconds"] < 0.4
     assert idle["peak_bytes"] < 100 << 20
 
@@ -133,46 +122,46 @@ def record_of(row, kl, **more):
     return {"row": asdict(row), "commit": "abc", "compare": compared, "quantize": quantized, **more}
 
 
-def test_the_ratio_is_our_best_over_the_best_of_the_others(tools):
-    rows = [row_of(tools, name) for name in ("w4a8_g128", "w4a8_g128_rtn", "llmc_w4a8_rtn", "llmc_w4a8_gptq", "w8a8")]
+def test_the_ratio_is_our_best_over_the_best_of_the_others():
+    rows = [row_of(name) for name in ("w4a8_g128", "w4a8_g128_rtn", "llmc_w4a8_rtn", "llmc_w4a8_gptq", "w8a8")]
     records = [record_of(row, kl) for row, kl in zip(rows, (0.0007, 0.04, 0.05, 0.007, 0.1), strict=True)]
-    records.append({**record_of(row_of(tools, "llmc_w4a8_awq"), 1e-9), "failure": "no"})
-    *_, line = tools.compare_peers.ratios(records).splitlines()
+    records.append({**record_of(row_of("llmc_w4a8_awq"), 1e-9), "failure": "no"})
+    *_, line = compare.ratios(records).splitlines()
     assert line == ("| W4A8, groups of 128 | `w4a8_g128`: 0.0007 | llm-compressor, SmoothQuant 0.8, GPTQ: 0.007 | 0.100 |")
 
 
-def test_a_table_has_a_cell_under_every_title(tools):
-    row = row_of(tools, "w8a8")
+def test_a_table_has_a_cell_under_every_title():
+    row = row_of("w8a8")
     records = [record_of(row, 1e-5), record_of(row, 0.1, failure="no"), {"row": asdict(row)}]
     records.append(record_of(row, 0.1, evaluate={"no_think": {"passed": 150, "problems": 200}}))
-    lines = tools.compare_peers.table(records, ("no_think", "slow_think")).splitlines()
+    lines = compare.table(records, ("no_think", "slow_think")).splitlines()
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert "| 75.0% |  |" in lines[-1]
 
 
-def test_a_table_is_written_between_its_markers_and_nowhere_else(tools):
+def test_a_table_is_written_between_its_markers_and_nowhere_else():
     page = "a\n<!-- table: one -->\nold | \\1\n<!-- end -->\nb\n<!-- table: two -->\nkept\n<!-- end -->\n"
-    once = tools.tables.replaced(page, "one", r"new \g<0>")
+    once = tables.replaced(page, "one", r"new \g<0>")
     assert once == page.replace("old | \\1", r"new \g<0>")
-    assert tools.tables.replaced(once, "one", r"new \g<0>") == once
+    assert tables.replaced(once, "one", r"new \g<0>") == once
     with pytest.raises(ValueError, match="three"):
-        tools.tables.replaced(page, "three", "")
+        tables.replaced(page, "three", "")
 
 
-def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe(tools):
-    pages = [page.read_text(encoding="utf-8") for page in tools.tables.READMES]
+def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe():
+    pages = [page.read_text(encoding="utf-8") for page in tables.READMES]
     held = [page.split("<!-- table: results -->\n")[1].split("<!-- end -->")[0] for page in pages]
     assert held[0] == held[1]
-    recipes = [row.what for row in tools.tables.RESULTS.rows if row.tool == tools.measure.OURS and row.settings is not None]
+    recipes = [row.what for row in tables.RESULTS.rows if row.tool == measure.OURS and row.settings is not None]
     assert [line.split(" | ")[1] for line in held[0].splitlines()[2:]] == recipes
 
 
 @pytest.mark.parametrize("name", ["PAGE", "RECIPES", "KV_CACHE", "CARD"])
-def test_the_page_has_markers_for_every_table_and_no_others(tools, name):
-    page = getattr(tools.tables, name)
-    wanted = [table.name for table in tools.tables.TABLES if table.page == page]
+def test_the_page_has_markers_for_every_table_and_no_others(name):
+    page = getattr(tables, name)
+    wanted = [table.name for table in tables.TABLES if table.page == page]
     assert wanted == [line.split()[2] for line in page.read_text().splitlines() if line.startswith("<!-- table: ")]
-    for table in tools.tables.TABLES:
+    for table in tables.TABLES:
         assert len({row.name for row in table.rows}) == len(table.rows)
 
 
@@ -184,7 +173,7 @@ def summary_entry(mode: str, passed: int) -> dict[str, object]:
     return {**known, **counted, **empty, "problems": 4, "of": 4, "samples": 4, "passed": passed}
 
 
-def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, setting):
+def test_retention_is_paired_with_the_float_models_answers(tmp_path, setting):
     """Of 4 problems the float model passes a, b, c and the other b, c, d: the same share, one lost and one gained. In the
     other mode it passes all, and the other two of them: 5 of 7 together."""
     for name, right in (
@@ -208,10 +197,10 @@ def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, sett
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps({"entries": entries}))
         (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in results))
-    rows = [tools.compare_peers.FLOAT, row_of(tools, "w8a8")]
+    rows = [compare.FLOAT, row_of("w8a8")]
     modes = ("no_think", "slow_think")
     records = [record_of(row, 0.1, evaluate={mode: {"passed": 3, "problems": 4} for mode in modes}) for row in rows]
-    titles, *_, line = tools.tables.retention_table(records, tools.tables.replace(setting(), modes=modes)).splitlines()
+    titles, *_, line = tables.retention_table(records, tables.replace(setting(), modes=modes)).splitlines()
     assert titles.count("|") == line.count("|")
     assert "75.0%, 100.0% [" in line
     assert ", 50.0% [" in line
@@ -222,24 +211,24 @@ def test_retention_is_paired_with_the_float_models_answers(tools, tmp_path, sett
 # --- other outliers, the same function --------------------------------------------------------------------------------
 
 
-def sizes(tools, block):
+def sizes(block):
     for input_name in layout.INPUT_NAMES:
-        size = tools.rescale_outliers.producer_size(block, input_name)
+        size = rescale_outliers.producer_size(block, input_name)
         yield input_name, size / np.median(size)
 
 
-def test_flattening_leaves_no_channel_that_stands_out_and_the_bits_of_the_output(tools, mini, forward, tmp_path):
-    tools.rescale_outliers.write(mini, tmp_path / "flat", None)
+def test_flattening_leaves_no_channel_that_stands_out_and_the_bits_of_the_output(mini, forward, tmp_path):
+    rescale_outliers.write(mini, tmp_path / "flat", None)
     before, after = CheckpointReader(mini), CheckpointReader(tmp_path / "flat")
     hidden = np.random.default_rng(0).normal(size=(9, 256)).astype(np.float32)
     for index in range(4):
-        assert all(ratio.max() > 10 for _, ratio in sizes(tools, before.block(index)))
-        assert all(ratio.max() < 2 for _, ratio in sizes(tools, after.block(index)))
+        assert all(ratio.max() > 10 for _, ratio in sizes(before.block(index)))
+        assert all(ratio.max() < 2 for _, ratio in sizes(after.block(index)))
         np.testing.assert_array_equal(forward(after.block(index), hidden)[0], forward(before.block(index), hidden)[0])
 
 
-def test_a_factor_doubles_the_norms_outliers_alone_and_leaves_the_bits_of_the_output(tools, mini, forward, tmp_path):
-    tools.rescale_outliers.write(mini, tmp_path / "x128", 2.0)
+def test_a_factor_doubles_the_norms_outliers_alone_and_leaves_the_bits_of_the_output(mini, forward, tmp_path):
+    rescale_outliers.write(mini, tmp_path / "x128", 2.0)
     before, after = CheckpointReader(mini), CheckpointReader(tmp_path / "x128")
     hidden = np.random.default_rng(0).normal(size=(9, 256)).astype(np.float32)
     for index in range(4):
@@ -256,15 +245,15 @@ def test_a_factor_doubles_the_norms_outliers_alone_and_leaves_the_bits_of_the_ou
     assert load_file(tmp_path / "x128/model.safetensors").keys() == load_file(mini / "model.safetensors").keys()
 
 
-def test_a_factor_out_of_the_dtypes_range_is_refused(tools, mini, tmp_path):
+def test_a_factor_out_of_the_dtypes_range_is_refused(mini, tmp_path):
     with pytest.raises(OutputError, match="out of bfloat16's range"), np.errstate(over="ignore"):
-        tools.rescale_outliers.write(mini, tmp_path / "out", 2.0**127)
+        rescale_outliers.write(mini, tmp_path / "out", 2.0**127)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_times_of_quantization_are_medians_of_the_runs_that_ended(tools):
+def test_the_times_of_quantization_are_medians_of_the_runs_that_ended():
     ran = [{"wall_seconds": wall, "cpu_seconds": 2 * wall, "peak_bytes": 3 << 30} for wall in (9, 1, 4)]
     rows = {"pangu-quant": [*ran, {"failure": "exit code 1"}], "llm-compressor float32": [{"failure": "no interpreter"}]}
-    ours, theirs = tools.bench_quantize.table(rows).splitlines()[2:4]
+    ours, theirs = bench_quantize.table(rows).splitlines()[2:4]
     assert ours.endswith("| 4 | 8 | 3.00 |")
     assert "not measured: no interpreter" in theirs

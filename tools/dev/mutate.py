@@ -24,7 +24,7 @@ import typer
 import yaml
 from rich.progress import track
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE, SLIPS = "ms_pangu_quant", "tests/slips.yaml"
 SECONDS = 240  # a slip that makes the tests hang is one they caught
 RED, GREEN = 1, 0  # pytest's exit codes; any other is an error of the slip
@@ -156,5 +156,5 @@ def main(
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False)
-    app.command(epilog="Example: python tools/mutate.py --match gptq")(main)
+    app.command(epilog="Example: python tools/dev/mutate.py --match gptq")(main)
     app()

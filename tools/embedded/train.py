@@ -4,7 +4,7 @@
 Text, tokenizer, batches and the schedule follow from the seed and the config alone, so a run that was stopped and resumed
 gives the same weights as one that was not; Ctrl-C stops it, --resume goes on. The output is the run's folder: state.npz
 (weights and moments, to resume from), curve.jsonl, curve.svg, tokenizer.model and, at the end, checkpoint/ in Hugging
-Face's layout. tools/embed.py puts two runs into the package.
+Face's layout. tools/embedded/ship.py puts two runs into the package.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
 import numpy as np
 import yaml
@@ -47,8 +49,8 @@ COMMON = {
     "torch_dtype": "bfloat16",
 }
 EXAMPLE = """\
-python tools/train_embedded.py --config configs/embedded/openpangu-mini-base.yaml --output runs/base
-python tools/train_embedded.py --config configs/embedded/openpangu-mini.yaml --start runs/base --output runs/untied"""
+python tools/embedded/train.py --config configs/embedded/openpangu-mini-base.yaml --output runs/base
+python tools/embedded/train.py --config configs/embedded/openpangu-mini.yaml --start runs/base --output runs/untied"""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Run:
     """A training run and its folder."""
 
     def __init__(self, config: dict[str, Any], folder: Path, seed: int, start: Path | None):
-        from decoder import Decoder, TrainStep, initial_weights
+        from tools.embedded.decoder import Decoder, TrainStep, initial_weights
 
         self.folder, self.plan, self.seed = folder, config["training"], seed
         self.raw_config, self.outliers = {**COMMON, **config["model"]}, config.get("outliers", {})
@@ -218,7 +220,7 @@ class Run:
         return {each.name: each.asnumpy() for each in self.step.parameters}
 
     def write_checkpoint(self) -> None:
-        from embedded import write_checkpoint
+        from tools.embedded.checkpoint import write_checkpoint
 
         weights = self.decoder_weights()
         tokenizer = self.folder / "tokenizer.model"
@@ -265,7 +267,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder: Path = chosen.output
     if (folder / "state.npz").exists() != chosen.resume:
         state = "holds no state.npz to resume from" if chosen.resume else "holds a run; give --resume or another folder"
-        print(f"train_embedded: {folder}: {state}", file=sys.stderr)
+        print(f"embedded/train: {folder}: {state}", file=sys.stderr)
         return 2
     folder.mkdir(parents=True, exist_ok=True)
     import mindspore as ms

@@ -10,9 +10,9 @@ compressed_tensors.npz     logits of transformers with the compressed-tensors li
   calibration, activations left in float; sha256_<recipe> of what was loaded
 
 Each needs packages that contradict each other's and this project's, so each is made by its own interpreter:
-  make_format_goldens.py msmodelslim        --python PY   with msmodelslim==26.1.0 torch transformers==4.57.1
-  make_format_goldens.py llmcompressor      --python PY   with llmcompressor==0.14.0.1
-  make_format_goldens.py compressed_tensors --python PY   with compressed-tensors==0.19.0 transformers==5.17.0 accelerate
+  tools/goldens/formats.py msmodelslim        --python PY   with msmodelslim==26.1.0 torch transformers==4.57.1
+  tools/goldens/formats.py llmcompressor      --python PY   with llmcompressor==0.14.0.1
+  tools/goldens/formats.py compressed_tensors --python PY   with compressed-tensors==0.19.0 transformers==5.17.0 accelerate
 PY is any Python that has them; this file is run by the project's own.
 """
 
@@ -27,14 +27,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
+
 import numpy as np
-from make_checkpoint import make_config, write_checkpoint
-from peers import ANSWERS, as_llama, linear_quant, llmcompressor_command, msmodelslim_command, python_command
 from safetensors.numpy import load_file
 
 from ms_pangu_quant.arguments import Parser
+from tools.dev.make_checkpoint import make_config, write_checkpoint
+from tools.peers.quantizers import (
+    ANSWERS,
+    as_llama,
+    linear_quant,
+    llmcompressor_command,
+    msmodelslim_command,
+    python_command,
+)
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden/formats"
 MINI = ROOT / "ms_pangu_quant/assets/openpangu-mini"
 SEED = 7
@@ -142,9 +151,7 @@ def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
 
 
 def main() -> int:
-    parser = Parser(
-        description=__doc__, example="python tools/make_format_goldens.py llmcompressor --python llmc/bin/python"
-    )
+    parser = Parser(description=__doc__, example="python tools/goldens/formats.py llmcompressor --python llmc/bin/python")
     makers = {each.__name__: each for each in (msmodelslim, llmcompressor, compressed_tensors)}
     parser.add_argument("which", choices=makers)
     parser.add_argument("--python", required=True, help="interpreter that has the package")

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Acceptance on an Atlas A2: what could not be checked without one, in one run that leaves one report to send back.
 #
-# usage: tools/ascend_acceptance.sh [options]
+# usage: tools/ascend/acceptance.sh [options]
 #   --model DIR          float checkpoint (default: the embedded one, minutes; openPangu-Embedded-7B takes hours)
 #   --calibration FILE   calibration chats (default: the embedded checkpoint's)
 #   --data FILE          texts to compare logits on (default: the embedded checkpoint's)
@@ -24,17 +24,17 @@
 # Exit code: 0 all steps passed, 1 some failed, 2 wrong options.
 #
 # Example:
-#   tools/ascend_acceptance.sh --model openPangu-Embedded-7B --calibration chats.jsonl --data texts.jsonl
+#   tools/ascend/acceptance.sh --model openPangu-Embedded-7B --calibration chats.jsonl --data texts.jsonl
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 root=$PWD
 assets=$root/ms_pangu_quant/assets
 model=$assets/openpangu-mini calibration=$assets/calibration.jsonl data=$assets/validation.jsonl device=ascend
 recipes="w8a8 w8a8_static w4a8 w4a8_g256 w4a8_g128" batch_sizes=1,2,4,8,16,32 prompt_lens= tasks= limit= max_new_tokens=
 kl=0.01 agreement=0.97 output=acceptance
 
-usage() { sed -n '2,/^set /p' "$root/tools/ascend_acceptance.sh" | sed '$d; s/^# \{0,1\}//'; }
-wrong() { echo "ascend_acceptance.sh: $1; --help shows the options" >&2; exit 2; }
+usage() { sed -n '2,/^set /p' "$root/tools/ascend/acceptance.sh" | sed '$d; s/^# \{0,1\}//'; }
+wrong() { echo "ascend/acceptance.sh: $1; --help shows the options" >&2; exit 2; }
 
 while [ $# -gt 0 ]; do
     case $1 in
@@ -126,11 +126,11 @@ for name in float $recipes; do
     fi
     logits=$output/logits/$name
     step "$name-logits-cpu" "${made#environment}" \
-        "$python" tools/logits.py save "$directory" --device cpu --data "$data" --output "$logits-cpu.npz"
+        "$python" tools/ascend/logits.py save "$directory" --device cpu --data "$data" --output "$logits-cpu.npz"
     step "$name-logits-device" "environment $made" \
-        "$python" tools/logits.py save "$directory" --device "$device" --data "$data" --output "$logits-device.npz"
+        "$python" tools/ascend/logits.py save "$directory" --device "$device" --data "$data" --output "$logits-device.npz"
     step "$name-logits-compared" "$name-logits-cpu $name-logits-device" \
-        saved "$logits.json" "$python" tools/logits.py compare "$logits-cpu.npz" "$logits-device.npz" \
+        saved "$logits.json" "$python" tools/ascend/logits.py compare "$logits-cpu.npz" "$logits-device.npz" \
         --kl "$kl" --agreement "$agreement"
     step "$name-generate" "environment $made" \
         pangu-quant generate "$directory" --device "$device" --max-new-tokens 64 --prompt "Write a Python function that adds two numbers."

@@ -116,8 +116,8 @@ The same seed gives the same bytes on every machine. Memory stays below 0.4 GB. 
 without it is the rest of a killed run and can be deleted.
 
 Example:
-  python tools/make_checkpoint.py --shape tiny --output /tmp/tiny
-  python tools/make_checkpoint.py --shape 7b --layers 4 --output /tmp/pangu-7b-4-layers
+  python tools/dev/make_checkpoint.py --shape tiny --output /tmp/tiny
+  python tools/dev/make_checkpoint.py --shape 7b --layers 4 --output /tmp/pangu-7b-4-layers
 """
 
 

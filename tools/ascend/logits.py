@@ -3,9 +3,9 @@
 
 A process keeps its first device, so that a comparison of devices takes two runs of `save` and one of `compare`.
 
-    tools/logits.py save openPangu-7B-w8a8 --device ascend --data texts.jsonl --output ascend.npz
-    tools/logits.py save openPangu-7B-w8a8 --device cpu --data texts.jsonl --output cpu.npz
-    tools/logits.py compare cpu.npz ascend.npz --kl 0.01 --agreement 0.97
+    tools/ascend/logits.py save openPangu-7B-w8a8 --device ascend --data texts.jsonl --output ascend.npz
+    tools/ascend/logits.py save openPangu-7B-w8a8 --device cpu --data texts.jsonl --output cpu.npz
+    tools/ascend/logits.py compare cpu.npz ascend.npz --kl 0.01 --agreement 0.97
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 def main() -> int:
     parser = Parser(
         description=__doc__,
-        example="python tools/logits.py save pangu-7b-w8a8 --device cpu --data texts.jsonl --output cpu.npz",
+        example="python tools/ascend/logits.py save pangu-7b-w8a8 --device cpu --data texts.jsonl --output cpu.npz",
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     saving = verbs.add_parser("save")

@@ -21,16 +21,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import peers
-
 from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.evaluation.samples import write_json
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.recipe import find_recipe, load_recipe
+from tools.peers import quantizers
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OURS, LLM_COMPRESSOR, MSMODELSLIM = "pangu-quant", "llm-compressor", "msmodelslim"
 SAMPLES, MAX_LENGTH, SEED = 128, 512, 0  # of calibration: what the shipped recipes draw, given to every tool
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
@@ -106,7 +105,7 @@ def measure(row: Row, setting: Setting, on_step: Callable[[str], None] = lambda 
             on_step(f"evaluate {', '.join(missing)}")
             record["evaluate"] = _evaluate(setting, target, directory)
             _keep(directory, record)
-    except peers.PeerError as error:
+    except quantizers.PeerError as error:
         record["failure"] = str(error)
         _keep(directory, record)  # to be told, and tried again by the next run
     return record
@@ -156,7 +155,7 @@ def commit() -> str:
 def _version(row: Row, setting: Setting) -> str:
     if row.tool == OURS:
         return commit()
-    return peers.version_of(setting.pythons.get(row.tool), row.tool)
+    return quantizers.version_of(setting.pythons.get(row.tool), row.tool)
 
 
 # --- the steps ------------------------------------------------------------------------------------------------------
@@ -182,19 +181,19 @@ def _quantize(row: Row, setting: Setting, directory: Path) -> Record:
             if (setting.checkpoint / name).exists():
                 shutil.copyfile(setting.checkpoint / name, output / name)
         if not isinstance(open_checkpoint(output), QuantizedReader):
-            raise peers.PeerError(f"{row.tool} wrote a float checkpoint; did it ignore its settings?")
+            raise quantizers.PeerError(f"{row.tool} wrote a float checkpoint; did it ignore its settings?")
     return {**cost, "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors"))}
 
 
 def _peer_command(row: Row, setting: Setting, output: Path) -> list[str]:
     source, data = setting.work / "peers" / "float32", setting.work / "peers" / "calibration"
     if not (source / "config.json").exists():
-        peers.write_source(setting.checkpoint, source)
-    peers.write_calibration(_calibration(setting), data)
+        quantizers.write_source(setting.checkpoint, source)
+    quantizers.write_calibration(_calibration(setting), data)
     python = setting.pythons[row.tool]
     if row.tool == LLM_COMPRESSOR:
-        return peers.llmcompressor_command(python, source, output, row.settings, data / "token_ids.jsonl")
-    return peers.msmodelslim_command(python, source, output, row.settings, data / "words.jsonl")
+        return quantizers.llmcompressor_command(python, source, output, row.settings, data / "token_ids.jsonl")
+    return quantizers.msmodelslim_command(python, source, output, row.settings, data / "words.jsonl")
 
 
 def _calibration(setting: Setting) -> Sequence[Any]:
@@ -224,7 +223,7 @@ def _evaluate(setting: Setting, target: Path, directory: Path) -> dict[str, Reco
     entries = json.loads((output / "summary.json").read_text())["entries"]
     incomplete = [entry["mode"] for entry in entries if not entry["complete"]]
     if incomplete:
-        raise peers.PeerError(f"{output}: answers in {', '.join(incomplete)} could not be judged; run it again")
+        raise quantizers.PeerError(f"{output}: answers in {', '.join(incomplete)} could not be judged; run it again")
     return {entry["mode"]: {"problems": entry["problems"], "passed": entry["passed"]} for entry in entries}
 
 
@@ -241,9 +240,9 @@ def run(command: Sequence[str], setting: Setting, log: Path) -> Record:
     usage = log.with_suffix(".usage.json")
     metered = [*setting.launcher, sys.executable, "-S", "-c", METER, str(usage.absolute()), *command]
     with open(log, "wb") as file:
-        done = subprocess.run(metered, cwd=ROOT, input=peers.ANSWERS.encode(), stdout=file, stderr=subprocess.STDOUT)
+        done = subprocess.run(metered, cwd=ROOT, input=quantizers.ANSWERS.encode(), stdout=file, stderr=subprocess.STDOUT)
     if done.returncode:
-        raise peers.PeerError(f"exit code {done.returncode}: {_complaint(log)} ({log.name})")
+        raise quantizers.PeerError(f"exit code {done.returncode}: {_complaint(log)} ({log.name})")
     cost: Record = json.loads(usage.read_text())
     return cost
 

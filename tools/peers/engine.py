@@ -1,4 +1,4 @@
-"""One engine of bench_peers.py in a process of its own: reads a request a line, answers each with a line of JSON.
+"""One engine of bench.py in a process of its own: reads a request a line, answers each with a line of JSON.
 
 Request   {"ids": [...], "steps": n, "logits": path or null}: forget the last prompt, prefill this one, decode n tokens, the
           largest logit first. The last prompt token's logits are written to path (.npy, float32 [vocab]).

@@ -87,7 +87,7 @@ def write(source: Path, output: Path, factor: float | None) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(
         description=__doc__,
-        example="python tools/rescale_outliers.py openPangu-Embedded-7B --factor 2 --output rescaled-7b",
+        example="python tools/embedded/rescale_outliers.py openPangu-Embedded-7B --factor 2 --output rescaled-7b",
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output", type=Path, required=True)

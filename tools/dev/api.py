@@ -26,7 +26,7 @@ import ms_pangu_quant
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.network import runtime
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PACKAGE = "ms_pangu_quant"
 GUEST = f"{PACKAGE}.evaluation.guest"  # scripts for the sandbox, which run when they are imported
 PUBLIC = (  # heading, module, and the names shown; a class with its own public members
@@ -124,7 +124,7 @@ def _without_modules(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/api.py --html build/api")
+    parser = Parser(description=__doc__, example="python tools/dev/api.py --html build/api")
     parser.add_argument("--html", type=Path, default=ROOT / "build/api", help="folder of the pages")
     parser.add_argument("--page", type=Path, default=ROOT / "docs/api.md", help="Markdown of the public names")
     chosen = parser.parse_args(arguments)

@@ -6,10 +6,10 @@ nearest, one scale for each output channel, on the same 16 sequences of 512 toke
 what it made. Each is a process of its own: wall and CPU time and peak resident memory from its start to its end are the
 kernel's account of it. In turns, --repeats times; the table has the medians.
 
-llm-compressor runs once on the checkpoint's own bfloat16 and once on float32, which it is given as a Llama (peers.py). It
-is no dependency of this project; make it an environment, as compare_peers.py says.
+llm-compressor runs once on the checkpoint's own bfloat16 and once on float32, which it is given as a Llama
+(quantizers.py). It is no dependency of this project; make it an environment, as compare.py says.
 
-The checkpoint: python tools/make_checkpoint.py --shape 1b --output 1b
+The checkpoint: python tools/dev/make_checkpoint.py --shape 1b --output 1b
 
 exit code  0 every row was measured, 3 some were not
 """
@@ -24,13 +24,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
+
 import numpy as np
-import peers
-from measure import LLM_COMPRESSOR, Record, Setting, commit, run
 
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.evaluation.samples import write_json
+from tools.peers import quantizers
+from tools.peers.measure import LLM_COMPRESSOR, Record, Setting, commit, run
 
 SMOOTH = "  - smooth: {alpha: 0.8, inputs: [attention_input, mlp_input]}"
 RECIPES = {"smooth": SMOOTH, "smooth_search": "  - smooth_search"}
@@ -65,8 +67,8 @@ def command_of(row: str, chosen: argparse.Namespace, output: Path) -> list[str]:
     dtype = row.rsplit(" ", 1)[1]
     source = chosen.work / dtype
     if not (source / "config.json").exists():
-        peers.write_source(chosen.checkpoint, source, dtype)
-    return peers.llmcompressor_command(
+        quantizers.write_source(chosen.checkpoint, source, dtype)
+    return quantizers.llmcompressor_command(
         chosen.llmcompressor_python,
         source,
         output,
@@ -77,7 +79,9 @@ def command_of(row: str, chosen: argparse.Namespace, output: Path) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/bench_quantize.py 1b --llmcompressor-python LLMC/bin/python")
+    parser = Parser(
+        description=__doc__, example="python tools/peers/bench_quantize.py 1b --llmcompressor-python llmc/bin/python"
+    )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--work", type=Path, default=Path("quantize_times"), help="folder of what is written")
     parser.add_argument("--llmcompressor-python", metavar="PYTHON", help="interpreter that has llmcompressor")
@@ -88,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     vocabulary = CheckpointReader(chosen.checkpoint).config.vocab_size
     ids = np.random.default_rng(0).integers(3, vocabulary, (chosen.samples, chosen.length)).astype(np.int32)
-    peers.write_calibration(list(ids), chosen.work / "calibration")
+    quantizers.write_calibration(list(ids), chosen.work / "calibration")
     setting = Setting(chosen.checkpoint, chosen.work, chosen.work, chosen.work)
     records: dict[str, list[Record]] = {row: [] for row in chosen.only}
     for repeat in range(chosen.repeats):
@@ -97,10 +101,10 @@ def main(arguments: list[str] | None = None) -> int:
             shutil.rmtree(output, ignore_errors=True)
             try:
                 if row.startswith(LLM_COMPRESSOR):
-                    peers.version_of(chosen.llmcompressor_python, LLM_COMPRESSOR)
+                    quantizers.version_of(chosen.llmcompressor_python, LLM_COMPRESSOR)
                 command = command_of(row, chosen, output)
                 records[row].append(run(command, setting, chosen.work / "logs" / f"{number}-{repeat}.log"))
-            except peers.PeerError as error:
+            except quantizers.PeerError as error:
                 records[row].append({"failure": str(error)})
             shutil.rmtree(output, ignore_errors=True)
             print(f"{row}: {json.dumps(records[row][-1])}", file=sys.stderr)

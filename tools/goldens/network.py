@@ -25,12 +25,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
+
 import numpy as np
-from make_checkpoint import make_config, write_checkpoint
 
 from ms_pangu_quant.arguments import Parser
+from tools.dev.make_checkpoint import make_config, write_checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests/golden"
 ASSETS = ROOT / "ms_pangu_quant/assets"
 SEED = 7
@@ -157,14 +159,14 @@ def differences(case: str, made: dict[str, Any]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/make_goldens.py --check")
+    parser = Parser(description=__doc__, example="python tools/goldens/network.py --check")
     parser.add_argument("--check", action="store_true", help="compute and compare with the files, write nothing")
     check = parser.parse_args(arguments).check
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
-        print(f"make_goldens: {error}; run `make goldens`, or pip install -e '.[goldens]'", file=sys.stderr)
+        print(f"goldens/network: {error}; run `make goldens`, or pip install -e '.[goldens]'", file=sys.stderr)
         return 2
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as scratch:
@@ -178,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
                 GOLDEN.mkdir(parents=True, exist_ok=True)
                 np.savez_compressed(GOLDEN / f"{case}.npz", **golden)
     for line in wrong:
-        print(f"make_goldens: {line}", file=sys.stderr)
+        print(f"goldens/network: {line}", file=sys.stderr)
     return 1 if wrong else 0
 
 

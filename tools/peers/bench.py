@@ -1,6 +1,6 @@
 """Speed of this project beside PyTorch and llama.cpp on the same weights, in turns: one table.
 
-  python tools/bench_peers.py --float D --w8a8 D --w4a8 D --work DIR [--peers-python P] [--json]
+  python tools/peers/bench.py --float D --w8a8 D --w4a8 D --work DIR [--peers-python P] [--json]
 
 Every engine is a process that waits while another computes, so a disturbance hits all of them alike. Before it is timed,
 each engine's logits after the prompt are held against PyTorch's in float32; an engine further away than its precision
@@ -24,14 +24,14 @@ import numpy as np
 
 from ms_pangu_quant.arguments import Parser
 
-ENGINE = Path(__file__).with_name("peer_engine.py")
+ENGINE = Path(__file__).with_name("engine.py")
 # ||logits - reference|| / ||reference|| on a random checkpoint of the 1B shape stays below these; another function is 1 or
 # more away. "int8 tensor": PyTorch's dynamic int8 has one scale for all tokens of an activation.
 LARGEST_ERROR = {"float32": 1e-3, "bfloat16": 0.05, "int8": 0.15, "int8 tensor": 0.5, "int4": 0.8}
 
 
 class Engine:
-    """name of a row; precision, a key of LARGEST_ERROR; command, arguments of peer_engine.py."""
+    """name of a row; precision, a key of LARGEST_ERROR; command, arguments of engine.py."""
 
     def __init__(self, name: str, precision: str, python: str, command: list[str], threads: int) -> None:
         self.name, self.precision = name, precision
@@ -177,7 +177,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = Parser(
         description=__doc__,
-        example="python tools/bench_peers.py --float ckpt --w8a8 ckpt-w8a8 --w4a8 ckpt-w4a8 --work peers",
+        example="python tools/peers/bench.py --float ckpt --w8a8 ckpt-w8a8 --w4a8 ckpt-w4a8 --work peers",
     )
     for name in ("float", "w8a8", "w4a8", "work"):
         parser.add_argument(f"--{name}", type=Path, required=True)

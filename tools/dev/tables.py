@@ -4,7 +4,7 @@ checkpoints' card and the READMEs, between their markers.
 
 A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
 same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
-on with what is missing; delete WORK, or a row's folder in it, to measure again. See compare_peers.py for the other tools'
+on with what is missing; delete WORK, or a row's folder in it, to measure again. See peers/compare.py for the other tools'
 environments; rows of theirs that are not there say so.
 
 exit code  0 every row was measured, 3 some were not, 2 the request cannot be done
@@ -21,13 +21,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import compare_peers
-import make_checkpoint
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
+
 import numpy as np
-import rescale_outliers
 import yaml
-from compare_peers import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, markdown, number, passed
-from measure import OURS, ROOT, Record, Row, Setting, recorded
 
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -39,6 +36,11 @@ from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.recipe import find_recipe
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Run, load_runs
+from tools.dev import make_checkpoint
+from tools.embedded import rescale_outliers
+from tools.peers import compare as peers
+from tools.peers.compare import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, markdown, number, passed
+from tools.peers.measure import OURS, ROOT, Record, Row, Setting, recorded
 
 PAGE, RECIPES, KV_CACHE = (ROOT / f"docs/{name}.md" for name in ("accuracy", "recipes", "kv_cache"))
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -129,7 +131,7 @@ class Table:
 
 
 def peers_table(records: Sequence[Record], setting: Setting) -> str:
-    return f"{compare_peers.table(records, setting.modes)}\n\n{compare_peers.ratios(records)}"
+    return f"{peers.table(records, setting.modes)}\n\n{peers.ratios(records)}"
 
 
 def retention_table(records: Sequence[Record], setting: Setting) -> str:
@@ -212,7 +214,7 @@ def flipped(against: Comparison) -> str:
 
 
 def kl_table(records: Sequence[Record], setting: Setting) -> str:
-    return compare_peers.table(records, ())
+    return peers.table(records, ())
 
 
 def results_table(records: Sequence[Record], setting: Setting) -> str:
@@ -267,7 +269,7 @@ def card_table(records: Sequence[Record], setting: Setting) -> str:
 
 
 TABLES = (
-    Table("peers", "mini", compare_peers.ROWS, ("no_think", "slow_think"), peers_table),
+    Table("peers", "mini", peers.ROWS, ("no_think", "slow_think"), peers_table),
     Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn")), MODES, retention_table),
     Table("paper", "mini", (replace(FLOAT, scheme="FP16 of the paper, here bfloat16"), *PAPER), MODES, retention_table),
     Table("outliers_x128", "x128", recipes(*MAIN, "w4a8_rtn"), (), kl_table),
@@ -277,7 +279,7 @@ TABLES = (
         "layers_1b",
         (
             *recipes(*MAIN, "w4a8_rtn"),
-            *(row for row in compare_peers.ROWS if row.name in AGAINST_PEERS_1B),
+            *(row for row in peers.ROWS if row.name in AGAINST_PEERS_1B),
         ),
         (),
         peers_table,
@@ -293,7 +295,7 @@ TABLES = (
 RESULTS = Table(
     "results",
     "mini",
-    (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in compare_peers.ROWS if row.tool != OURS)),
+    (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in peers.ROWS if row.tool != OURS)),
     MODES,
     results_table,
 )
@@ -320,7 +322,7 @@ def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
         if not texts.exists():
             rows = (ASSETS / "validation.jsonl").read_bytes().splitlines(keepends=True)
             write_bytes(texts, b"".join(rows[300 : 300 + limit]))
-    setting = compare_peers.setting_of(chosen, checkpoint, calibration, texts, work)
+    setting = peers.setting_of(chosen, checkpoint, calibration, texts, work)
     return replace(setting, modes=table.modes, limit=limit)
 
 
@@ -366,12 +368,12 @@ def page_of(page: Path, into: Path | None) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/tables.py --only retention --into copies")
+    parser = Parser(description=__doc__, example="python tools/dev/tables.py --only retention --into copies")
     names = [table.name for table in (*TABLES, RESULTS)]
     parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
     parser.add_argument("--into", type=Path, help="folder for copies of the pages to write into, in place of themselves")
     parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
-    compare_peers.add_options(parser)
+    peers.add_options(parser)
     chosen = parser.parse_args(arguments)
     failed = False
     try:
@@ -382,10 +384,10 @@ def main(arguments: list[str] | None = None) -> int:
             if chosen.as_is:
                 records = [recorded(row, setting) for row in table.rows]
             else:
-                records = compare_peers.measure_all(table.rows, setting)
+                records = peers.measure_all(table.rows, setting)
             records = [{**record, "row": vars(row)} for record, row in zip(records, table.rows, strict=True)]
             failed = failed or any("failure" in record for record in records)
-            text = f"{table.render(records, setting)}\n\n{compare_peers.provenance(records)}"
+            text = f"{table.render(records, setting)}\n\n{peers.provenance(records)}"
             write(page_of(table.page, chosen.into), table.name, text)
         if not chosen.only or RESULTS.name in chosen.only:  # of what the other tables have measured
             setting = setting_of(RESULTS, chosen)

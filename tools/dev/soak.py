@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from scipy.stats import theilslopes
 
-MODEL = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets/openpangu-mini"
+MODEL = Path(__file__).resolve().parents[2] / "ms_pangu_quant/assets/openpangu-mini"
 GROWTH = 0.05
 EVERY = 2.0  # seconds between two looks
 
@@ -65,7 +65,7 @@ def main(
     quarter to its last, nor along a line through all that was seen. Fails also if it opens more and more files, or leaves
     a process or a temporary file behind.
 
-    Example: python tools/soak.py --minutes 30
+    Example: python tools/dev/soak.py --minutes 30
     """
     begun = time.monotonic()
     faults: list[str] = []
@@ -129,5 +129,5 @@ def left(folder: str, scratch: Path) -> list[str]:
 
 if __name__ == "__main__":
     app = typer.Typer(add_completion=False)
-    app.command(epilog="Example: python tools/soak.py --minutes 30")(main)
+    app.command(epilog="Example: python tools/dev/soak.py --minutes 30")(main)
     app()

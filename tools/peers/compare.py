@@ -23,12 +23,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from measure import LLM_COMPRESSOR, MSMODELSLIM, OURS, ROOT, Record, Row, Setting, measure
-from peers import linear_quant
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes, write_json
+from tools.peers.measure import LLM_COMPRESSOR, MSMODELSLIM, OURS, ROOT, Record, Row, Setting, measure
+from tools.peers.quantizers import linear_quant
 
 ASSETS = ROOT / "ms_pangu_quant/assets"
 LAYERS = {"targets": "Linear", "ignore": ["lm_head"]}
@@ -225,7 +226,7 @@ def provenance(records: Sequence[Record]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/compare_peers.py --work accuracy_output --limit 60")
+    parser = Parser(description=__doc__, example="python tools/peers/compare.py --work accuracy_output --limit 60")
     parser.add_argument("checkpoint", nargs="?", type=Path, default=ASSETS / "openpangu-mini", help="float (embedded one)")
     parser.add_argument("--calibration", type=Path, default=ASSETS / "calibration.jsonl", help="128 of its rows are used")
     parser.add_argument("--texts", type=Path, default=ASSETS / "validation.jsonl", help="held-out rows for the KL")
@@ -248,7 +249,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         records = measure_all(rows, setting, write)
     except PanguQuantError as error:
-        print(f"compare_peers: {error}", file=sys.stderr)
+        print(f"peers/compare: {error}", file=sys.stderr)
         return 2
     print((chosen.work / "peers.md").read_text())
     return 3 if any("failure" in record for record in records) else 0

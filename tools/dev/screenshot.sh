@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The picture of a report page in the READMEs: tools/screenshot.sh demo_output/report/report.html docs/images/report.png
+# The picture of a report page in the READMEs: tools/dev/screenshot.sh demo_output/report/report.html docs/images/report.png
 # Needs Chromium (CHROMIUM names another one); WIDTH and HEIGHT are those of the window, in pixels.
 set -euo pipefail
 page=$(realpath "${1:?the report.html to show}")

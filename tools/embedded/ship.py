@@ -16,12 +16,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
+
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.writer import hash_file
 from ms_pangu_quant.evaluation.mini.chats import chat
 from ms_pangu_quant.evaluation.mini.problems import problems
 
-ASSETS = Path(__file__).resolve().parent.parent / "ms_pangu_quant/assets"
+ASSETS = Path(__file__).resolve().parents[2] / "ms_pangu_quant/assets"
 HELD_OUT = {2: 70, 3: 105, 4: 85, 5: 40}  # steps -> problems
 VALIDATION = {2: 47, 3: 70, 4: 57, 5: 26}
 LETTERED = 0.25  # chosen on validation's, so that a float model solves about three of four
@@ -44,7 +46,7 @@ def write_data(output: Path, seed: int) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/embed.py --untied runs/untied --tied runs/tied")
+    parser = Parser(description=__doc__, example="python tools/embedded/ship.py --untied runs/untied --tied runs/tied")
     parser.add_argument("--untied", type=Path, required=True, help="run of configs/embedded/openpangu-mini.yaml")
     parser.add_argument("--tied", type=Path, required=True, help="run of configs/embedded/openpangu-mini-tied.yaml")
     parser.add_argument("--output", type=Path, default=ASSETS, help="the package's assets")
@@ -52,7 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     for name, run in (("openpangu-mini", chosen.untied), ("openpangu-mini-tied", chosen.tied)):
         if not (run / "checkpoint/config.json").is_file():
-            print(f"embed: {run}: holds no checkpoint/; wanted a finished run of tools/train_embedded.py", file=sys.stderr)
+            print(
+                f"embedded/ship: {run}: holds no checkpoint/; wanted a finished run of tools/embedded/train.py",
+                file=sys.stderr,
+            )
             return 2
         shutil.copytree(run / "checkpoint", chosen.output / name, dirs_exist_ok=True)
     write_data(chosen.output, chosen.seed)

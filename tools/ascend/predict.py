@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from make_checkpoint import make_config
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.report.prediction import BATCHES, Prediction, predict
+from tools.dev.make_checkpoint import make_config
 
 
 def main() -> int:
-    parser = Parser(description=__doc__, example="python tools/predict_ascend.py --prompt-len 1024")
+    parser = Parser(description=__doc__, example="python tools/ascend/predict.py --prompt-len 1024")
     parser.add_argument("--device", default="atlas_a2", help="name or file (default: atlas_a2)")
     parser.add_argument("--prompt-len", type=int, default=512, help="tokens of each prompt (default: 512)")
     parser.add_argument(
@@ -32,7 +34,7 @@ def main() -> int:
         try:
             found = predict(shape.upper(), config, arguments.device, prompt=arguments.prompt_len, context=arguments.context)
         except PanguQuantError as error:
-            print(f"predict_ascend: error: {error}", file=sys.stderr)
+            print(f"ascend/predict: error: {error}", file=sys.stderr)
             return 2
         _show(found, arguments.prompt_len, arguments.context)
     return 0
