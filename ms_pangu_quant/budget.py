@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.settings import check_types
 
 DEFAULT_SCHEMES = ("w4a8_g128", "w8a8")
 
@@ -38,17 +39,15 @@ class Budget:
     schemes: Sequence[str] = DEFAULT_SCHEMES
 
     def __post_init__(self) -> None:
+        check_types(self, "budget")
         limits = {"bits_per_weight": self.bits_per_weight, "max_kl": self.max_kl}
-        given = [name for name, limit in limits.items() if limit is not None]
+        given = {name: limit for name, limit in limits.items() if limit is not None}
         if len(given) != 1:
             raise RecipeError(f"budget: got {' and '.join(given) or 'no limit'}, wanted bits_per_weight or max_kl")
-        limit = limits[given[0]]
-        if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not 0 < limit < float("inf"):
-            raise RecipeError(f"budget.{given[0]}: got {limit!r}, wanted a number above 0")
-        known = isinstance(self.schemes, (list, tuple)) and all(
-            isinstance(name, str) and name in PRESETS for name in self.schemes
-        )
-        if not known or len(self.schemes) != 2 or self.schemes[0] == self.schemes[1]:
+        for name, limit in given.items():
+            if limit <= 0:
+                raise RecipeError(f"budget.{name}: got {limit}, wanted a number above 0")
+        if len(self.schemes) != 2 or len({*PRESETS} & {*self.schemes}) != 2:
             raise RecipeError(
                 f"budget.schemes: got {self.schemes!r}, wanted two of {', '.join(PRESETS)}, the cheaper first"
             )

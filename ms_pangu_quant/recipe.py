@@ -33,7 +33,7 @@ from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.scheme import INT8_CACHE, PRESETS, QuantScheme, TensorScheme
-from ms_pangu_quant.settings import canonical, digest_of, setting_names
+from ms_pangu_quant.settings import canonical, check_types, digest_of, setting_names
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
@@ -100,6 +100,14 @@ class CalibrationSettings:
     samples: int = 128
     max_length: int = 512
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "calibration")
+        for name, least in (("samples", 1), ("max_length", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise RecipeError(
+                    f"calibration.{name}: got {getattr(self, name)}, wanted a whole number of at least {least}"
+                )
 
 
 @dataclass(frozen=True)
@@ -299,7 +307,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         activation_range=_build(
             {"activation_range": raw.get("activation_range") or {}}, {"activation_range": ActivationRange}, where
         ),
-        calibration=_settings(raw.get("calibration") or {}, f"{where}: calibration"),
+        calibration=_build({"calibration": raw.get("calibration") or {}}, {"calibration": CalibrationSettings}, where),
         text=text,
         where=where,
         budget=budget,
@@ -388,16 +396,6 @@ def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> An
         raise RecipeError(f"{where}: {name}: {error}") from None
     except PanguQuantError as error:
         raise RecipeError(f"{where}: {error}") from None
-
-
-def _settings(raw: Any, where: str) -> CalibrationSettings:
-    raw = _mapping(raw, where)
-    _check_keys(raw, [field.name for field in dataclasses.fields(CalibrationSettings)], where)
-    for key, value in raw.items():
-        least = 0 if key == "seed" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise RecipeError(f"{where}: {key} is {value!r}, wanted a whole number of at least {least}")
-    return CalibrationSettings(**raw)
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

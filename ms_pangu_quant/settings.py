@@ -1,19 +1,61 @@
-"""What the settings of a recipe have in common: frozen dataclasses of plain values, told apart by what they say."""
+"""What the settings of a recipe have in common: frozen dataclasses of plain values, of the types that they are annotated
+with, told apart by what they say."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+import sys
+from collections.abc import Mapping, Sequence
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ms_pangu_quant.errors import RecipeError
+
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 
 
 def setting_names(kind: Any) -> list[str]:
     """Fields that a recipe can fill; needs_* are what an algorithm asks for, not settings."""
     return [field.name for field in dataclasses.fields(kind) if not field.name.startswith("needs_")]
+
+
+def check_types(settings: Any, name: str) -> None:
+    """For __post_init__. Raises RecipeError if a setting is not what its annotation says; name: what a recipe calls them.
+
+    Ranges, and what goes with what, are the settings' own to check.
+    """
+    hints = get_type_hints(type(settings))
+    for each in setting_names(settings):
+        value = getattr(settings, each)
+        if not _fits(value, hints[each]):
+            raise RecipeError(f"{name}.{each}: got {value!r}, wanted {_wanted(hints[each])}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return isinstance(value, str) and value in arguments
+    if kind in (Union, UnionType):
+        return any(_fits(value, each) for each in arguments)
+    if kind in (Sequence, tuple):
+        return isinstance(value, (list, tuple)) and all(_fits(each, arguments[0]) for each in value)
+    if hint in (int, float):  # a bool is an int to Python, and neither to us; NaN is below nothing
+        number = isinstance(value, (int, hint)) and not isinstance(value, bool)
+        return number and (hint is int or abs(value) <= sys.float_info.max)
+    if hint in (bool, str, NoneType):
+        return isinstance(value, hint)
+    raise TypeError(f"{hint}: no type of a setting; wanted bool, int, float, str, Literal, a sequence of these, or None")
+
+
+def _wanted(hint: Any) -> str:
+    kind, arguments = get_origin(hint), get_args(hint)
+    if kind is Literal:
+        return " or ".join(filter(None, (", ".join(arguments[:-1]), arguments[-1])))
+    if kind in (Union, UnionType):
+        return " or ".join(_wanted(each) for each in arguments if each is not NoneType)
+    return f"a list of {_wanted(arguments[0]).removeprefix('a ')}s" if kind in (Sequence, tuple) else _WORDS[hint]
 
 
 def digest_of(**parts: Any) -> str:

@@ -17,6 +17,7 @@ from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import round_down_to_bfloat16
 from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.settings import check_types
 
 _SHRINKS = np.geomspace(1.0, 0.02, 80)
 
@@ -29,8 +30,7 @@ class ActivationRange:
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        if self.method not in ("absmax", "percentile", "mse"):
-            raise RecipeError(f"activation_range.method: got {self.method!r}, wanted absmax, percentile or mse")
+        check_types(self, "activation_range")
         if not 50 <= self.percentile <= 100:
             raise RecipeError(f"activation_range.percentile: got {self.percentile}, wanted a number from 50 to 100")
 

@@ -11,17 +11,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces, scale_from_absmax, weight_scale
 from ms_pangu_quant.scheme import TensorScheme
 
 ScaleChoice = Literal["absmax", "mse"]
 _SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 25))
-
-
-def check_scale_choice(where: str, choice: str) -> None:
-    if choice not in ("absmax", "mse"):
-        raise RecipeError(f"{where}.scale: got {choice!r}, wanted absmax or mse")
 
 
 def choose_scale(

@@ -30,11 +30,12 @@ from scipy.linalg.lapack import dpotrf
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import DataError, RecipeError
-from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
+from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.refine import refine
 from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
 from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.settings import check_types
 
 BLOCK = 128
 _LARGEST_DAMPING = 1.0
@@ -71,13 +72,11 @@ class Gptq:
         return (2 + self.correct) * inputs**3 / 3 + each * float(outputs) * inputs**2
 
     def __post_init__(self) -> None:
+        check_types(self, "gptq")
         if not 0 <= self.damping <= _LARGEST_DAMPING:
             raise RecipeError(f"gptq.damping: got {self.damping}, wanted a number from 0 to {_LARGEST_DAMPING:g}")
-        if isinstance(self.sweeps, bool) or not isinstance(self.sweeps, int) or self.sweeps < 0:
-            raise RecipeError(f"gptq.sweeps: got {self.sweeps!r}, wanted a whole number of at least 0")
-        if not isinstance(self.correct, bool):
-            raise RecipeError(f"gptq.correct: got {self.correct!r}, wanted true or false")
-        check_scale_choice("gptq", self.scale)
+        if self.sweeps < 0:
+            raise RecipeError(f"gptq.sweeps: got {self.sweeps}, wanted a whole number of at least 0")
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
         """Raises DataError if the gram is not that of any data (a negative or NaN diagonal, far from semidefinite)."""

@@ -23,6 +23,7 @@ from ms_pangu_quant.calibration.ranges import RangeStats
 from ms_pangu_quant.calibration.statistics import Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import round_up_to_bfloat16
+from ms_pangu_quant.settings import check_types
 
 CODE_MIN, CODE_MAX = -128, 127
 _SHRINKS = np.linspace(1.0, 0.3, 36)
@@ -81,19 +82,9 @@ class Int8Cache:
     percentile: float = 99.99
 
     def __post_init__(self) -> None:
-        for name in ("keys", "values"):
-            if getattr(self, name) not in ("channel", "head"):
-                raise RecipeError(f"int8.{name}: got {getattr(self, name)!r}, wanted channel or head")
-        if not isinstance(self.symmetric, bool):
-            raise RecipeError(f"int8.symmetric: got {self.symmetric!r}, wanted true or false")
-        if self.method not in ("absmax", "percentile", "mse"):
-            raise RecipeError(f"int8.method: got {self.method!r}, wanted absmax, percentile or mse")
-        if (
-            isinstance(self.percentile, bool)
-            or not isinstance(self.percentile, (int, float))
-            or not 50 <= self.percentile <= 100
-        ):
-            raise RecipeError(f"int8.percentile: got {self.percentile!r}, wanted a number from 50 to 100")
+        check_types(self, "int8")
+        if not 50 <= self.percentile <= 100:
+            raise RecipeError(f"int8.percentile: got {self.percentile}, wanted a number from 50 to 100")
 
     @property
     def needs(self) -> Needs:

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.quantizers.clip import ScaleChoice, check_scale_choice, choose_scale
+from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid
 from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.settings import check_types
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class RoundToNearest:
     weighted: bool = False
 
     def __post_init__(self) -> None:
-        check_scale_choice("rtn", self.scale)
+        check_types(self, "rtn")
         if self.weighted and self.scale != "mse":
             raise RecipeError("rtn.weighted: is for scale: mse; with absmax no error is weighed")
 

@@ -36,6 +36,7 @@ from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
+from ms_pangu_quant.settings import check_types
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply, online_scale
 
 RotationKind = Literal["hadamard", "orthogonal"]
@@ -94,13 +95,9 @@ class Rotate:
     online: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise RecipeError(f"rotate.seed: got {self.seed!r}, wanted a whole number of at least 0")
-        for name in ("heads", "online"):
-            if not isinstance(getattr(self, name), bool):
-                raise RecipeError(f"rotate.{name}: got {getattr(self, name)!r}, wanted true or false")
-        if self.kind not in ("hadamard", "orthogonal"):
-            raise RecipeError(f"rotate.kind: got {self.kind!r}, wanted hadamard or orthogonal")
+        check_types(self, "rotate")
+        if self.seed < 0:
+            raise RecipeError(f"rotate.seed: got {self.seed}, wanted a whole number of at least 0")
 
     def changes(self, name: str) -> bool:
         """Whether it rewrites this tensor of a block."""

@@ -19,6 +19,7 @@ from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.quantizers.threads import by_element
 from ms_pangu_quant.scheme import QuantScheme
+from ms_pangu_quant.settings import check_types
 from ms_pangu_quant.transforms.fold import fold_changes, fold_scale, reduce_to_producer
 
 _SMALLEST = np.float32(1e-5)
@@ -65,6 +66,7 @@ class SmoothQuant:
         return Needs(data=True)
 
     def __post_init__(self) -> None:
+        check_types(self, "smooth")
         if not 0 <= self.alpha <= 1:
             raise RecipeError(f"smooth.alpha: got {self.alpha}, wanted a number from 0 to 1")
         check_inputs("smooth", self.inputs)

@@ -30,6 +30,7 @@ from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.scheme import QuantScheme
+from ms_pangu_quant.settings import check_types
 from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer
 from ms_pangu_quant.transforms.smooth import check_inputs, input_absmax
 
@@ -53,10 +54,9 @@ class SmoothSearch:
         return Needs(data=True, rows=512)
 
     def __post_init__(self) -> None:
+        check_types(self, "smooth_search")
         if not 0.01 <= self.step <= 1:
             raise RecipeError(f"smooth_search.step: got {self.step}, wanted a number from 0.01 to 1")
-        if not isinstance(self.two_exponents, bool):
-            raise RecipeError(f"smooth_search.two_exponents: got {self.two_exponents!r}, wanted true or false")
         check_inputs("smooth_search", self.inputs)
 
     def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
