@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ms_pangu_quant import installation
-from ms_pangu_quant.network import ranks, runtime
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.network import runtime
 
 _STOPS = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated")}
 

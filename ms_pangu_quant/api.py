@@ -20,15 +20,15 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats.consumers import check_served, facts_of
 from ms_pangu_quant.formats.reader import FORMATS, open_checkpoint
-from ms_pangu_quant.formats.serving import check_served, facts_of
+from ms_pangu_quant.mixed.sensitivity import Sensitivity, assigned
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.block import transform_block
 from ms_pangu_quant.pipeline.loop import quantize as run_pipeline
 from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
-from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe, parse_recipe
-from ms_pangu_quant.sensitivity import Sensitivity, assigned
+from ms_pangu_quant.recipe.recipe import Recipe, find_recipe, load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.compare import Comparison

@@ -6,4 +6,4 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
-PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m ms_pangu_quant.msrun evaluate "$@"
+PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m ms_pangu_quant.job.msrun evaluate "$@"

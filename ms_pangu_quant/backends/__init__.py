@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ms_pangu_quant.backends.cpu_kernels.library import library
-from ms_pangu_quant.scheme import Arithmetic
+from ms_pangu_quant.recipe.scheme import Arithmetic
 
 
 @dataclass(frozen=True)

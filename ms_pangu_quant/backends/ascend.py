@@ -32,7 +32,7 @@ from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cut import set_column_loader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats import packing
-from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC, TensorScheme
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC, TensorScheme
 
 # aclnnGroupedMatmulV5, "A8W4" (CANN, ops-transformer): quantGroupSize 256, n a multiple of 8, k at most 18432.
 GROUPED_SIZE, GROUPED_OUTPUTS, GROUPED_INPUTS = 256, 8, 18432

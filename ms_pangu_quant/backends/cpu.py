@@ -26,7 +26,7 @@ from mindspore.common.initializer import initializer
 from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.cache import cache_codes, cache_grid_parameter
 from ms_pangu_quant.backends.cut import Meeting, ranks_of, set_column_loader
-from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
 EXACT_INPUTS_W4 = 16384  # 128 * 8 * 16384 = 2^24

@@ -26,7 +26,7 @@ from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.backends.cut import ranks_of
 from ms_pangu_quant.errors import BackendError
-from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
 
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
 LARGEST_SHARE = 32  # query heads to one key head: rows of a tile in layer.h

@@ -26,7 +26,7 @@ from ms_pangu_quant.backends.cpu_kernels.library import Library
 from ms_pangu_quant.backends.cpu_kernels.operators import operator
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.quantizers.grid import round_to_grid, row_pieces, weight_scale
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.scheme import PRESETS
 
 
 class WordEmbeddings(nn.Cell):

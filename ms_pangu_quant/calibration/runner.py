@@ -35,7 +35,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
 from ms_pangu_quant.network.block import ServedBlock, is_served
 from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 
 BLOCK_SIZE = 16
 _CACHED = -1  # in the place of an input: the keys and values on their way into the cache

@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.ranges import RangeStats
-from ms_pangu_quant.calibration.share import share_of
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
+from ms_pangu_quant.job.ranks import ALONE, Ranks
+from ms_pangu_quant.job.share import share_of
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.network.ranks import ALONE, Ranks
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
 
 

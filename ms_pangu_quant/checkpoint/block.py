@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.plan import BlockPlan
-from ms_pangu_quant.scheme import INT8_CACHE, QuantScheme
+from ms_pangu_quant.recipe.plan import BlockPlan
+from ms_pangu_quant.recipe.scheme import INT8_CACHE, QuantScheme
 
 if TYPE_CHECKING:
     from ms_pangu_quant.quantizers.grid import QuantizedWeight

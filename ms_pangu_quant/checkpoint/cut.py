@@ -9,7 +9,7 @@ from __future__ import annotations
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import BackendError
-from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.recipe.plan import Plan
 
 
 def check_cut(config: ModelConfig, ranks: int, plan: Plan) -> None:

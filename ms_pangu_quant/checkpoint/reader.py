@@ -14,7 +14,7 @@ from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 

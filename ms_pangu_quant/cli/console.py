@@ -24,7 +24,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import reader
 from ms_pangu_quant.formats.reader import FORMATS
-from ms_pangu_quant.recipe import Recipe
+from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.suggestion import did_you_mean
 
 out = Console(highlight=False, soft_wrap=False)

@@ -37,7 +37,8 @@ from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits
 from ms_pangu_quant.formats.reader import open_checkpoint
-from ms_pangu_quant.network import ranks, runtime
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.network import runtime
 from ms_pangu_quant.suggestion import did_you_mean
 
 RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"

@@ -9,10 +9,10 @@ import typer
 
 from ms_pangu_quant.cli.console import AllowUnserved, Format, chosen_format, err, out, progress_bars, size
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.formats.consumers import WRONG, check_served, facts_of, rows_for
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.finished import is_exported
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
-from ms_pangu_quant.formats.serving import WRONG, check_served, facts_of, rows_for
 
 
 def export_command(

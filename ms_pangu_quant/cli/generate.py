@@ -13,7 +13,7 @@ import typer
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.network import ranks
+from ms_pangu_quant.job import ranks
 
 
 def generate_command(

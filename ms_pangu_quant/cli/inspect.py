@@ -18,8 +18,8 @@ from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.cli.console import AsJson, Directory, out, size
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import kv_cache
+from ms_pangu_quant.formats.consumers import INTEGER, REFUSES, WRONG, facts_of, rows_for
 from ms_pangu_quant.formats.reader import FORMATS, Reader, open_checkpoint
-from ms_pangu_quant.formats.serving import INTEGER, REFUSES, WRONG, facts_of, rows_for
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.quantizers.kv_cache import CacheGrid
 from ms_pangu_quant.suggestion import did_you_mean

@@ -28,14 +28,15 @@ from ms_pangu_quant.cli.console import (
 )
 from ms_pangu_quant.cli.inspect import inspection, print_layers
 from ms_pangu_quant.cli.sensitivity import with_budget_spent
-from ms_pangu_quant.estimate import Estimate, estimate
-from ms_pangu_quant.formats.serving import check_served, facts_of
-from ms_pangu_quant.network import ranks, runtime
+from ms_pangu_quant.formats.consumers import check_served, facts_of
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.network import runtime
+from ms_pangu_quant.pipeline.estimate import Estimate, estimate
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import BlockReport
 from ms_pangu_quant.pipeline.report import Progress as RunProgress
-from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe
+from ms_pangu_quant.recipe.recipe import Recipe, find_recipe, load_recipe
 
 
 def quantize_command(

@@ -41,9 +41,9 @@ def report_command(
         pangu-quant report results/float results/w8a8 results/w4a8 \\
             --output report --bench w8a8=w8a8.bench.json
     """
+    from ms_pangu_quant.mixed.sensitivity import Sensitivity
     from ms_pangu_quant.report.page import write
     from ms_pangu_quant.report.prediction import predict as predict_speed
-    from ms_pangu_quant.sensitivity import Sensitivity
 
     found = None if sensitivity is None else Sensitivity.load(sensitivity)
     runs, speeds = load_runs(results, name), load_speeds(bench or [])

@@ -13,11 +13,11 @@ from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli.console import AsJson, Checkpoint, Verbose, calibration_data, err, out, progress_bars, size
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.estimate import sensitivity_seconds
 from ms_pangu_quant.formats.reader import Format
-from ms_pangu_quant.recipe import KEEP_FLOAT, Recipe, find_recipe, load_recipe
+from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, split
+from ms_pangu_quant.pipeline.estimate import sensitivity_seconds
+from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe, find_recipe, load_recipe
 from ms_pangu_quant.report.sensitivity_plot import group_name, sensitivity_plot
-from ms_pangu_quant.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, split
 
 _DEARER = "w8a8"
 
@@ -100,7 +100,7 @@ def measured(
     from ms_pangu_quant.network import runtime
 
     runtime.start("cpu", "graph", verbose=verbose)
-    from ms_pangu_quant.measure import measure, total_steps
+    from ms_pangu_quant.mixed.measure import measure, total_steps
 
     with progress_bars() as progress:
         task = progress.add_task("measuring", total=total_steps(reader.config.num_hidden_layers), kind="count")

@@ -26,7 +26,7 @@ from ms_pangu_quant.evaluation.prompts import Prompt
 from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange, write_json
 from ms_pangu_quant.evaluation.tasks import Problem
 from ms_pangu_quant.evaluation.tasks.task import Problems
-from ms_pangu_quant.network.ranks import ALONE, Ranks
+from ms_pangu_quant.job.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.model import Generation, Model

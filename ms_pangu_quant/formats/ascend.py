@@ -44,9 +44,9 @@ from ms_pangu_quant.formats.linear import (
     refuse_online_hadamard,
 )
 from ms_pangu_quant.formats.words import FLOAT, INT8_CACHE_WORD, WORDS
-from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC, QuantScheme
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC, QuantScheme
 
 NAME = "ascend"
 ROW_COLUMNS = 16  # the largest tensor parallelism a checkpoint is made for

@@ -34,9 +34,9 @@ from ms_pangu_quant.formats.linear import (
     narrow,
     refuse_online_hadamard,
 )
-from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, QuantScheme, TensorScheme
 
 NAME = "compressed-tensors"
 _ORDER = (W8A8_STATIC, W8A8, W4A8)  # of the config groups

@@ -25,7 +25,7 @@ from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.linear import FLOATS, TensorSpec, narrow
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD
 from ms_pangu_quant.quantizers.kv_cache import CODE_MAX, CODE_MIN, CacheGrid, QuantizedCache
-from ms_pangu_quant.scheme import INT8_CACHE, TensorScheme
+from ms_pangu_quant.recipe.scheme import INT8_CACHE, TensorScheme
 
 TYPE_KEY = "kv_cache_type"
 _SCALE, _OFFSET = "kv_cache_scale", "kv_cache_offset"

@@ -15,9 +15,9 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.words import FLOAT, scheme_of, word_of
-from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import is_bfloat16
-from ms_pangu_quant.scheme import QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import QuantScheme, TensorScheme
 
 FLOATS = ("bfloat16", "float32", "float16")
 

@@ -45,9 +45,9 @@ from ms_pangu_quant.formats.linear import (
     read_group_size,
 )
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD
-from ms_pangu_quant.plan import Plan
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.scheme import QuantScheme
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import QuantScheme
 
 NAME = "mindformers"
 _METHODS = {False: "golden-stick", True: HADAMARD_METHOD}

@@ -17,8 +17,8 @@ from ms_pangu_quant.checkpoint.training import RowLayout
 from ms_pangu_quant.errors import CheckpointError, RecipeError
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
 from ms_pangu_quant.formats.linear import TensorSpec
-from ms_pangu_quant.plan import BlockPlan, Plan
-from ms_pangu_quant.scheme import QuantScheme
+from ms_pangu_quant.recipe.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.scheme import QuantScheme
 
 
 class Format(Protocol):

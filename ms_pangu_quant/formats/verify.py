@@ -28,7 +28,7 @@ from ms_pangu_quant.formats.reader import (
     read_linear,
 )
 from ms_pangu_quant.formats.words import FLOAT, INT8_CACHE_WORD, word_of
-from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 _LONGEST_NAME = 255  # of a file, in most file systems

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, Arithmetic, QuantScheme
+from ms_pangu_quant.recipe.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, Arithmetic, QuantScheme
 
 FLOAT = "FLOAT"
 INT8_CACHE_WORD = "C8"

@@ -18,7 +18,8 @@ from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
 from ms_pangu_quant.inference.sampling import Sampling
-from ms_pangu_quant.network import ranks, runtime
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.network import runtime
 
 BLOCK_SIZE = 16
 _GRAPHS = 1 << 30  # address space that compiling and the threads take; 0.7 GiB with a model of 4 layers

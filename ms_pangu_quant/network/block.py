@@ -20,7 +20,7 @@ from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import dynamic_inputs
 from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 
 
 def is_served(plan: BlockPlan) -> bool:

@@ -22,7 +22,7 @@ from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.recipe.plan import Plan
 
 _PLUMBING = {"Constant", "Load", "Depend", "UpdateState", "MakeTuple", "TupleGetItem", "list_getitem", "TensorToTuple"}
 

@@ -12,7 +12,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE
 from ms_pangu_quant.errors import BackendError, CheckpointError
 from ms_pangu_quant.formats.words import WORDS, scheme_of
-from ms_pangu_quant.scheme import Arithmetic
+from ms_pangu_quant.recipe.scheme import Arithmetic
 
 # A layer MindFormers computes as one -> the layers its parts come from.
 _PARTS = {layout.QKV: ("linear_q", "linear_k", "linear_v"), layout.FC1: ("gating", "hidden")}

@@ -37,8 +37,8 @@ from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
 from ms_pangu_quant.network.weights import served_tensors
-from ms_pangu_quant.plan import Plan
-from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 WEIGHT_MAPPING = [
     ("model.embed_tokens.", "embedding.word_embeddings."),

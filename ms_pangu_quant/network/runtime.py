@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 
 from ms_pangu_quant.errors import BackendError
-from ms_pangu_quant.network import ranks
+from ms_pangu_quant.job import ranks
 from ms_pangu_quant.suggestion import did_you_mean
 
 DEVICES = ("cpu", "ascend")

@@ -22,8 +22,8 @@ from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.parameters import ArraySlice, cache_tensor, network_tensors
 from ms_pangu_quant.formats.reader import Reader
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.plan import BlockPlan
-from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.recipe.plan import BlockPlan
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 
 def served_tensors(

@@ -6,15 +6,15 @@ import operator
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ms_pangu_quant.calibration.share import owners
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.calibration.stream import BlockStream
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
-from ms_pangu_quant.plan import BlockPlan
+from ms_pangu_quant.job.share import owners
 from ms_pangu_quant.quantizers.grid import relative_weight_error
-from ms_pangu_quant.recipe import Recipe
-from ms_pangu_quant.scheme import QuantScheme
+from ms_pangu_quant.recipe.plan import BlockPlan
+from ms_pangu_quant.recipe.recipe import Recipe
+from ms_pangu_quant.recipe.scheme import QuantScheme
 
 
 def transform_block(

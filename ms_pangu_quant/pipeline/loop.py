@@ -23,7 +23,7 @@ from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.output import Output, finished
 from ms_pangu_quant.pipeline.prepare import prepare
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
-from ms_pangu_quant.recipe import Recipe
+from ms_pangu_quant.recipe.recipe import Recipe
 
 
 def quantize(

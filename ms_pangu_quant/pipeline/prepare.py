@@ -14,11 +14,11 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats.reader import Format
+from ms_pangu_quant.job.ranks import Ranks
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.network.ranks import Ranks
 from ms_pangu_quant.pipeline.report import SILENT, Progress, report
-from ms_pangu_quant.plan import Plan
-from ms_pangu_quant.recipe import Recipe
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.formats.words import word_of
-from ms_pangu_quant.plan import Plan
-from ms_pangu_quant.recipe import Recipe
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import round_down_to_bfloat16
-from ms_pangu_quant.scheme import TensorScheme
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.scheme import TensorScheme
+from ms_pangu_quant.recipe.settings import check_types
 
 _SHRINKS = np.geomspace(1.0, 0.02, 80)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.grid import row_pieces, scale_from_absmax, weight_scale
-from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 ScaleChoice = Literal["absmax", "mse"]
 _SHRINKS = tuple(float(shrink) for shrink in np.linspace(1.0, 0.4, 25))

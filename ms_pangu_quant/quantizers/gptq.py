@@ -34,8 +34,8 @@ from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.refine import refine
 from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
-from ms_pangu_quant.scheme import TensorScheme
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.scheme import TensorScheme
+from ms_pangu_quant.recipe.settings import check_types
 
 BLOCK = 128
 _LARGEST_DAMPING = 1.0

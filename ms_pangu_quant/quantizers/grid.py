@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.threads import by_element, in_parallel
-from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 _PIECE_ELEMENTS = 1 << 18
 

@@ -23,7 +23,7 @@ from ms_pangu_quant.calibration.ranges import RangeStats
 from ms_pangu_quant.calibration.statistics import Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import round_up_to_bfloat16
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.settings import check_types
 
 CODE_MIN, CODE_MAX = -128, 127
 _SHRINKS = np.linspace(1.0, 0.3, 36)

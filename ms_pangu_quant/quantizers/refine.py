@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
-from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 BLOCK = 128
 _PIECE_ELEMENTS = 1 << 21

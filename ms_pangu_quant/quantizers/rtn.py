@@ -11,8 +11,8 @@ from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid
-from ms_pangu_quant.scheme import TensorScheme
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.scheme import TensorScheme
+from ms_pangu_quant.recipe.settings import check_types
 
 
 @dataclass(frozen=True)

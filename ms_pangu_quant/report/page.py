@@ -16,13 +16,13 @@ from ms_pangu_quant.evaluation.samples import write_bytes
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
 from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
+from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.prediction import BATCHES, CONTEXT, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
 from ms_pangu_quant.report.sensitivity_plot import group_name
 from ms_pangu_quant.report.speed import Speed, cases
-from ms_pangu_quant.sensitivity import Sensitivity
 
 LEVEL = 0.05
 MOST_RUNS = 7

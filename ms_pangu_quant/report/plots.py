@@ -7,12 +7,12 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report.comparison import Comparison
 from ms_pangu_quant.report.prediction import BATCHES, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
 from ms_pangu_quant.report.sensitivity_plot import draw, label
 from ms_pangu_quant.report.speed import Speed, cases
-from ms_pangu_quant.sensitivity import Sensitivity
 
 _TEXT, _GRID = "#010101", "#020202"
 _SERIES = tuple(f"#0{number}0303" for number in range(1, 8))  # stand-ins, replaced by the page's variables

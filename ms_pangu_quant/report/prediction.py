@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.roofline import PRECISIONS, Device, decode_seconds, load_device, memory_bytes, prefill_seconds
+from ms_pangu_quant.report.roofline import PRECISIONS, Device, decode_seconds, load_device, memory_bytes, prefill_seconds
 
 BATCHES = (1, 2, 4, 8, 16, 32)
 PROMPT, CONTEXT = 512, 2048  # tokens

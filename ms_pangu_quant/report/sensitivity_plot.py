@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.sensitivity import Sensitivity
+from ms_pangu_quant.mixed.sensitivity import Sensitivity
 
 _COLORS = ("#1f77b4", "#d9822b", "#2f8f5b", "#a1459f")
 

@@ -36,7 +36,7 @@ from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.settings import check_types
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply, online_scale
 
 RotationKind = Literal["hadamard", "orthogonal"]

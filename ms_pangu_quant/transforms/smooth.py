@@ -18,8 +18,8 @@ from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.quantizers.threads import by_element
-from ms_pangu_quant.scheme import QuantScheme
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.scheme import QuantScheme
+from ms_pangu_quant.recipe.settings import check_types
 from ms_pangu_quant.transforms.fold import fold_changes, fold_scale, reduce_to_producer
 
 _SMALLEST = np.float32(1e-5)

@@ -29,8 +29,8 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
-from ms_pangu_quant.scheme import QuantScheme
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.scheme import QuantScheme
+from ms_pangu_quant.recipe.settings import check_types
 from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer
 from ms_pangu_quant.transforms.smooth import check_inputs, input_absmax
 

@@ -8,7 +8,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 
-from ms_pangu_quant.network import ranks, runtime
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.network import runtime
 
 SIZES = {"kv_cache_tokens": 1024}
 PROMPTS = [[1, 17, 203, 77, 5, 141, 9, 60, 33], [1, 250, 4, 99], [1, *range(10, 50)]]
@@ -26,7 +27,7 @@ def main(folder: Path, task: str, *names: str) -> None:
 def quantize(output: Path) -> None:
     from ms_pangu_quant import pipeline
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
-    from ms_pangu_quant.recipe import load_recipe
+    from ms_pangu_quant.recipe.recipe import load_recipe
 
     runtime.start()
     reader, recipe = CheckpointReader(output.parent / "float"), load_recipe(output.parent / "one.yaml")

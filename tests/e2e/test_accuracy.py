@@ -13,13 +13,13 @@ from safetensors.numpy import load_file, save_file
 from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.cli.quantize import _block_printer
-from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe import find_recipe, load_recipe
+from ms_pangu_quant.pipeline.estimate import stored_bytes
+from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
 from tests.conftest import MINI, TIED, calibration, token_data
 from tools.dev import make_checkpoint
 

@@ -14,7 +14,6 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError
-from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
@@ -22,7 +21,8 @@ from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe import find_recipe, load_recipe
+from ms_pangu_quant.pipeline.estimate import stored_bytes
+from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
 from tests.conftest import MINI, ROOT, token_data
 from tools.goldens import formats as tool
 

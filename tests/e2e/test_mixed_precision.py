@@ -11,17 +11,17 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError
-from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
-from ms_pangu_quant.measure import measure, total_steps
+from ms_pangu_quant.mixed.measure import measure, total_steps
+from ms_pangu_quant.mixed.sensitivity import assigned, split
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe import load_recipe
-from ms_pangu_quant.sensitivity import assigned, split
+from ms_pangu_quant.pipeline.estimate import stored_bytes
+from ms_pangu_quant.recipe.recipe import load_recipe
 from tools.dev import make_checkpoint
 
 SCHEMES = ("w4a8_g32", "w8a8")

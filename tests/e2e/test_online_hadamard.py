@@ -11,15 +11,15 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import BackendError, CheckpointError, RequestError
+from ms_pangu_quant.formats.consumers import REFUSES, facts_of, rows_for
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
-from ms_pangu_quant.formats.serving import REFUSES, facts_of, rows_for
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe import load_recipe
+from ms_pangu_quant.recipe.recipe import load_recipe
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
 from tools.dev import make_checkpoint
 

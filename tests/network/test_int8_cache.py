@@ -12,7 +12,6 @@ from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import BackendError, CheckpointError
-from ms_pangu_quant.estimate import stored_bytes
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.inference.bench import cache_bytes
@@ -20,8 +19,9 @@ from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.quantizers.kv_cache import CacheGrid, Int8Cache, QuantizedCache, grid_of_range
-from ms_pangu_quant.recipe import load_recipe
+from ms_pangu_quant.recipe.recipe import load_recipe
 from tests.conftest import MINI, calibration, golden, rounded_as_told, token_data
 
 

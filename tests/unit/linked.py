@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from multiprocessing import Pipe
 
-from ms_pangu_quant.network.ranks import Ranks
+from ms_pangu_quant.job.ranks import Ranks
 
 
 def linked(size: int) -> list[Ranks]:

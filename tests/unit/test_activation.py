@@ -7,7 +7,7 @@ from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.grid import is_bfloat16
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.scheme import PRESETS
 
 SCHEME = PRESETS["w8a8_static"].activation
 METHODS = ("absmax", "percentile", "mse")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.budget import Budget, Choice, choose
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.mixed.budget import Budget, Choice, choose
 
 WEIGHTS = 1000
 

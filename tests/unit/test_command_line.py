@@ -98,7 +98,7 @@ def test_the_help_of_every_shell_tool_ends_with_an_example(name, root):
         [root / "tools" / f"{name}.sh", "--help"], capture_output=True, text=True, env=environment, check=True
     )
     (words,) = examples(done.stdout.partition("Example:\n")[2])
-    assert words[0] == f"tools/{name}.sh" or words[:4] == ["python", "-m", "ms_pangu_quant.msrun", "quantize"]
+    assert words[0] == f"tools/{name}.sh" or words[:4] == ["python", "-m", "ms_pangu_quant.job.msrun", "quantize"]
 
 
 # --- wrong names ----------------------------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_a_mistyped_data_file_is_answered_with_its_neighbour(tmp_path, capsys, m
     [(["quantise"], "quantize"), (["quantize", "--worker", "2", "--localworkers", "2"], "--local-workers")],
 )
 def test_msrun_answers_a_mistyped_name_too(arguments, likely, capsys):
-    from ms_pangu_quant import msrun
+    from ms_pangu_quant.job import msrun
 
     with pytest.raises(SystemExit) as ended:
         msrun.main(arguments)

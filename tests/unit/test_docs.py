@@ -17,7 +17,7 @@ import pytest
 import typer
 from markdown_it import MarkdownIt
 
-from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.job.arguments import Parser
 
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "README.zh-CN.md")
@@ -195,7 +195,7 @@ def test_every_command_is_one_that_the_programs_take(page, command_line, monkeyp
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_recipe_that_a_command_names_exists(page):
-    from ms_pangu_quant.recipe import find_recipe
+    from ms_pangu_quant.recipe.recipe import find_recipe
 
     for words in commands(text_of(page)):
         for option, name in pairwise(words):

@@ -18,14 +18,14 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import CheckpointError, RequestError
-from ms_pangu_quant.estimate import layer_bytes
 from ms_pangu_quant.formats import ascend, compressed_tensors
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.linear import FLOAT, KINDS, QuantizedLinear, factor_of, origin
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.pipeline.estimate import layer_bytes
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.scheme import PRESETS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = {

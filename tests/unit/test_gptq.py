@@ -14,7 +14,7 @@ from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, corrected_wei
 from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.quantizers.threads import in_parallel
-from ms_pangu_quant.scheme import PRESETS, TensorScheme
+from ms_pangu_quant.recipe.scheme import PRESETS, TensorScheme
 
 SCHEMES = {
     "w8 channel": PRESETS["w8a8"].weight,

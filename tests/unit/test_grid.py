@@ -15,7 +15,7 @@ from ms_pangu_quant.quantizers.grid import (
     scale_from_absmax,
     weight_scale,
 )
-from ms_pangu_quant.scheme import TensorScheme
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 LARGEST = float(np.float32(1e38))

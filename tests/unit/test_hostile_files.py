@@ -29,11 +29,11 @@ from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.finished import finished_report
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe import find_recipe, load_recipe
+from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds
-from ms_pangu_quant.sensitivity import Sensitivity
 from tests.unit.test_report import make as make_results
 from tests.unit.test_sensitivity import sensitivity
 from tests.unit.test_training import fused, sliced, tensor_parallel

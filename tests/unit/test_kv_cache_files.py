@@ -15,14 +15,14 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import QuantizedWriter
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import kv_cache
+from ms_pangu_quant.formats.consumers import check_served, facts_of
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
-from ms_pangu_quant.formats.serving import check_served, facts_of
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.scheme import PRESETS
 from tests.unit.edited import edit
 
 HELD = ("mindformers", "ascend")

@@ -24,7 +24,7 @@ from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint, read
 from ms_pangu_quant.network.weights import served_tensors
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.scheme import PRESETS
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 GROUP_SIZE = 32

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from ms_pangu_quant import msrun
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.msrun import Job
+from ms_pangu_quant.job import msrun
+from ms_pangu_quant.job.msrun import Job
 
 SHIPPED = ("two_workers", "one_node", "two_nodes")
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from ms_pangu_quant.errors import BackendError, RankLostError
-from ms_pangu_quant.network import ranks, runtime
-from ms_pangu_quant.network.ranks import ALONE, Ranks
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.job.ranks import ALONE, Ranks
+from ms_pangu_quant.network import runtime
 from tests.unit.linked import at_once, linked
 
 

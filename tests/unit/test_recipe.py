@@ -6,15 +6,15 @@ import math
 import pytest
 import yaml
 
-from ms_pangu_quant.budget import Budget
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.mixed.budget import Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe import CalibrationSettings, find_recipe, load_recipe
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.recipe import CalibrationSettings, find_recipe, load_recipe
+from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from ms_pangu_quant.transforms.smooth_search import SmoothSearch

@@ -20,12 +20,12 @@ from ms_pangu_quant.evaluation.sandbox import RLIMITS, find_isolation
 from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.verdict import Limits
+from ms_pangu_quant.mixed.sensitivity import GroupSensitivity, Sensitivity
 from ms_pangu_quant.report.comparison import compare
 from ms_pangu_quant.report.page import write
 from ms_pangu_quant.report.results import load_runs
+from ms_pangu_quant.report.roofline import load_device, prefill_seconds
 from ms_pangu_quant.report.speed import load_speeds
-from ms_pangu_quant.roofline import load_device, prefill_seconds
-from ms_pangu_quant.sensitivity import GroupSensitivity, Sensitivity
 
 MINI = Path(ms_pangu_quant.__file__).parent / "assets/openpangu-mini"
 MODES = ("slow_think", "no_think")

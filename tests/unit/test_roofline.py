@@ -6,7 +6,7 @@ import pytest
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.roofline import (
+from ms_pangu_quant.report.roofline import (
     PRECISIONS,
     Device,
     Operator,

@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import PRESETS, TensorScheme
+from ms_pangu_quant.recipe.scheme import PRESETS, TensorScheme
 
 LARGEST = float(np.float32(1e38))
 SCHEMES = {

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.scheme import PRESETS, QuantScheme, TensorScheme
 
 PER_TOKEN = TensorScheme(bits=8, granularity="token", dynamic=True)
 

@@ -7,9 +7,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.formats import kv_cache
-from ms_pangu_quant.formats.linear import FLOAT, KINDS
-from ms_pangu_quant.formats.reader import FORMATS
-from ms_pangu_quant.formats.serving import (
+from ms_pangu_quant.formats.consumers import (
     DEQUANTIZED,
     FLOAT_CACHE,
     INT8_CACHE,
@@ -25,6 +23,8 @@ from ms_pangu_quant.formats.serving import (
     rows_for,
     table,
 )
+from ms_pangu_quant.formats.linear import FLOAT, KINDS
+from ms_pangu_quant.formats.reader import FORMATS
 
 ROWS = table()
 

@@ -7,14 +7,14 @@ from typing import Literal
 
 import pytest
 
-from ms_pangu_quant.budget import Budget
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.mixed.budget import Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe import CalibrationSettings, parse_recipe
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.recipe import CalibrationSettings, parse_recipe
+from ms_pangu_quant.recipe.settings import check_types
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from ms_pangu_quant.transforms.smooth_search import SmoothSearch

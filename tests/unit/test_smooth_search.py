@@ -11,7 +11,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import scale_from_absmax
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.scheme import PRESETS, QuantScheme, TensorScheme
 from ms_pangu_quant.transforms.smooth import smooth_scale
 from ms_pangu_quant.transforms.smooth_search import OutputCost, SmoothSearch
 

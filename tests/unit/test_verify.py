@@ -17,7 +17,7 @@ from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import PRESETS
+from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from tests.unit.edited import edit
 

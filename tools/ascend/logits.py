@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.errors import PanguQuantError
+from ms_pangu_quant.job.arguments import Parser
 
 
 def save(directory: Path, device: str, data: Path, rows: int, length: int, output: Path) -> None:

@@ -1,6 +1,6 @@
 """Predict prefill latency, decode speed and memory of openPangu-Embedded on an Ascend device, as Markdown tables.
 
-A prediction from the device's limits (ms_pangu_quant/roofline.py), not a measurement; --device takes a file like
+A prediction from the device's limits (ms_pangu_quant/report/roofline.py), not a measurement; --device takes a file like
 configs/devices/atlas_a2.yaml with other parameters.
 """
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
+from ms_pangu_quant.job.arguments import Parser
 from ms_pangu_quant.report.prediction import BATCHES, Prediction, predict
 from tools.dev.make_checkpoint import make_config
 

@@ -23,7 +23,7 @@ import pdoc.render
 from markupsafe import Markup
 
 import ms_pangu_quant
-from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.job.arguments import Parser
 from ms_pangu_quant.network import runtime
 
 ROOT = Path(__file__).parents[2]

@@ -26,14 +26,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each othe
 import numpy as np
 import yaml
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes
 from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
 from ms_pangu_quant.evaluation.summary import scores
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
-from ms_pangu_quant.recipe import find_recipe
+from ms_pangu_quant.job.arguments import Parser
+from ms_pangu_quant.recipe.recipe import find_recipe
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Run, load_runs
 from tools.dev import make_checkpoint

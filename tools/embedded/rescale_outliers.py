@@ -19,13 +19,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.files import write_safetensors
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError, PanguQuantError
+from ms_pangu_quant.job.arguments import Parser
 from ms_pangu_quant.transforms.fold import fold_scale
 
 STANDS_OUT = 4.0  # times the median

@@ -28,9 +28,9 @@ import yaml
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.evaluation.mini.chats import chat
+from ms_pangu_quant.job.arguments import Parser
 
 CHUNK = 2048  # chats drawn and sorted by length together
 SYMBOLS = ("[unused9]", "[unused10]", "[unused16]", "[unused17]")

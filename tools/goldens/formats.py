@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each othe
 import numpy as np
 from safetensors.numpy import load_file
 
-from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.job.arguments import Parser
 from tools.dev.make_checkpoint import make_config, write_checkpoint
 from tools.peers.quantizers import (
     ANSWERS,
@@ -132,7 +132,7 @@ def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
     from ms_pangu_quant.formats.reader import FORMATS
     from ms_pangu_quant.pipeline import quantize
-    from ms_pangu_quant.recipe import find_recipe, load_recipe
+    from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
 
     ids = np.arange(3, 1024, 32, dtype=np.int32)
     np.save(scratch / "ids.npy", ids)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each othe
 
 import numpy as np
 
-from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.job.arguments import Parser
 from tools.dev.make_checkpoint import make_config, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

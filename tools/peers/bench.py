@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from ms_pangu_quant.arguments import Parser
+from ms_pangu_quant.job.arguments import Parser
 
 ENGINE = Path(__file__).with_name("engine.py")
 # ||logits - reference|| / ||reference|| on a random checkpoint of the 1B shape stays below these; another function is 1 or

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each othe
 
 import numpy as np
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.evaluation.samples import write_json
+from ms_pangu_quant.job.arguments import Parser
 from tools.peers import quantizers
 from tools.peers.measure import LLM_COMPRESSOR, Record, Setting, commit, run
 

@@ -25,9 +25,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.errors import PanguQuantError
 from ms_pangu_quant.evaluation.samples import write_bytes, write_json
+from ms_pangu_quant.job.arguments import Parser
 from tools.peers.measure import LLM_COMPRESSOR, MSMODELSLIM, OURS, ROOT, Record, Row, Setting, measure
 from tools.peers.quantizers import linear_quant
 

@@ -35,10 +35,10 @@ from ms_pangu_quant.checkpoint.files import write_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows
+from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
 from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.prepare import check_data, checkpoint_hash
-from ms_pangu_quant.recipe import Recipe
-from ms_pangu_quant.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
+from ms_pangu_quant.recipe.recipe import Recipe
 
 _FIRST = 3  # streams in front of the groups': the float model's, and with all layers in the cheaper and the dearer scheme
 _AT_A_TIME = 16  # streams that go through a block between two calls of on_step

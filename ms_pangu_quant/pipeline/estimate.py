@@ -15,9 +15,9 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.formats.words import word_of
-from ms_pangu_quant.plan import Plan
-from ms_pangu_quant.recipe import Recipe
-from ms_pangu_quant.scheme import QuantScheme
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.recipe import Recipe
+from ms_pangu_quant.recipe.scheme import QuantScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
 _SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape

@@ -19,8 +19,8 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD, WORDS
-from ms_pangu_quant.plan import Plan
-from ms_pangu_quant.scheme import W4A8, W8A8, W8A8_STATIC, Arithmetic
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC, Arithmetic
 from ms_pangu_quant.suggestion import did_you_mean
 
 INTEGER = "integer GEMM"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.scheme import QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.scheme import QuantScheme, TensorScheme
 
 
 @dataclass(frozen=True)

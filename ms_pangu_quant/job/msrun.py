@@ -1,5 +1,5 @@
 """Starts a command of pangu-quant on several processes with MindSpore's msrun, shows what rank 0 says, and tells what
-became of the others: `python -m ms_pangu_quant.msrun quantize --workers 8 -- CHECKPOINT --recipe w8a8 ...`.
+became of the others: `python -m ms_pangu_quant.job.msrun quantize --workers 8 -- CHECKPOINT --recipe w8a8 ...`.
 
 msrun starts a process for each rank and one more, the scheduler, that lets them in. If a rank of this node ends badly msrun
 ends the others; on other nodes ranks end because the connection is broken (network/ranks.py). Its own output and the ranks'
@@ -28,8 +28,8 @@ from typing import Any
 import psutil
 import yaml
 
-from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.job.arguments import Parser
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 COMMANDS = ("quantize", "evaluate", "generate")
@@ -100,7 +100,7 @@ def _parse(arguments: Sequence[str]) -> tuple[str, Job]:
         prog="msrun",
         usage="%(prog)s COMMAND [options] -- arguments of pangu-quant COMMAND",
         description="Run a command of pangu-quant on several processes, on one node or many.",
-        example="python -m ms_pangu_quant.msrun quantize --workers 2 -- \\\n    openPangu-Embedded-7B --recipe w8a8 "
+        example="python -m ms_pangu_quant.job.msrun quantize --workers 2 -- \\\n    openPangu-Embedded-7B --recipe w8a8 "
         "--calibration chats.jsonl --output pangu-7b-w8a8",
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))

@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.budget import Assignment, Choice, choose
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig, read_json
 from ms_pangu_quant.checkpoint.files import json_bytes, write_json
 from ms_pangu_quant.errors import CheckpointError, DataError, RecipeError
-from ms_pangu_quant.estimate import layer_bytes
 from ms_pangu_quant.formats.reader import Format
-from ms_pangu_quant.recipe import KEEP_FLOAT, Recipe
-from ms_pangu_quant.scheme import PRESETS
-from ms_pangu_quant.settings import digest_of
+from ms_pangu_quant.mixed.budget import Assignment, Choice, choose
+from ms_pangu_quant.pipeline.estimate import layer_bytes
+from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe
+from ms_pangu_quant.recipe.scheme import PRESETS
+from ms_pangu_quant.recipe.settings import digest_of
 
 VERSION = 1
 DEFAULT_TOKENS = 4096

@@ -19,21 +19,21 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from ms_pangu_quant.budget import Assignment, Budget
 from ms_pangu_quant.calibration.statistics import NOTHING, InputStats, Needs
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import PanguQuantError, RecipeError
-from ms_pangu_quant.plan import Plan
+from ms_pangu_quant.mixed.budget import Assignment, Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.scheme import INT8_CACHE, PRESETS, QuantScheme, TensorScheme
-from ms_pangu_quant.settings import canonical, check_types, digest_of, setting_names
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import INT8_CACHE, PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.settings import canonical, check_types, digest_of, setting_names
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.scheme import PRESETS
-from ms_pangu_quant.settings import check_types
+from ms_pangu_quant.recipe.scheme import PRESETS
+from ms_pangu_quant.recipe.settings import check_types
 
 DEFAULT_SCHEMES = ("w4a8_g128", "w8a8")
 
