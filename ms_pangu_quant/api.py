@@ -28,7 +28,8 @@ from ms_pangu_quant.pipeline.block import transform_block
 from ms_pangu_quant.pipeline.loop import quantize as run_pipeline
 from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
-from ms_pangu_quant.recipe.recipe import Recipe, find_recipe, load_recipe, parse_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe, parse_recipe
+from ms_pangu_quant.recipe.recipe import Recipe
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.compare import Comparison

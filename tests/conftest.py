@@ -37,7 +37,7 @@ def quantized(tmp_path_factory) -> Callable[[str], Path]:
 
     def make(recipe: str) -> Path:
         if recipe not in made:
-            from ms_pangu_quant.recipe.recipe import find_recipe
+            from ms_pangu_quant.recipe.parse import find_recipe
 
             made[recipe] = rounded_mini(find_recipe(recipe), tmp_path_factory.mktemp("quantized") / recipe, 128)
         return made[recipe]
@@ -50,7 +50,7 @@ def rounded_mini(recipe: Path, output: Path, chats: int) -> Path:
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
     from ms_pangu_quant.network import runtime
     from ms_pangu_quant.pipeline import quantize
-    from ms_pangu_quant.recipe.recipe import load_recipe
+    from ms_pangu_quant.recipe.parse import load_recipe
 
     runtime.start("cpu", "graph")
     quantize(CheckpointReader(MINI), load_recipe(recipe), output, data=calibration(chats))

@@ -36,7 +36,8 @@ from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import BlockReport
 from ms_pangu_quant.pipeline.report import Progress as RunProgress
-from ms_pangu_quant.recipe.recipe import Recipe, find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.recipe import Recipe
 
 
 def quantize_command(

@@ -16,7 +16,8 @@ from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.reader import Format
 from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, split
 from ms_pangu_quant.pipeline.estimate import sensitivity_seconds
-from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe, find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe
 from ms_pangu_quant.report.sensitivity_plot import group_name, sensitivity_plot
 
 _DEARER = "w8a8"

@@ -38,6 +38,7 @@ from ms_pangu_quant.inference.compare import cluster_error, divergences, final_n
 from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
 from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.prepare import check_data, checkpoint_hash
+from ms_pangu_quant.recipe.parse import text_of
 from ms_pangu_quant.recipe.recipe import Recipe
 
 _FIRST = 3  # streams in front of the groups': the float model's, and with all layers in the cheaper and the dearer scheme
@@ -76,7 +77,7 @@ def measure(
         "seed": recipe.calibration.seed,
         "statistics": {"texts": len(known), "tokens": sum(map(len, known))},
         "measured": {"texts": len(measured), "tokens": sum(map(len, measured))},
-        "recipe": recipe.as_text,
+        "recipe": text_of(recipe),
         "version": version("ms_pangu_quant"),
     }
     state = _State(folder, {**origin, "schemes": list(schemes)}, resume)

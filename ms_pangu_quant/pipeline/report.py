@@ -11,6 +11,7 @@ from typing import Any
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.recipe.parse import text_of
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
 
@@ -72,7 +73,7 @@ def report(
     same bytes."""
     return {
         "fingerprint": dict(fingerprint),
-        "recipe": {"why": recipe.why, "text": recipe.as_text},
+        "recipe": {"why": recipe.why, "text": text_of(recipe)},
         **({"budget": recipe.assignment.summary()} if recipe.assignment else {}),
         "calibration": None if data is None else _calibration(recipe, data),
         "bytes_before": bytes_before,

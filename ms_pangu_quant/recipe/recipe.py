@@ -9,14 +9,12 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import NOTHING, InputStats, Needs
@@ -24,20 +22,14 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.errors import PanguQuantError, RecipeError
+from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.mixed.budget import Assignment, Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
-from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
-from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import INT8_CACHE, PRESETS, QuantScheme, TensorScheme
-from ms_pangu_quant.recipe.settings import canonical, check_types, digest_of, setting_names
-from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
-from ms_pangu_quant.transforms.rotate import Rotate
-from ms_pangu_quant.transforms.smooth import SmoothQuant
-from ms_pangu_quant.transforms.smooth_search import SmoothSearch
+from ms_pangu_quant.recipe.settings import check_types, digest_of
 
 
 class Transform(Protocol):
@@ -85,12 +77,7 @@ class WeightQuantizer(Protocol):
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
 
 
-REWRITES: dict[str, Callable[..., Rewrite]] = {"rotate": Rotate}
-TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
-QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
 KEEP_FLOAT = "float"
-_KEYS = ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "kv_cache", "calibration")
-_RECIPE_FOLDERS = (Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs")
 
 
 @dataclass(frozen=True)
@@ -140,20 +127,6 @@ class Recipe:
         for name in ("why", "text", "where"):
             del said[name]
         return digest_of(**{**said, "assignment": self.assignment and self.assignment.schemes})
-
-    @property
-    def as_text(self) -> str:
-        """The text it was read from; of a recipe that was changed since, another that says what it is now.
-
-        A part that no file can name has its type's name there.
-        """
-        wanted = dataclasses.replace(self, assignment=None).digest
-        try:
-            if parse_recipe(self.text, self.where).digest == wanted:
-                return self.text
-        except RecipeError:  # it has none
-            pass
-        return yaml.safe_dump(_spelled(self), sort_keys=False, allow_unicode=True)
 
     @property
     def observed(self) -> Needs:
@@ -254,165 +227,4 @@ class Recipe:
             raise RecipeError(
                 f"{self.where}: int4 group sizes {sorted(plan.group_sizes)} (0 is per channel) are mixed; MindFormers "
                 "has one group_size for the whole network"
-            )
-
-
-def find_recipe(name: str) -> Path:
-    """A recipe file, or the shipped recipe of that name ("w8a8"). Raises RecipeError listing the shipped ones."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = {file.stem: file for folder in _RECIPE_FOLDERS for file in sorted(folder.glob("*.yaml"))}
-    if path.suffix in ("", ".yaml") and path.stem in shipped and path.parent.name in ("", "configs"):
-        return shipped[path.stem]
-    close = did_you_mean(path.stem, shipped) or did_you_mean_path(path)
-    raise RecipeError(f"{name}: no such file{close}; shipped recipes: {', '.join(shipped)}")
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Raises RecipeError naming the file and the key."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
-    return parse_recipe(text, str(path))
-
-
-def parse_recipe(text: str, where: str) -> Recipe:
-    """text is YAML; where is what errors call it. Raises RecipeError naming the key."""
-    try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from None
-    raw = _mapping(raw, where)
-    _check_keys(raw, _KEYS, where)
-    if "scheme" not in raw:
-        raise RecipeError(f"{where}: scheme is missing; wanted one of {', '.join(PRESETS)}")
-    layers = _mapping(raw.get("layers") or {}, f"{where}: layers")
-    weight_range = raw.get("weight_range", "narrow")
-    if weight_range not in ("narrow", "full"):
-        raise RecipeError(
-            f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, max/7.5)"
-        )
-    budget, scheme = _scheme_or_budget(raw["scheme"], f"{where}: scheme")
-    rewrites, transforms = _transforms(raw.get("transforms") or [], f"{where}: transforms")
-    return Recipe(
-        why=str(raw.get("why", "")),
-        scheme=scheme,
-        layers=tuple((str(pattern), _scheme_name(name, f"{where}: layers: {pattern}")) for pattern, name in layers.items()),
-        full_range=weight_range == "full",
-        rewrites=rewrites,
-        transforms=transforms,
-        quantizer=_build(raw.get("rounding", "rtn"), QUANTIZERS, f"{where}: rounding"),
-        activation_range=_build(
-            {"activation_range": raw.get("activation_range") or {}}, {"activation_range": ActivationRange}, where
-        ),
-        calibration=_build({"calibration": raw.get("calibration") or {}}, {"calibration": CalibrationSettings}, where),
-        text=text,
-        where=where,
-        budget=budget,
-        kv_cache=_kv_cache(raw.get("kv_cache", KEEP_FLOAT), f"{where}: kv_cache"),
-    )
-
-
-def _spelled(recipe: Recipe) -> dict[str, Any]:
-    """What a file with this recipe says; of patterns that are there twice the last one decides."""
-    pairs = recipe.layers
-    return {
-        "why": recipe.why,
-        "scheme": _named(recipe.budget) if recipe.budget else recipe.scheme,
-        "layers": {name: scheme for place, (name, scheme) in enumerate(pairs) if name not in dict(pairs[place + 1 :])},
-        "weight_range": "full" if recipe.full_range else "narrow",
-        "transforms": [_named(part) for part in (*recipe.rewrites, *recipe.transforms)],
-        "rounding": _named(recipe.quantizer),
-        **_named(recipe.activation_range),
-        "kv_cache": _named(recipe.kv_cache) if recipe.kv_cache else KEEP_FLOAT,
-        **_named(recipe.calibration),
-    }
-
-
-def _named(part: Any) -> dict[str, Any]:
-    """RoundToNearest() -> {rtn: its settings}."""
-    single = {"budget": Budget, "int8": Int8Cache, "activation_range": ActivationRange, "calibration": CalibrationSettings}
-    names: dict[Any, str] = {kind: name for name, kind in {**REWRITES, **TRANSFORMS, **QUANTIZERS, **single}.items()}
-    name = names.get(type(part), type(part).__name__)
-    return {name: {each: canonical(getattr(part, each), f"{name}.{each}") for each in setting_names(part)}}
-
-
-def _kv_cache(raw: Any, where: str) -> Int8Cache | None:
-    """float, int8 or {int8: {keys: head}}."""
-    cache: Int8Cache | None = None if raw == KEEP_FLOAT else _build(raw, {"int8": Int8Cache}, where)
-    return cache
-
-
-def _scheme_or_budget(raw: Any, where: str) -> tuple[Budget | None, str]:
-    """(budget, the scheme that layers start from)."""
-    if not isinstance(raw, dict):
-        return None, _scheme_name(raw, where)
-    budget = _build(raw, {"budget": Budget}, where)
-    return budget, str(budget.schemes[0])
-
-
-def _scheme_name(name: Any, where: str) -> str:
-    if not isinstance(name, str) or (name != KEEP_FLOAT and name not in PRESETS):
-        raise RecipeError(
-            f"{where} is {name!r}{did_you_mean(str(name), [*PRESETS, KEEP_FLOAT])}; wanted one of "
-            f"{', '.join([*PRESETS, KEEP_FLOAT])}"
-        )
-    return str(name)
-
-
-def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transform, ...]]:
-    """What is done to the checkpoint and, after it, to each block."""
-    built: list[Any] = [_build(item, {**REWRITES, **TRANSFORMS}, where) for item in _sequence(raw, where)]
-    names = [item if isinstance(item, str) else next(iter(item)) for item in raw]
-    count = sum(name in REWRITES for name in names)
-    if count > 1 or (count and names[0] not in REWRITES):
-        raise RecipeError(f"{where}: rotate stands first and once; it folds the norms, and smoothing with them, away")
-    for name, item in zip(names[count:], built[count:], strict=True):
-        if count and built[0].online and layout.MLP_HIDDEN in item.inputs:
-            raise RecipeError(
-                f"{where}: rotate.online mixes the channels of {layout.MLP_HIDDEN} when the model is run, so no scale of "
-                f"it can be folded into {layout.UP_PROJ.short}_proj: name the other inputs in {name}.inputs"
-            )
-    return tuple(built[:count]), tuple(built[count:])
-
-
-def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> Any:
-    """ "rtn" or {smooth: {alpha: 0.5}} -> the object."""
-    if isinstance(item, str):
-        item = {item: {}}
-    item = _mapping(item, where)
-    if len(item) != 1:
-        raise RecipeError(f"{where}: got {sorted(map(str, item))}, wanted one name with its settings for each entry")
-    name, settings = next(iter(item.items()))
-    _check_keys({name: None}, tuple(known), where)
-    settings = _mapping(settings or {}, f"{where}: {name}")
-    factory = known[name]
-    _check_keys(settings, setting_names(factory), f"{where}: {name}")
-    try:
-        return factory(**settings)
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{where}: {name}: {error}") from None
-    except PanguQuantError as error:
-        raise RecipeError(f"{where}: {error}") from None
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RecipeError(f"{where}: got {type(value).__name__}, wanted a mapping of keys to values")
-    return value
-
-
-def _sequence(value: Any, where: str) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise RecipeError(f"{where}: got {type(value).__name__}, wanted a list")
-    return value
-
-
-def _check_keys(raw: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
-    for key in raw:
-        if key not in allowed:
-            raise RecipeError(
-                f"{where}: unknown key {str(key)!r}{did_you_mean(str(key), allowed)}; known: {', '.join(allowed)}"
             )

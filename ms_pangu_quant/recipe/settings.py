@@ -17,8 +17,8 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 def setting_names(kind: Any) -> list[str]:
-    """Fields that a recipe can fill; needs_* are what an algorithm asks for, not settings."""
-    return [field.name for field in dataclasses.fields(kind) if not field.name.startswith("needs_")]
+    """Fields that a recipe can fill."""
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 def check_types(settings: Any, name: str) -> None:

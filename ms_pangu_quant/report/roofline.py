@@ -21,7 +21,8 @@ from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 
 PRECISIONS = ("float16", "w8a8", "w8a8_static", "w4a8", "w4a16")
-_FOLDERS = (Path(__file__).parent / "configs" / "devices", Path(__file__).parent.parent / "configs" / "devices")
+_PACKAGE = Path(__file__).parent.parent
+_FOLDERS = (_PACKAGE / "configs" / "devices", _PACKAGE.parent / "configs" / "devices")
 
 
 @dataclass(frozen=True)

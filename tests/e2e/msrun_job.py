@@ -27,7 +27,7 @@ def main(folder: Path, task: str, *names: str) -> None:
 def quantize(output: Path) -> None:
     from ms_pangu_quant import pipeline
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
-    from ms_pangu_quant.recipe.recipe import load_recipe
+    from ms_pangu_quant.recipe.parse import load_recipe
 
     runtime.start()
     reader, recipe = CheckpointReader(output.parent / "float"), load_recipe(output.parent / "one.yaml")

@@ -21,7 +21,7 @@ from ms_pangu_quant.mixed.sensitivity import assigned, split
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.pipeline.estimate import stored_bytes
-from ms_pangu_quant.recipe.recipe import load_recipe
+from ms_pangu_quant.recipe.parse import load_recipe
 from tools.dev import make_checkpoint
 
 SCHEMES = ("w4a8_g32", "w8a8")
@@ -158,7 +158,8 @@ FLOAT_MLP, FLOAT_ATTENTION = 'layers: {"*.mlp.*": float}', 'layers: {"*.self_att
 )
 def test_the_size_is_known_beforehand_to_the_byte_where_layers_stay_float(data, tmp_path, dtype, text):
     """What a transform did not change is written in its own dtype."""
-    tool = load_tool("make_checkpoint")
+    from tools.dev import make_checkpoint as tool
+
     tool.write_checkpoint(tmp_path / "float", tool.make_config("tiny"), seed=3, dtype=dtype)
     reader, chosen = CheckpointReader(tmp_path / "float"), recipe_of(tmp_path, f"scheme: w8a8\n{text}\n")
     quantize(reader, chosen, tmp_path / "out", data=data)

@@ -20,7 +20,7 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.pipeline.estimate import stored_bytes
-from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import ASSETS, MINI, calibration, token_data
 
 RECIPES = ("w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128")  # one of each kind on disk

@@ -16,7 +16,7 @@ from ms_pangu_quant.errors import OutputError, PanguQuantError, RecipeError, Req
 from ms_pangu_quant.formats.against import law_of
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import MINI
 
 DATA = pq.ASSETS / "validation.jsonl"

@@ -10,7 +10,7 @@ from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe.recipe import load_recipe
+from ms_pangu_quant.recipe.parse import load_recipe
 from tests.conftest import MINI
 
 CELLS = {

@@ -11,7 +11,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.network.pangu import PanguConfigConverter
 from ms_pangu_quant.pipeline import planned_kinds
-from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import ROOT
 from tools.dev.make_checkpoint import make_config
 

@@ -195,7 +195,7 @@ def test_every_command_is_one_that_the_programs_take(page, command_line, monkeyp
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_recipe_that_a_command_names_exists(page):
-    from ms_pangu_quant.recipe.recipe import find_recipe
+    from ms_pangu_quant.recipe.parse import find_recipe
 
     for words in commands(text_of(page)):
         for option, name in pairwise(words):

@@ -13,7 +13,7 @@ from ms_pangu_quant.formats import ascend
 from ms_pangu_quant.formats.finished import is_exported
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.pipeline import quantize
-from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
 
 @pytest.fixture(scope="module")

@@ -26,26 +26,20 @@ else:
 PACKAGE = "ms_pangu_quant"
 LEVELS = (  # a name stands for the module and all below it; the longest that fits decides
     ("errors", "suggestion", "installation"),
-    (
-        "scheme",
-        "settings",
-        "arguments",
-        "evaluation.verdict",
-        "evaluation.tasks",
-    ),  # what a benchmark is: calibration asks it too
-    ("checkpoint", "calibration", "transforms", "quantizers", "formats"),
-    ("budget",),
-    ("recipe", "estimate", "roofline", "sensitivity"),
-    ("network", "backends"),
-    ("calibration.stream",),
-    ("pipeline", "inference", "measure", "serving"),
+    ("recipe.scheme", "recipe.settings", "job.arguments", "evaluation.verdict", "evaluation.tasks"),
+    ("checkpoint", "recipe.plan", "calibration", "transforms", "quantizers", "formats", "job.share"),
+    ("mixed.budget",),
+    ("recipe", "pipeline.estimate", "report.roofline", "mixed.sensitivity"),
+    ("network", "backends", "job.ranks"),
+    ("calibration.runner", "calibration.stream"),
+    ("pipeline", "inference", "mixed.measure", "serving"),
     ("api",),
     ("evaluation",),
     ("report",),
-    ("cli", "__main__", "msrun"),
+    ("cli", "__main__", "job"),
 )
 MAY_IMPORT = {
-    "mindspore": ("network", "backends", "calibration.stream", "inference"),
+    "mindspore": ("network", "backends", "calibration.runner", "inference", "job.ranks"),
     "mindformers": ("network", "backends"),
 }
 

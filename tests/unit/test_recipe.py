@@ -13,7 +13,8 @@ from ms_pangu_quant.mixed.budget import Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe.recipe import CalibrationSettings, find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.recipe import CalibrationSettings
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant

@@ -13,7 +13,7 @@ from ms_pangu_quant.errors import CheckpointError, DataError, RecipeError
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.mixed.sensitivity import GroupSensitivity, Sensitivity, assigned, method_digest, split
 from ms_pangu_quant.pipeline.estimate import layer_bytes
-from ms_pangu_quant.recipe.recipe import load_recipe
+from ms_pangu_quant.recipe.parse import load_recipe
 
 TEXT = "scheme: {budget: {%s, schemes: [w4a8_g128, w8a8]}}\nrounding: rtn\n"
 GROUPS = tuple(dict.fromkeys(site.fused for site in layout.SITES))

@@ -13,7 +13,8 @@ from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe.recipe import CalibrationSettings, parse_recipe
+from ms_pangu_quant.recipe.parse import parse_recipe
+from ms_pangu_quant.recipe.recipe import CalibrationSettings
 from ms_pangu_quant.recipe.settings import check_types
 from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant

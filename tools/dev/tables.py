@@ -33,7 +33,7 @@ from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
 from ms_pangu_quant.evaluation.summary import scores
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.job.arguments import Parser
-from ms_pangu_quant.recipe.recipe import find_recipe
+from ms_pangu_quant.recipe.parse import find_recipe
 from ms_pangu_quant.report.comparison import Comparison, compare
 from ms_pangu_quant.report.results import Run, load_runs
 from tools.dev import make_checkpoint

@@ -132,7 +132,7 @@ def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
     from ms_pangu_quant.formats.reader import FORMATS
     from ms_pangu_quant.pipeline import quantize
-    from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
+    from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
     ids = np.arange(3, 1024, 32, dtype=np.int32)
     np.save(scratch / "ids.npy", ids)

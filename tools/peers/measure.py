@@ -26,7 +26,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.evaluation.samples import write_json
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
-from ms_pangu_quant.recipe.recipe import find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tools.peers import quantizers
 
 ROOT = Path(__file__).resolve().parents[2]
