@@ -30,7 +30,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from ms_pangu_quant.arguments import Parser
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.evaluation.mini.chats import chat
+from tools.embedded.chats import chat
 
 CHUNK = 2048  # chats drawn and sorted by length together
 SYMBOLS = ("[unused9]", "[unused10]", "[unused16]", "[unused17]")
