@@ -19,9 +19,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
 from ms_pangu_quant.checkpoint.writer import hash_file
-from ms_pangu_quant.evaluation.mini.chats import chat
-from ms_pangu_quant.evaluation.mini.problems import problems
 from ms_pangu_quant.job.arguments import Parser
+from tools.embedded.chats import chat
+from tools.embedded.problems import problems
 
 ASSETS = Path(__file__).resolve().parents[2] / "ms_pangu_quant/assets"
 HELD_OUT = {2: 70, 3: 105, 4: 85, 5: 40}  # steps -> problems

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.evaluation.mini.chats import chat
 from ms_pangu_quant.job.arguments import Parser
+from tools.embedded.chats import chat
 
 CHUNK = 2048  # chats drawn and sorted by length together
 SYMBOLS = ("[unused9]", "[unused10]", "[unused16]", "[unused17]")

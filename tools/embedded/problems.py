@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ms_pangu_quant.evaluation.mini.steps import BY_KIND, BY_NAME, KINDS, Step
+from tools.embedded.steps import BY_KIND, BY_NAME, KINDS, Step
 
 SPLITS = ("train", "validation", "test")
 _ARGUMENTS = {

@@ -1,4 +1,4 @@
-"""evaluation/mini: generated functions do what their steps say, splits never meet, a seed gives the same bytes."""
+"""tools/embedded/: generated functions do what their steps say, splits never meet, a seed gives the same bytes."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import re
 
 import pytest
 
-from ms_pangu_quant.evaluation.mini import problems as made
-from ms_pangu_quant.evaluation.mini.chats import THINKS_FROM, answer, chat
-from ms_pangu_quant.evaluation.mini.steps import BY_NAME, STEPS
+from tools.embedded import problems as made
+from tools.embedded.chats import THINKS_FROM, answer, chat
+from tools.embedded.steps import BY_NAME, STEPS
 
 EXAMPLES = {
     "list": [3, -4, 12, 3],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from ms_pangu_quant.evaluation.mini.problems import Function, draw
+from tools.embedded.problems import Function, draw
 
 MODE_SHARES = {"slow_think": 40, "auto_think": 30, "no_think": 30}
 THINKS_FROM = 3  # steps: auto_think thinks about functions with at least so many
