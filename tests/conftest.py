@@ -49,7 +49,7 @@ def rounded_mini(recipe: Path, output: Path, chats: int) -> Path:
     """The embedded checkpoint quantized with a recipe's file, calibrated on so many chats."""
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
     from ms_pangu_quant.network import runtime
-    from ms_pangu_quant.pipeline import quantize
+    from ms_pangu_quant.pipeline.loop import quantize
     from ms_pangu_quant.recipe.parse import load_recipe
 
     runtime.start("cpu", "graph")

@@ -17,8 +17,8 @@ from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.pipeline.estimate import stored_bytes
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import MINI, TIED, calibration, token_data
 from tools.dev import make_checkpoint

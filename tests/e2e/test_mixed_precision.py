@@ -19,8 +19,8 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.mixed.measure import measure, total_steps
 from ms_pangu_quant.mixed.sensitivity import assigned, split
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.pipeline.estimate import stored_bytes
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
 from tools.dev import make_checkpoint
 

@@ -18,7 +18,7 @@ from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
 from tools.dev import make_checkpoint

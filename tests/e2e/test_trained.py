@@ -24,7 +24,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import CARRIED_OVER
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.inference.compare import compare
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import MINI, calibration, golden, token_data
 

@@ -18,7 +18,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.job.msrun import Job, run
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
 from tests.conftest import ASSETS, MINI, ROOT
 from tests.e2e import msrun_job

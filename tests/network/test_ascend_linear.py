@@ -9,7 +9,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
 from tests.conftest import MINI
 

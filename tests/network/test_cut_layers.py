@@ -14,7 +14,7 @@ from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.network.pangu import build_network
 from ms_pangu_quant.network.weights import served_tensors
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
 from tests.e2e.msrun_job import random_data
 from tests.network.test_ascend_linear import layer_of, nibbles

@@ -18,8 +18,8 @@ from ms_pangu_quant.inference.bench import cache_bytes
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline import quantize
 from ms_pangu_quant.pipeline.estimate import stored_bytes
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.quantizers.kv_cache import CacheGrid, Int8Cache, QuantizedCache, grid_of_range
 from ms_pangu_quant.recipe.parse import load_recipe
 from tests.conftest import MINI, calibration, golden, rounded_as_told, token_data

@@ -12,7 +12,7 @@ from ms_pangu_quant.cli import main
 from ms_pangu_quant.formats import ascend
 from ms_pangu_quant.formats.finished import is_exported
 from ms_pangu_quant.formats.reader import QuantizedReader
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
 

@@ -30,7 +30,7 @@ from ms_pangu_quant.formats.finished import finished_report
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds

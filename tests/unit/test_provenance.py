@@ -11,7 +11,7 @@ from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.evaluation.provenance import of_checkpoint
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
-from ms_pangu_quant.pipeline import quantize
+from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
 

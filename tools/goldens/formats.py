@@ -131,7 +131,7 @@ def llmcompressor(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
 def compressed_tensors(python: str, scratch: Path) -> dict[str, dict[str, Any]]:
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
     from ms_pangu_quant.formats.reader import FORMATS
-    from ms_pangu_quant.pipeline import quantize
+    from ms_pangu_quant.pipeline.loop import quantize
     from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
     ids = np.arange(3, 1024, 32, dtype=np.int32)
