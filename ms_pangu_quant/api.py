@@ -7,7 +7,8 @@ its content as a mapping. MindSpore is started where it is needed, on the CPU in
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,19 +18,26 @@ from ms_pangu_quant.calibration.data import TokenData, load_token_data
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.formats.consumers import check_served, facts_of
-from ms_pangu_quant.formats.reader import FORMATS, open_checkpoint
-from ms_pangu_quant.mixed.sensitivity import Sensitivity, assigned
+from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
+from ms_pangu_quant.formats.export import export as run_export
+from ms_pangu_quant.formats.finished import is_exported, stored_bytes
+from ms_pangu_quant.formats.reader import FORMATS, Format, QuantizedReader, open_checkpoint
+from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, schemes_to_measure
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.block import transform_block
+from ms_pangu_quant.pipeline.estimate import Estimate, SensitivityCost, measuring_cost
+from ms_pangu_quant.pipeline.estimate import estimate as estimate_run
 from ms_pangu_quant.pipeline.loop import quantize as run_pipeline
 from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe, parse_recipe
 from ms_pangu_quant.recipe.recipe import Recipe
+from ms_pangu_quant.report.sensitivity_plot import sensitivity_plot
+from ms_pangu_quant.suggestion import did_you_mean
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.compare import Comparison
@@ -53,36 +61,207 @@ def quantize(
     """Quantize a float checkpoint into the new directory `output`, one block in memory at a time.
 
     calibration  .jsonl, .parquet or dataset directory; the recipe says how much of it is used.
-    sensitivity  what `pangu-quant sensitivity` wrote, for a recipe with a budget.
+    sensitivity  for a recipe with a budget: what sensitivity() wrote. Else OUTPUT.sensitivity.json, which is measured first
+                 if it is not there.
     stored_as    "mindformers", "ascend" or "compressed-tensors"; docs/formats.md says who reads which.
     Raises       PanguQuantError, as the command does, before anything is written where that is possible.
     """
-    reader, chosen = CheckpointReader(Path(checkpoint)), as_recipe(recipe)
-    if stored_as not in FORMATS:
-        raise RequestError(f"stored_as: got {stored_as!r}, wanted one of {', '.join(FORMATS)}")
-    amount, data = chosen.calibration, None
-    if calibration is not None:
-        data = read_data(
-            calibration, reader.directory, reader.config, amount.samples, amount.max_length, amount.seed,
-            allow_benchmark_overlap=allow_benchmark_overlap,
-        )  # fmt: skip
-    check_data(reader.config, chosen, data)
-    if sensitivity is not None:
-        chosen = assigned(chosen, reader.config, Sensitivity.load(Path(sensitivity)), FORMATS[stored_as])
-    plan = chosen.plan(reader.config)
-    if not allow_unserved:
-        check_served(stored_as, facts_of(reader.config, plan))
+    request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
+    progress.on_open(request.reader)
+    request = _budget_spent(request, sensitivity, Path(output), resume, progress)
+    _check_request(request, allow_unserved)
     return run_pipeline(
-        reader, chosen, Path(output), data=data, resume=resume, stored_as=FORMATS[stored_as], progress=progress
+        request.reader,
+        request.recipe,
+        Path(output),
+        data=request.data,
+        resume=resume,
+        stored_as=request.stored_as,
+        progress=progress,
     )
 
 
+def estimate(
+    checkpoint: str | Path,
+    recipe: AnyRecipe,
+    *,
+    calibration: str | Path | None = None,
+    sensitivity: str | Path | None = None,
+    stored_as: str = "mindformers",
+    allow_benchmark_overlap: bool = False,
+    allow_unserved: bool = False,
+) -> Estimate:
+    """What quantize() would make of the same arguments, and what it would take; nothing is written."""
+    request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
+    request = _budget_spent(request, sensitivity, None, False, SILENT)
+    _check_request(request, allow_unserved)
+    return estimate_run(request.reader, request.recipe, request.data, request.stored_as)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the arguments of a run name, opened."""
+
+    reader: CheckpointReader
+    recipe: Recipe
+    data: TokenData | None
+    stored_as: Format
+
+
+def _request(
+    checkpoint: str | Path,
+    recipe: AnyRecipe,
+    calibration: str | Path | None,
+    stored_as: str,
+    allow_benchmark_overlap: bool,
+) -> _Request:
+    reader, chosen = CheckpointReader(Path(checkpoint)), as_recipe(recipe)
+    known = find_layout(stored_as)
+    data = None
+    if calibration is not None:
+        data = calibration_data(calibration, reader, chosen, allow_benchmark_overlap=allow_benchmark_overlap)
+    return _Request(reader, chosen, data, known)
+
+
+def _check_request(request: _Request, allow_unserved: bool) -> None:
+    if not allow_unserved:
+        config = request.reader.config
+        check_served(request.stored_as.NAME, facts_of(config, request.recipe.plan(config)))
+    check_data(request.reader.config, request.recipe, request.data)
+
+
+def _budget_spent(
+    request: _Request, given: str | Path | None, output: Path | None, resume: bool, progress: Progress
+) -> _Request:
+    """The recipe with the schemes that its budget buys, from the sensitivities in `given`, or in OUTPUT.sensitivity.json,
+    which is measured and written first if it is not there; without an output nothing is measured."""
+    recipe, reader = request.recipe, request.reader
+    if recipe.budget is None:
+        if given is not None:
+            raise RequestError(f"--sensitivity: {recipe.where} has no budget to spend on it")
+        return request
+    path = Path(given) if given else output and output.with_name(f"{output.name}.sensitivity.json")
+    if path is None:
+        raise RequestError(
+            f"--dry-run: {recipe.where} has a budget, and what it buys follows from sensitivities: pass --sensitivity FILE "
+            "(pangu-quant sensitivity makes one, and its --dry-run tells what that takes)"
+        )
+    if path.exists() or given:
+        found = Sensitivity.load(path)
+    elif request.data is None:
+        raise RequestError(f"{recipe.where}: a budget needs --calibration FILE, or --sensitivity FILE besides")
+    else:
+        progress.on_measuring(path)
+        found = _measured(reader, recipe, request.data, path, DEFAULT_TOKENS, resume, progress)
+    spent = assigned(recipe, reader.config, found, request.stored_as)
+    assert spent.assignment is not None
+    progress.on_budget(spent.assignment)
+    return replace(request, recipe=spent)
+
+
+def sensitivity(
+    checkpoint: str | Path,
+    recipe: AnyRecipe,
+    calibration: str | Path,
+    output: str | Path,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    resume: bool = False,
+    allow_benchmark_overlap: bool = False,
+    progress: Progress = SILENT,
+) -> Sensitivity:
+    """What each group of layers costs when it alone is quantized: measured, written to the JSON file `output`, and drawn
+    into an .svg beside it.
+
+    tokens  of the calibration data that KL is measured on; statistics are taken from the others.
+    resume  go on with an unfinished run.
+    """
+    request = _request(checkpoint, recipe, calibration, "mindformers", allow_benchmark_overlap)
+    path = Path(output)
+    schemes_to_measure(request.recipe)
+    if path.is_dir() or not path.parent.is_dir():
+        raise RequestError(f"--output: {path} is not a file in a directory that exists")
+    assert request.data is not None
+    progress.on_open(request.reader)
+    return _measured(request.reader, request.recipe, request.data, path, tokens, resume, progress)
+
+
+def sensitivity_cost(
+    checkpoint: str | Path,
+    recipe: AnyRecipe,
+    calibration: str | Path,
+    *,
+    tokens: int = DEFAULT_TOKENS,
+    allow_benchmark_overlap: bool = False,
+) -> SensitivityCost:
+    """What sensitivity() would take for the same arguments."""
+    request = _request(checkpoint, recipe, calibration, "mindformers", allow_benchmark_overlap)
+    schemes_to_measure(request.recipe)
+    assert request.data is not None
+    return measuring_cost(request.reader.config, request.recipe, request.data, tokens)
+
+
+def _measured(
+    reader: CheckpointReader, recipe: Recipe, data: TokenData, path: Path, tokens: int, resume: bool, progress: Progress
+) -> Sensitivity:
+    runtime.ensure_started()
+    from ms_pangu_quant.mixed.measure import measure
+
+    folder = path.with_name(f"{path.name}.partial")
+    found = measure(reader, recipe, folder, data=data, tokens=tokens, resume=resume, on_step=progress.on_streams)
+    write_atomically(path.with_suffix(".svg"), [sensitivity_plot(found).encode()])
+    found.save(path)
+    return found
+
+
+def export(
+    directory: str | Path,
+    output: str | Path,
+    *,
+    stored_as: str,
+    resume: bool = False,
+    allow_unserved: bool = False,
+    on_block: Callable[[int], None] = lambda index: None,
+) -> Exported:
+    """Write a quantized directory in another format; the float checkpoint is not needed."""
+    target, reader = find_layout(stored_as), open_checkpoint(Path(directory))
+    if not isinstance(reader, QuantizedReader):
+        raise RequestError(f"{directory}: is a float checkpoint; wanted a quantized one (pangu-quant quantize makes it)")
+    facts = facts_of(reader.config, reader.plan)
+    if not allow_unserved:
+        check_served(target.NAME, facts)
+    if resume and is_exported(reader, target, Path(output)):
+        return Exported(Path(output), reader.format.NAME, target.NAME, stored_bytes(Path(output)), (), was_complete=True)
+    size = run_export(reader, target, Path(output), resume=resume, on_block=on_block)
+    wrong = tuple((each, row) for each in facts for row in rows_for(target.NAME, each) if row.verdict == WRONG)
+    return Exported(Path(output), reader.format.NAME, target.NAME, size, wrong)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """wrong: the programs that would compute this export wrongly, each with the layers that it is about."""
+
+    output: Path
+    stored_as_before: str
+    stored_as: str
+    bytes: int
+    wrong: tuple[tuple[Facts, Row], ...]
+    was_complete: bool = False  # an earlier export had written all of it
+
+
 def compare(
-    reference: str | Path, quantized: str | Path, data: str | Path, *, limit: int | None = None, max_length: int = 2048
+    reference: str | Path,
+    quantized: str | Path,
+    data: str | Path,
+    *,
+    limit: int | None = None,
+    max_length: int = 2048,
+    on_block: Callable[[], None] = lambda: None,
 ) -> Comparison:
     """How far the next-token distributions of one directory are from another's, on text that calibration has not seen.
 
-    data  rows of text, messages or token_ids; the first `limit` of them, each cut to max_length tokens.
+    data      rows of text, messages or token_ids; the first `limit` of them, each cut to max_length tokens.
+    on_block  called after each block of either.
     """
     from ms_pangu_quant.inference.compare import compare as run
 
@@ -90,7 +269,7 @@ def compare(
     config = open_checkpoint(directory).config
     longest = min(max_length, config.max_position_embeddings)
     rows = read_data(data, directory, config, limit, longest, None, allow_benchmark_overlap=True)
-    return run(directory, Path(quantized), rows.sequences)
+    return run(directory, Path(quantized), rows.sequences, on_block)
 
 
 def observe(
@@ -139,6 +318,24 @@ def as_recipe(recipe: AnyRecipe) -> Recipe:
     if isinstance(recipe, Mapping):
         return parse_recipe(json.dumps(dict(recipe)), "recipe")  # JSON is YAML
     return load_recipe(find_recipe(str(recipe)))
+
+
+def find_layout(name: str) -> Format:
+    """The on-disk layout of this name. Raises RequestError."""
+    if name not in FORMATS:
+        raise RequestError(f"--format: got {name!r}{did_you_mean(name, FORMATS)}, wanted one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def calibration_data(
+    path: str | Path, reader: CheckpointReader, recipe: Recipe, *, allow_benchmark_overlap: bool = False
+) -> TokenData:
+    """As much of the file as the recipe uses."""
+    amount = recipe.calibration
+    return read_data(
+        path, reader.directory, reader.config, amount.samples, amount.max_length, amount.seed,
+        allow_benchmark_overlap=allow_benchmark_overlap,
+    )  # fmt: skip
 
 
 def read_data(

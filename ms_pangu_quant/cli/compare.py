@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ms_pangu_quant.api import read_data
+from ms_pangu_quant import api
 from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars
-from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.network import runtime
 
 
 def compare_command(
@@ -32,21 +32,18 @@ def compare_command(
         pangu-quant compare openPangu-Embedded-7B pangu-7b-w8a8 \\
             --data heldout.jsonl --limit 100
     """
-    from ms_pangu_quant.inference.compare import compare
-    from ms_pangu_quant.network import runtime
-
-    config = open_checkpoint(checkpoint).config
-    longest = min(max_length, config.max_position_embeddings)
-    rows = read_data(data, checkpoint, config, limit, longest, None, allow_benchmark_overlap=True)
-    runtime.start("cpu", "graph", verbose=verbose)
-    with progress_bars() as progress:
-        task = progress.add_task("blocks", total=2 * config.num_hidden_layers, kind="count")
-        result = compare(checkpoint, directory, rows.sequences, on_block=lambda: progress.advance(task))
+    if verbose:
+        runtime.start(verbose=True)
+    with progress_bars() as bars:
+        task = bars.add_task("blocks", total=None, kind="count")
+        result = api.compare(
+            checkpoint, directory, data, limit=limit, max_length=max_length, on_block=lambda: bars.advance(task)
+        )
     if as_json:
         print(json.dumps(asdict(result)))
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_row("tokens", f"{result.tokens}", f"in {len(rows.sequences)} texts")
+    table.add_row("tokens", f"{result.tokens}", f"in {result.texts} texts")
     table.add_row(
         "mean KL", f"{result.kl_mean:.3g} nats", f"standard error {result.kl_se:.1g}; 99th percentile {result.kl_p99:.3g}"
     )

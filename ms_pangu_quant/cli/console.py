@@ -18,14 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from ms_pangu_quant.api import read_data
-from ms_pangu_quant.calibration.data import TokenData
-from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.formats import reader
 from ms_pangu_quant.formats.reader import FORMATS
-from ms_pangu_quant.recipe.recipe import Recipe
-from ms_pangu_quant.suggestion import did_you_mean
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -45,24 +38,11 @@ Format = Annotated[
 AllowUnserved = Annotated[
     bool, typer.Option("--allow-unserved", help="Write a scheme in a format in which no program computes it.")
 ]
+AllowBenchmarkOverlap = Annotated[
+    bool,
+    typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-
-
-def chosen_format(name: str) -> reader.Format:
-    if name not in FORMATS:
-        raise RequestError(f"--format: got {name!r}{did_you_mean(name, FORMATS)}, wanted one of {', '.join(FORMATS)}")
-    return FORMATS[name]
-
-
-def calibration_data(
-    path: Path, checkpoint: Path, config: ModelConfig, recipe: Recipe, allow_benchmark_overlap: bool
-) -> TokenData:
-    """As much of the file as the recipe uses."""
-    amount = recipe.calibration
-    return read_data(
-        path, checkpoint, config, amount.samples, amount.max_length, amount.seed,
-        allow_benchmark_overlap=allow_benchmark_overlap,
-    )  # fmt: skip
 
 
 def progress_bars() -> Progress:

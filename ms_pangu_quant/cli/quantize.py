@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.progress import Progress
+from rich.progress import Progress as Bars
+from rich.progress import TaskID
 from rich.table import Table
 
-from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant import api
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli.console import (
+    AllowBenchmarkOverlap,
     AllowUnserved,
     Checkpoint,
     Format,
     Verbose,
-    calibration_data,
-    chosen_format,
     err,
     out,
     peak_memory,
@@ -27,17 +27,12 @@ from ms_pangu_quant.cli.console import (
     size,
 )
 from ms_pangu_quant.cli.inspect import inspection, print_layers
-from ms_pangu_quant.cli.sensitivity import with_budget_spent
-from ms_pangu_quant.formats.consumers import check_served, facts_of
 from ms_pangu_quant.job import ranks
+from ms_pangu_quant.mixed.budget import Assignment
+from ms_pangu_quant.mixed.sensitivity import total_steps
 from ms_pangu_quant.network import runtime
-from ms_pangu_quant.pipeline.estimate import Estimate, estimate
-from ms_pangu_quant.pipeline.loop import quantize
-from ms_pangu_quant.pipeline.prepare import check_data
-from ms_pangu_quant.pipeline.report import BlockReport
-from ms_pangu_quant.pipeline.report import Progress as RunProgress
-from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
-from ms_pangu_quant.recipe.recipe import Recipe
+from ms_pangu_quant.pipeline.estimate import Estimate
+from ms_pangu_quant.pipeline.report import BlockReport, Progress, QuantizeResult
 
 
 def quantize_command(
@@ -65,10 +60,7 @@ def quantize_command(
             "measured first if it is not there."
         ),
     ] = None,
-    allow_benchmark_overlap: Annotated[
-        bool,
-        typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems."),
-    ] = False,
+    allow_benchmark_overlap: AllowBenchmarkOverlap = False,
     stored_as: Format = "mindformers",
     allow_unserved: AllowUnserved = False,
     verbose: Verbose = False,
@@ -79,99 +71,115 @@ def quantize_command(
         pangu-quant quantize openPangu-Embedded-7B --recipe w8a8 \\
             --calibration chats.jsonl --output pangu-7b-w8a8
     """
-    reader = CheckpointReader(checkpoint)
-    if reader.rows is not None:
-        err.print(f"{checkpoint}: MindFormers' training form, taken as: {reader.rows}", soft_wrap=True, markup=False)
-    chosen = load_recipe(find_recipe(recipe))
-    layout_on_disk = chosen_format(stored_as)
-    data = None
-    if calibration is not None:
-        data = calibration_data(calibration, checkpoint, reader.config, chosen, allow_benchmark_overlap)
-    chosen = with_budget_spent(
-        reader,
-        chosen,
-        layout_on_disk,
-        output,
-        given=sensitivity,
-        data=data,
-        resume=resume,
-        dry_run=dry_run,
-        verbose=verbose,
-    )
-    if not allow_unserved:
-        plan = chosen.plan(reader.config)
-        check_served(layout_on_disk.NAME, facts_of(reader.config, plan))
+    asked = {
+        "calibration": calibration,
+        "sensitivity": sensitivity,
+        "stored_as": stored_as,
+        "allow_benchmark_overlap": allow_benchmark_overlap,
+        "allow_unserved": allow_unserved,
+    }
     if dry_run:
-        check_data(reader.config, chosen, data)
-        _print_plan(estimate(reader, chosen, data, layout_on_disk), chosen, data)
+        _print_estimate(api.estimate(checkpoint, recipe, **asked))
         return
-    if data is not None:
-        runtime.start("cpu", "graph", verbose=verbose)
+    if verbose and calibration is not None:
+        runtime.start(verbose=True)
     started = time.monotonic()
-    with progress_bars() as progress:
-        hashing = progress.add_task("hashing", total=reader.bytes, kind="bytes")
-        blocks = progress.add_task("blocks", total=reader.config.num_hidden_layers, kind="count", start=False)
-        on_block = _block_printer(progress, blocks, reader.config.num_hidden_layers)
-        result = quantize(
-            reader,
-            chosen,
-            output,
-            data=data,
-            resume=resume,
-            stored_as=layout_on_disk,
-            progress=RunProgress(lambda count: progress.advance(hashing, count), on_block),
+    with progress_bars() as bars:
+        result = api.quantize(checkpoint, recipe, output, resume=resume, progress=Shown(bars).progress, **asked)
+    if ranks.current().is_first:
+        _print_result(result, time.monotonic() - started)
+
+
+class Shown:
+    """A run on the terminal: a bar for what takes long, and a line for each finished block."""
+
+    def __init__(self, bars: Bars) -> None:
+        self._bars, self._task, self._blocks, self._bytes = bars, TaskID(0), 0, 0
+        self._previous = time.monotonic()
+        self.progress = Progress(
+            on_open=self._open,
+            on_measuring=self._measuring,
+            on_streams=self._streams,
+            on_budget=self._budget,
+            on_bytes=self._read,
+            on_block=self._block,
         )
-    if not ranks.current().is_first:
-        return
+
+    def _open(self, reader: CheckpointReader) -> None:
+        if reader.rows is not None:
+            where = reader.directory
+            err.print(f"{where}: MindFormers' training form, taken as: {reader.rows}", soft_wrap=True, markup=False)
+        self._blocks, self._bytes = reader.config.num_hidden_layers, reader.bytes
+
+    def _measuring(self, path: Path) -> None:
+        err.print(f"measuring sensitivities for the budget -> {path}", soft_wrap=True)
+
+    def _streams(self, count: int) -> None:
+        self._advance("measuring", count, total_steps(self._blocks))
+
+    def _budget(self, found: Assignment) -> None:
+        counts = Counter(found.schemes.values())
+        err.print(
+            f"budget: {found.bits_per_weight:.3f} bits per weight, predicted KL {found.predicted_kl:.3g} "
+            f"({', '.join(f'{count} layers {name}' for name, count in sorted(counts.items()))})",
+            soft_wrap=True,
+        )
+
+    def _read(self, count: int) -> None:
+        self._advance("hashing", count, self._bytes, kind="bytes")
+
+    def _block(self, report: BlockReport) -> None:
+        seconds, self._previous = time.monotonic() - self._previous, time.monotonic()
+        parts = [f"block {report.index + 1:>{len(str(self._blocks))}}/{self._blocks}"]
+        if report.output_error is not None:
+            parts.append(f"output error {report.output_error:.4f}")
+        if report.weight_error:
+            parts.append(f"weight error {max(report.weight_error.values()):.4f}")
+        self._bars.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]))
+        for site, note in report.notes.items():
+            self._bars.console.print(f"  {site}: {note}")
+        self._advance("blocks", 1, self._blocks)
+
+    def _advance(self, name: str, count: int, total: int, kind: str = "count") -> None:
+        """Moves the bar of this name; it takes the place of the one before."""
+        task = next((task for task in self._bars.tasks if task.description == name), None)
+        if task is None:
+            for other in self._bars.task_ids:
+                self._bars.remove_task(other)
+            self._task, self._previous = self._bars.add_task(name, total=total, kind=kind), time.monotonic()
+        self._bars.advance(self._task, count)
+
+
+def _print_result(result: QuantizeResult, seconds: float) -> None:
     if result.was_complete:
         out.print(f"{result.output}: already complete", soft_wrap=True, markup=False)
         return
     ratio = result.bytes_after / result.bytes_before
     out.print(
         f"{result.output}: {size(result.bytes_before)} -> {size(result.bytes_after)} ({ratio:.0%}), "
-        f"{time.monotonic() - started:.0f} s, peak memory {peak_memory()}"
+        f"{seconds:.0f} s, peak memory {peak_memory()}"
     )
-    print_layers(inspection(output))
+    print_layers(inspection(result.output))
 
 
-def _block_printer(progress: Progress, task: Any, total: int) -> Callable[[BlockReport], None]:
-    """Prints one line for each finished block and moves the bar."""
-    previous = time.monotonic()
-
-    def on_block(report: BlockReport) -> None:
-        nonlocal previous
-        progress.start_task(task)
-        seconds, previous = time.monotonic() - previous, time.monotonic()
-        parts = [f"block {report.index + 1:>{len(str(total))}}/{total}"]
-        if report.output_error is not None:
-            parts.append(f"output error {report.output_error:.4f}")
-        if report.weight_error:
-            parts.append(f"weight error {max(report.weight_error.values()):.4f}")
-        progress.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]))
-        for site, note in report.notes.items():
-            progress.console.print(f"  {site}: {note}")
-        progress.advance(task)
-
-    return on_block
-
-
-def _print_plan(plan: Estimate, recipe: Recipe, data: TokenData | None) -> None:
+def _print_estimate(found: Estimate) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("layers", "blocks", "scheme", "bits per weight"):
         table.add_column(heading)
-    for names, blocks, kind, bits in plan.groups:
-        table.add_row(names, blocks, kind, f"{bits:.2f}")
-    if recipe.kv_cache is not None:
+    for names, blocks, word, bits in found.groups:
+        table.add_row(names, blocks, word, f"{bits:.2f}")
+    if found.cache is not None:
         table.add_row("keys, values", "all", "int8 cache", "")
     out.print(table)
-    if data is not None:
+    if found.calibration is not None:
+        used = found.calibration
         out.print(
-            f"calibration: {len(data.sequences)} texts, {data.tokens} tokens ({data.truncated} cut to "
-            f"{recipe.calibration.max_length})",
+            f"calibration: {used['sequences']} texts, {used['tokens']} tokens ({used['truncated']} cut to "
+            f"{used['max_length']})",
             soft_wrap=True,
         )
     out.print(
-        f"size: {size(plan.bytes_before)} -> {size(plan.bytes_after)}; peak memory about {size(plan.peak_bytes)}; "
-        f"about {plan.seconds / 60:.1f} minutes on this machine",
+        f"size: {size(found.bytes_before)} -> {size(found.bytes_after)}; peak memory about {size(found.peak_bytes)}; "
+        f"about {found.seconds / 60:.1f} minutes on this machine",
         soft_wrap=True,
     )

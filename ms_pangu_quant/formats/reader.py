@@ -142,6 +142,13 @@ def quantized_specs(chosen: Format, config: ModelConfig, plan: Plan) -> dict[str
     return {**found, **kv_cache.specs(config)} if plan.cache is not None else found
 
 
+def layer_bytes(stored_as: Format, config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> int:
+    """Size of one quantized layer's tensors, without its bias."""
+    specs = stored_as.specs(config, site, scheme).values()
+    narrow = scheme.weight.bfloat16_scale
+    return sum(spec.nbytes(bfloat16_values=narrow) for spec in specs if not spec.optional)
+
+
 def read_block(chosen: Format, files: TensorFiles, config: ModelConfig, plan: BlockPlan, index: int) -> RoundedBlock:
     """A stored block. Raises CheckpointError naming a tensor whose values no such layer has."""
     prefix = layout.block_prefix(index)

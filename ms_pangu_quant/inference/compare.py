@@ -33,6 +33,7 @@ class Comparison:
     ppl_*             perplexity of the text itself.
     """
 
+    texts: int
     tokens: int
     kl_mean: float
     kl_se: float
@@ -62,6 +63,7 @@ def compare(
     )
     ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
     return Comparison(
+        texts=len(sequences),
         tokens=len(targets),
         kl_mean=float(kl[1].mean()),
         kl_se=cluster_error(np.split(kl[1], ends)),

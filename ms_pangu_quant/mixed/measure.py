@@ -35,20 +35,27 @@ from ms_pangu_quant.checkpoint.files import write_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows
-from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, GroupSensitivity, Sensitivity, method_digest, split
+from ms_pangu_quant.mixed.sensitivity import (
+    DEFAULT_TOKENS,
+    FIRST_STREAMS,
+    GroupSensitivity,
+    Sensitivity,
+    method_digest,
+    schemes_to_measure,
+    split,
+    steps,
+)
 from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.prepare import check_data, checkpoint_hash
 from ms_pangu_quant.recipe.parse import text_of
 from ms_pangu_quant.recipe.recipe import Recipe
 
-_FIRST = 3  # streams in front of the groups': the float model's, and with all layers in the cheaper and the dearer scheme
 _AT_A_TIME = 16  # streams that go through a block between two calls of on_step
 
 
 def measure(
     reader: CheckpointReader,
     recipe: Recipe,
-    schemes: tuple[str, str],
     folder: Path,
     *,
     data: TokenData,
@@ -56,7 +63,7 @@ def measure(
     resume: bool = False,
     on_step: Callable[[int], None] = lambda streams: None,
 ) -> Sensitivity:
-    """Sensitivities to `schemes` (cheaper, dearer) under the transforms and the rounding of `recipe`.
+    """Sensitivities to the recipe's schemes_to_measure() under its transforms and its rounding.
 
     folder   for the hidden states of a run under way; removed when it is done.
     data     the last texts, of at least `tokens` tokens together, are measured on; the others give the statistics.
@@ -65,6 +72,7 @@ def measure(
     Raises   PanguQuantError for what is wrong with data, recipe or folder.
     """
     check_data(reader.config, recipe, data)
+    schemes = schemes_to_measure(recipe)
     reader = recipe.rewritten(reader)
     recipes = [recipe.uniform(name) for name in schemes]
     for each in recipes:
@@ -85,9 +93,9 @@ def measure(
     runner = BlockRunner(reader.config, lengths[0], also=[list(lengths[1]) * _AT_A_TIME])
     if not state.finished:
         begun = embedding_rows(reader.files, np.concatenate(measured))
-        state.begin(embedding_rows(reader.files, np.concatenate(known)), np.stack([begun] * _FIRST))
+        state.begin(embedding_rows(reader.files, np.concatenate(known)), np.stack([begun] * FIRST_STREAMS))
     for index in range(state.finished):
-        on_step(_steps(index))
+        on_step(steps(index))
     for index in range(state.finished, reader.config.num_hidden_layers):
         _measure_block(runner, reader.block(index), recipes, state, lengths, index, on_step)
     kl = _final_kl(reader, state, measured, on_step)
@@ -96,22 +104,12 @@ def measure(
         GroupSensitivity(
             **record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)) if len(ends) else None
         )
-        for record, values in zip(state.records, kl[_FIRST:], strict=True)
+        for record, values in zip(state.records, kl[FIRST_STREAMS:], strict=True)
     ]
-    found = Sensitivity(
-        schemes, tuple(groups), dict(zip(schemes, (float(values.mean()) for values in kl[1:_FIRST]), strict=True)), origin
-    )
+    together = dict(zip(schemes, (float(values.mean()) for values in kl[1:FIRST_STREAMS]), strict=True))
+    found = Sensitivity(schemes, tuple(groups), together, origin)
     state.remove()
     return found
-
-
-def total_steps(blocks: int) -> int:
-    """Streams times blocks, and heads."""
-    return sum(_steps(index) for index in range(blocks)) + _FIRST + len(layout.FUSED) * blocks
-
-
-def _steps(index: int) -> int:
-    return _FIRST + len(layout.FUSED) * (index + 1)
 
 
 def _measure_block(
@@ -140,7 +138,7 @@ def _measure_block(
         runner.advance(rounded, Hidden(before[1 + place], lengths[1]), after[1 + place])
         for number, group in enumerate(layout.FUSED):
             own = {site.name: rounded.linears[site.name] for site in layout.fused(group)}
-            stream = after[_FIRST + len(layout.FUSED) * index + number] if place == 0 else None
+            stream = after[FIRST_STREAMS + len(layout.FUSED) * index + number] if place == 0 else None
             errors[group][each.scheme] = error(RoundedBlock(changed, own), stream)
             if place == 0:
                 parts = (
@@ -150,8 +148,8 @@ def _measure_block(
                     own, errors[group][each.scheme]
                 )
         del changed, rounded
-    on_step(_FIRST + len(layout.FUSED))
-    for start in range(_FIRST, len(before), _AT_A_TIME):
+    on_step(FIRST_STREAMS + len(layout.FUSED))
+    for start in range(FIRST_STREAMS, len(before), _AT_A_TIME):
         carried = before[start : start + _AT_A_TIME]
         flat = (len(carried) * before.shape[1], before.shape[2])
         out = after[start : start + len(carried)].reshape(flat)

@@ -24,15 +24,16 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig, read_json
 from ms_pangu_quant.checkpoint.files import json_bytes, write_json
 from ms_pangu_quant.errors import CheckpointError, DataError, RecipeError
-from ms_pangu_quant.formats.reader import Format
+from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.mixed.budget import Assignment, Choice, choose
-from ms_pangu_quant.pipeline.estimate import layer_bytes
 from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.recipe.settings import digest_of
 
 VERSION = 1
 DEFAULT_TOKENS = 4096
+_DEARER = "w8a8"
+FIRST_STREAMS = 3  # before the groups': the float model's, and with all layers in the cheaper and the dearer scheme
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,31 @@ def split(data: TokenData, tokens: int) -> tuple[list[NDArray[np.int32]], list[N
             "measured on; none are left for the statistics: give more (calibration.samples) or measure on fewer (--tokens)"
         )
     return list(data.sequences[:start]), list(data.sequences[start:])
+
+
+def total_steps(blocks: int) -> int:
+    """What measuring takes: streams times blocks, and heads."""
+    return sum(steps(index) for index in range(blocks)) + FIRST_STREAMS + len(layout.FUSED) * blocks
+
+
+def steps(index: int) -> int:
+    """Streams that go through block `index`."""
+    return FIRST_STREAMS + len(layout.FUSED) * (index + 1)
+
+
+def schemes_to_measure(recipe: Recipe) -> tuple[str, str]:
+    """(cheaper, dearer): those of a recipe's budget, or its scheme and the dearest that there is.
+
+    Raises RecipeError where there is nothing to compare.
+    """
+    if recipe.budget is not None:
+        cheap, dear = recipe.budget.schemes
+        return cheap, dear
+    if recipe.scheme in (_DEARER, KEEP_FLOAT):
+        raise RecipeError(
+            f"{recipe.where}: scheme is {recipe.scheme}; wanted a budget, or a scheme to compare with {_DEARER}"
+        )
+    return recipe.scheme, _DEARER
 
 
 def method_digest(recipe: Recipe) -> str:

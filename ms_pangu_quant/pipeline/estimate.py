@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,11 +15,13 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache, mindformers
-from ms_pangu_quant.formats.reader import Format
+from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.mixed.sensitivity import split
+from ms_pangu_quant.pipeline.report import calibration_facts
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
-from ms_pangu_quant.recipe.scheme import QuantScheme
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
 _SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
@@ -26,9 +30,15 @@ _PYTHON = 0.15 * 2**30  # resident without them
 
 @dataclass(frozen=True)
 class Estimate:
-    """groups: (layers, blocks, scheme, bits per weight) rows; sizes in bytes."""
+    """groups: (layers, blocks, scheme, bits per weight) rows; sizes in bytes.
+
+    cache        scheme of keys and values, None for floats.
+    calibration  what of the data is used, as the report has it.
+    """
 
     groups: tuple[tuple[str, str, str, float], ...]
+    cache: TensorScheme | None
+    calibration: Mapping[str, Any] | None
     bytes_before: int
     bytes_after: int
     peak_bytes: float
@@ -51,7 +61,8 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
-    return Estimate(_groups(plan, reader.config), reader.bytes, after, peak, seconds)
+    used = None if data is None else calibration_facts(recipe, data)
+    return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds)
 
 
 def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) -> float:
@@ -80,8 +91,25 @@ def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
     return total
 
 
-def sensitivity_seconds(config: ModelConfig, recipe: Recipe, statistics: int, measured: int) -> float:
-    """What measure() takes on this machine for so many tokens; the copies' way to the head is most of it."""
+@dataclass(frozen=True)
+class SensitivityCost:
+    """statistics, measured: tokens; disk in bytes, beside the output."""
+
+    statistics: int
+    measured: int
+    seconds: float
+    disk: int
+
+
+def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens: int) -> SensitivityCost:
+    """What mixed.measure takes on this machine. Raises DataError where the data is too little."""
+    statistics, measured = (sum(map(len, texts)) for texts in split(data, tokens))
+    disk = 2 * (4 * config.num_hidden_layers + 3) * measured * config.hidden_size * 4
+    return SensitivityCost(statistics, measured, _measuring_seconds(config, recipe, statistics, measured), disk)
+
+
+def _measuring_seconds(config: ModelConfig, recipe: Recipe, statistics: int, measured: int) -> float:
+    """The copies' way to the head is most of it."""
     blocks = config.num_hidden_layers
     weights = sum(map(math.prod, (layout.site_shape(config, site) for site in layout.SITES)))
     passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
@@ -106,13 +134,6 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as
     if plan.cache is not None:
         total += sum(spec.nbytes(bfloat16_values=True) for spec in kv_cache.specs(config).values())
     return total
-
-
-def layer_bytes(stored_as: Format, config: ModelConfig, site: layout.LinearSite, scheme: QuantScheme) -> int:
-    """Size of one quantized layer's tensors, without its bias."""
-    specs = stored_as.specs(config, site, scheme).values()
-    narrow = scheme.weight.bfloat16_scale
-    return sum(spec.nbytes(bfloat16_values=narrow) for spec in specs if not spec.optional)
 
 
 def _groups(plan: Plan, config: ModelConfig) -> tuple[tuple[str, str, str, float], ...]:

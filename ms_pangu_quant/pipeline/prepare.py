@@ -44,6 +44,8 @@ def prepare(
 ) -> Run:
     """Reads the whole checkpoint once, for its hash. Raises PanguQuantError for what does not fit together."""
     check_data(reader.config, recipe, data)
+    if data is not None:
+        runtime.ensure_started()
     reader = recipe.rewritten(reader)
     plan, ranks = recipe.plan(reader.config), runtime.job()
     files = stored_as.metadata(reader.config, plan)

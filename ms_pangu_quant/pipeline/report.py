@@ -10,7 +10,9 @@ from typing import Any
 
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.block import RoundedBlock
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.mixed.budget import Assignment
 from ms_pangu_quant.recipe.parse import text_of
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
@@ -55,11 +57,19 @@ def _nothing(value: object) -> None:
 class Progress:
     """What is called while a run is under way.
 
-    on_bytes  with how many bytes of the checkpoint were just read for its hash.
-    on_block  with each block's report once it is on disk; with resume, for the finished ones too.
+    on_open       with the reader of the checkpoint, before anything else.
+    on_measuring  with the file that sensitivities are measured into, where a budget needs them.
+    on_streams    with how many more of mixed.sensitivity.total_steps() are done of that.
+    on_budget     with what a budget came to.
+    on_bytes      with how many bytes of the checkpoint were just read for its hash.
+    on_block      with each block's report once it is on disk; with resume, for the finished ones too.
     """
 
+    on_open: Callable[[CheckpointReader], None] = _nothing
+    on_measuring: Callable[[Path], None] = _nothing
     on_bytes: Callable[[int], None] = _nothing
+    on_streams: Callable[[int], None] = _nothing
+    on_budget: Callable[[Assignment], None] = _nothing
     on_block: Callable[[BlockReport], None] = _nothing
 
 
@@ -75,7 +85,7 @@ def report(
         "fingerprint": dict(fingerprint),
         "recipe": {"why": recipe.why, "text": text_of(recipe)},
         **({"budget": recipe.assignment.summary()} if recipe.assignment else {}),
-        "calibration": None if data is None else _calibration(recipe, data),
+        "calibration": None if data is None else calibration_facts(recipe, data),
         "bytes_before": bytes_before,
         "blocks": [],
         "schemes": {name: word_of(scheme) for name, _, scheme in plan},
@@ -84,7 +94,7 @@ def report(
     }
 
 
-def _calibration(recipe: Recipe, data: TokenData) -> dict[str, Any]:
+def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
     return {
         "sequences": len(data.sequences),
         "tokens": data.tokens,
