@@ -117,40 +117,54 @@ def bench(
     limit_fraction  least possible time / latency; None without limits, which are this CPU's (with_limits): medians of what
                     was measured in turns with the row's repetitions. Those that are returned are medians of the whole run.
     time_to_first_token_ms  prefill rows: until the first sequence's first token is known.
+    peak_rss_gib    of the process with all subjects, up to this pair, before any limit was measured.
     """
-    generator = np.random.default_rng(seed)
+    generator, vocab = np.random.default_rng(seed), subjects[0].model.config.vocab_size
+    pairs = [
+        (prompt_len, batch, generator.integers(0, vocab, (batch, prompt_len)).tolist())
+        for prompt_len in prompt_lens
+        for batch in batch_sizes
+    ]
+    peaks = [_warm_up(subjects, prompts, new_tokens) for _, _, prompts in pairs]
     measured: list[MachineLimits] = []
     rows = []
-    for prompt_len in prompt_lens:
-        for batch in batch_sizes:
-            vocab = subjects[0].model.config.vocab_size
-            prompts = generator.integers(0, vocab, (batch, prompt_len)).tolist()
-            times: dict[tuple[str, str], list[float]] = {}
-            for repeat in range(repeats + 1):
-                for subject in subjects:
-                    prefill, first, steps = _answer(subject.model, prompts, new_tokens)
-                    if repeat:  # the first repetition compiles and warms up
-                        times.setdefault((subject.name, "prefill"), []).append(prefill)
-                        times.setdefault((subject.name, "first"), []).append(first)
-                        times.setdefault((subject.name, "decode"), []).extend(steps)
-                    if repeat == repeats:
-                        on_measured()
-                if repeat and with_limits:
-                    measured.append(MachineLimits.measure())
-            limits = MachineLimits.median(measured[-repeats:]) if with_limits else None
-            peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for (prompt_len, batch, prompts), peak in zip(pairs, peaks, strict=True):
+        times: dict[tuple[str, str], list[float]] = {}
+        for repeat in range(1, repeats + 1):
             for subject in subjects:
-                for phase, tokens in (("prefill", batch * prompt_len), ("decode", batch)):
-                    passes = len(list(_passes(prompts, subject.model))) if phase == "prefill" else 1
-                    least = subject.work.seconds(limits, tokens, batch, passes) if limits else None
-                    row = _row(np.array(times[subject.name, phase]), tokens, least)
-                    row = {"model": subject.name, "phase": phase, "batch_size": batch, "prompt_len": prompt_len, **row}
-                    row["peak_rss_gib"] = peak / 2**30
-                    row["cache_mib"] = cache_bytes(subject.model) / 2**20
-                    if phase == "prefill":
-                        row["time_to_first_token_ms"] = 1e3 * float(np.median(times[subject.name, "first"]))
-                    rows.append(row)
+                prefill, first, steps = _answer(subject.model, prompts, new_tokens)
+                times.setdefault((subject.name, "prefill"), []).append(prefill)
+                times.setdefault((subject.name, "first"), []).append(first)
+                times.setdefault((subject.name, "decode"), []).extend(steps)
+                if repeat == repeats:
+                    on_measured()
+            if with_limits:
+                measured.append(MachineLimits.measure())
+        limits = MachineLimits.median(measured[-repeats:]) if with_limits else None
+        for subject in subjects:
+            for phase, tokens in (("prefill", batch * prompt_len), ("decode", batch)):
+                passes = len(list(_passes(prompts, subject.model))) if phase == "prefill" else 1
+                least = subject.work.seconds(limits, tokens, batch, passes) if limits else None
+                row = _row(np.array(times[subject.name, phase]), tokens, least)
+                row = {"model": subject.name, "phase": phase, "batch_size": batch, "prompt_len": prompt_len, **row}
+                row["peak_rss_gib"] = peak / 2**30
+                row["cache_mib"] = cache_bytes(subject.model) / 2**20
+                if phase == "prefill":
+                    row["time_to_first_token_ms"] = 1e3 * float(np.median(times[subject.name, "first"]))
+                rows.append(row)
     return rows, MachineLimits.median(measured) if with_limits else None
+
+
+def _warm_up(subjects: Sequence[Subject], prompts: Sequence[Sequence[int]], new_tokens: int) -> int:
+    """Compiles, and returns the peak of memory in bytes. All pairs are warmed up before the first limit is measured, which
+    takes more memory than a small model and would count as theirs from then on."""
+    for subject in subjects:
+        _answer(subject.model, prompts, new_tokens)
+    return _peak_rss()
+
+
+def _peak_rss() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def cache_bytes(model: Model) -> int:

@@ -7,12 +7,14 @@ import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.formats.reader import QuantizedReader
+from ms_pangu_quant.inference import bench as module
 from ms_pangu_quant.inference.bench import MachineLimits, Subject, Work, _passes, bench, work_of
 from ms_pangu_quant.inference.model import load
 from tests.conftest import MINI
@@ -88,6 +90,35 @@ def test_a_row_stands_beside_the_median_of_what_its_own_repetitions_measured(qua
     least = [row["limit_fraction"] * row["latency_ms"] / 1e3 for row in rows if row["phase"] == "decode"]
     assert least == pytest.approx([4000 / 2e4, 4000 / 5e5])
     assert limits == MachineLimits(1e12, 1e12, (1e5 + 5e5) / 2)
+
+
+def test_the_peak_of_memory_is_the_models_own_and_never_that_of_measuring_the_machine(monkeypatch):
+    """A process whose peak is the largest of what was ever asked of it: 8 a token of a model, 1000 of a measurement."""
+    peak = 0
+
+    def touch(amount):
+        nonlocal peak
+        peak = max(peak, amount)
+
+    def forward(pieces, starts, tables, *, phase):
+        touch(8 * sum(map(len, pieces)))
+        return np.zeros((len(pieces), 16), np.float32)
+
+    def measure():
+        touch(1000)
+        return Limits(1e12, 1e12, 1e12)
+
+    monkeypatch.setattr(Limits, "measure", staticmethod(measure))
+    monkeypatch.setattr(module, "_peak_rss", lambda: peak * 2**30)
+    network = SimpleNamespace(backend=SimpleNamespace(chunked_prefill=True), model=SimpleNamespace())
+    network.model.parameters_and_names = list
+    config = SimpleNamespace(vocab_size=16)
+    model = SimpleNamespace(network=network, config=config, caches=None, forward=forward)
+    work = Work(quantized=1, floating=1, head=1, layer_bytes=1, head_bytes=1)
+    rows, _ = bench([Subject("quantized", model, work)], [2, 5], [1, 3], new_tokens=2, repeats=3)
+    found = {(row["prompt_len"], row["batch_size"]): row["peak_rss_gib"] for row in rows}
+    assert found == {(2, 1): 16, (2, 3): 48, (5, 1): 48, (5, 3): 120}
+    assert peak == 1000
 
 
 @pytest.mark.parametrize(
