@@ -286,7 +286,8 @@ def observe(
     recipe   its rewrites and transforms are done first; none: the checkpoint as it is.
     samples  texts of `data`, drawn as the recipe's seed says, each cut to the recipe's max_length.
     rows     activations kept of each input: stats[name].sample.rows is [at most rows, in]; name as in layout.INPUT_NAMES.
-    Returns  (block, stats): block["mlp.up_proj.weight"] is float32 [out, in], as rounding would see it.
+    Returns  (block, stats): block.weight(site), for a site of checkpoint.layout.SITES, is float32 [out, in], as rounding
+             would see it.
 
     The blocks before it are the float ones; in a run of quantize() they are quantized, which moves the figures little.
     """

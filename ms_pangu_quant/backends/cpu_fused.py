@@ -77,14 +77,13 @@ class PagedAttention(nn.Cell):
     def __init__(
         self,
         head_num,
-        head_dim=None,
-        kv_head_num=None,
+        head_dim,
+        kv_head_num,
         scale_value=1.0,
-        next_tokens=0,
-        pa_kv_head_num=None,
         num_blocks=1,
         block_size=16,
         cache=None,
+        **unused,
     ):
         super().__init__()
         if block_size % LANES:

@@ -1,4 +1,4 @@
-"""Quantized layers whose inputs are cut over ranks (MindFormers' RowParallelLinear): o_proj and down_proj.
+"""Quantized layers whose inputs are cut over ranks (MindFormers' RowParallelLinear): those that write the stream.
 
 A token's scale comes from its largest input, which one rank has. So the CPU's linear methods take the largest over all
 ranks, add up the integer sums (exactly, while they are below 2^24 and float32 holds them) and scale them once: a layer on

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: float32 tensors, names as in layout.block_shapes ("mlp.up_proj.weight" [out, in])."""
+    """One decoder block: float32 tensors, names as in layout.block_shapes, weights [out, in]."""
 
     config: ModelConfig
     tensors: Mapping[str, NDArray[np.float32]]

@@ -48,7 +48,7 @@ class ModelConfig:
     """Sizes are counts of features, heads, layers or tokens; ids are None where the file has none.
 
     biased           the layers that have biases.
-    online_hadamard  what down_proj reads is to be multiplied by a Hadamard matrix when the model is run, see
+    online_hadamard  what the MLP's last layer reads is to be multiplied by a Hadamard matrix when the model is run, see
                      transforms/rotate.py; such a checkpoint has HADAMARD_METHOD as its quant_method, which others refuse.
     """
 

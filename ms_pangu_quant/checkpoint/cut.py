@@ -1,6 +1,6 @@
 """Whether a model can be cut over ranks: MindFormers gives each whole heads, and equal parts of MLP and vocabulary.
 
-q, k, v, gate and up are cut along their outputs, o_proj and down_proj along their inputs. Each output channel keeps its
+q, k, v, gate and up are cut along their outputs, what writes the stream along its inputs. Each output channel keeps its
 scales; an input cut must fall between int4 groups, and between the bytes that hold two inputs.
 """
 

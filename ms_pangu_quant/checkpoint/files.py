@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from ms_pangu_quant.checkpoint.layout import O_PROJ
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.quantizers.threads import by_element
 
@@ -239,7 +240,7 @@ class TensorFiles:
             if entry is None:
                 hint = (
                     "; this layer's bias is part of the model, a checkpoint without it is another one"
-                    if name.endswith("o_proj.bias")
+                    if name.endswith(f".{O_PROJ.name}.bias")
                     else ""
                 )
                 raise CheckpointError(

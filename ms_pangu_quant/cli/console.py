@@ -13,10 +13,12 @@ from rich.progress import (
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from ms_pangu_quant.formats.reader import FORMATS
 
@@ -47,7 +49,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 def progress_bars() -> Progress:
     class Amount(MofNCompleteColumn):
-        def render(self, task):
+        def render(self, task: Task) -> Text:
             return DownloadColumn().render(task) if task.fields["kind"] == "bytes" else super().render(task)
 
     return Progress(

@@ -177,8 +177,8 @@ def _sandbox(missing: list[Missing]) -> str:
         do = installation.system_command("bubblewrap") or "install bubblewrap"
         missing.append(Missing(BUBBLEWRAP, "not installed; evaluate runs generated programs in it", f"{do}, {otherwise}"))
         return "not installed"
-    do = next((do for file, (refusal, do) in _USER_NAMESPACES.items() if _reads(Path(file), refusal)), None)
-    do = do or "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+    in_container = "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
+    do = next((do for file, (refusal, do) in _USER_NAMESPACES.items() if _reads(Path(file), refusal)), in_container)
     missing.append(
         Missing(BUBBLEWRAP, f"installed, but it does not work here ({why.partition(';')[0]})", f"{do}, {otherwise}")
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress as Bars
@@ -71,7 +71,7 @@ def quantize_command(
         pangu-quant quantize openPangu-Embedded-7B --recipe w8a8 \\
             --calibration chats.jsonl --output pangu-7b-w8a8
     """
-    asked = {
+    asked: dict[str, Any] = {
         "calibration": calibration,
         "sensitivity": sensitivity,
         "stored_as": stored_as,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -50,7 +50,7 @@ def sensitivity_command(
         pangu-quant sensitivity openPangu-Embedded-7B --recipe w4a8_mixed \\
             --calibration chats.jsonl --output sensitivity.json
     """
-    asked = {"tokens": tokens, "allow_benchmark_overlap": allow_benchmark_overlap}
+    asked: dict[str, Any] = {"tokens": tokens, "allow_benchmark_overlap": allow_benchmark_overlap}
     if dry_run:
         _print_cost(api.sensitivity_cost(checkpoint, recipe, calibration, **asked))
         return

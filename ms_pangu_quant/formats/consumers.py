@@ -166,7 +166,8 @@ def rows_for(stored_as: str, facts: Facts) -> list[Row]:
     for row in table():
         if row.format == stored_as and row.applies(facts):
             if facts.online_hadamard and not row.consumer.startswith("ms_pangu_quant"):
-                row = replace(row, verdict=REFUSES, note="has no Hadamard matrix in front of down_proj", source="-")
+                note = f"has no Hadamard matrix in front of {layout.DOWN_PROJ.short}_proj"
+                row = replace(row, verdict=REFUSES, note=note, source="-")
             found.setdefault(row.consumer, row)
     return list(found.values())
 

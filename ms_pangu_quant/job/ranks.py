@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from multiprocessing.connection import Client, Connection, Listener
 from operator import add
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ms_pangu_quant.errors import BackendError, RankLostError
 
@@ -84,7 +84,7 @@ class Ranks:
         except OSError:
             raise _gone(number) from None
 
-    def _receive(self, number: int):  # type: ignore[no-untyped-def]
+    def _receive(self, number: int) -> Any:
         try:
             return self._link(number).recv()
         except (OSError, EOFError):
@@ -134,7 +134,7 @@ def connect(rank: int, size: int, greet: Callable[[bytes], bytes]) -> Ranks:
     if rank == 0:
         key = secrets.token_bytes(32)
         with Listener((_own_address(), 0), backlog=size, authkey=key) as listener:
-            host, port = listener.address  # type: ignore[misc]
+            host, port = listener.address
             greet(b"%s %d %s" % (host.encode(), port, key.hex().encode()))
             links = dict(_accept(listener) for _ in range(1, size))
         return Ranks(0, size, [links[number] for number in range(1, size)])

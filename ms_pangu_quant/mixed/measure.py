@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -187,7 +188,7 @@ class _State:
     def __init__(self, folder: Path, fingerprint: Mapping[str, object], resume: bool) -> None:
         """Raises OutputError if the folder is there and not to be resumed, or is another run's."""
         self.folder, self._fingerprint = folder, dict(fingerprint)
-        self.finished, self.records = 0, list[dict[str, object]]()
+        self.finished, self.records = 0, list[dict[str, Any]]()
         journal = folder / "journal.json"
         if journal.exists():
             if not resume:
@@ -231,11 +232,13 @@ class _State:
         """(streams in front of the block, room for those behind it: the same and one for each group)."""
         before = self.streams(index)
         shape = (len(before) + len(layout.FUSED), *before.shape[1:])
-        after = np.lib.format.open_memmap(self._streams(index + 1), mode="w+", dtype=np.float32, shape=shape)
+        after = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
+            self._streams(index + 1), mode="w+", dtype=np.float32, shape=shape
+        )
         return before, after
 
     def finish(
-        self, index: int, statistics: NDArray[np.float32], streams: NDArray[np.float32], records: list[dict[str, object]]
+        self, index: int, statistics: NDArray[np.float32], streams: NDArray[np.float32], records: list[dict[str, Any]]
     ) -> None:
         """Everything behind the block is on disk when this returns, and what was in front of it is gone."""
         np.save(self._statistics(index + 1), statistics)

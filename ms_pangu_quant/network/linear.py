@@ -22,7 +22,7 @@ class PanguQuantConfig(GoldenStickConfig):
     """MindFormers' Golden Stick contract, looked up exactly instead of by the first key that contains the prefix.
 
     full_config maps each linear layer's weight to the word for its scheme (formats/words.py), and has "weight_mapping",
-    "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where down_proj's input is rotated.
+    "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where the input of linear_fc2 is rotated.
     linear_methods may have one for None, a float layer, in place of MindFormers' own.
     """
 

@@ -1,6 +1,6 @@
 """int8 keys and values: the grid on which the cache holds them, and how its range is chosen on calibration data.
 
-Keys are rounded as they are written to the cache, after rope, and values as v_proj makes them. Every head and channel may
+Keys are rounded as they are written to the cache, after rope, and values as they are made. Every head and channel may
 have a scale of its own, which costs nothing when the cache is read: a key channel's scale is multiplied into the query, a
 value channel's into the result. For the same reason a zero point is nearly free: a key's adds the same number to all scores
 of a query, which softmax ignores, and a value's is subtracted from the result, since the weights sum to one.

@@ -62,7 +62,7 @@ class Plan:
 
     @classmethod
     def of_layers(cls, schemes: Mapping[str, QuantScheme | None], blocks: int, cache: TensorScheme | None = None) -> Plan:
-        """schemes: "model.layers.0.self_attn.q_proj" -> scheme, for every layer of every block."""
+        """schemes: full name -> scheme, for every layer of every block."""
         names = (tuple(f"{layout.block_prefix(index)}{site.name}" for site in layout.SITES) for index in range(blocks))
         return cls(tuple(BlockPlan(tuple(schemes[name] for name in each), cache) for each in names))
 

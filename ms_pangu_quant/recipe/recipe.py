@@ -36,7 +36,7 @@ class Transform(Protocol):
     """(block, stats, schemes of its layers) -> (block, stats); the function of the block is unchanged.
 
     inputs are those of the block that it changes; needs says what it wants to know of each input;
-    changes(name, schemes) says whether it rewrites a tensor ("mlp.up_proj.weight") of a block with these schemes.
+    changes(name, schemes) says whether it rewrites a tensor of a block with these schemes.
     """
 
     @property
@@ -56,7 +56,7 @@ class Rewrite(Protocol):
     """reader -> reader of the same function; done to the whole checkpoint before any block is looked at."""
 
     def changes(self, name: str) -> bool:
-        """Whether it rewrites this tensor of a block ("mlp.up_proj.weight")."""
+        """Whether it rewrites this tensor of a block."""
         ...
 
     def __call__(self, reader: CheckpointReader) -> CheckpointReader: ...
@@ -160,7 +160,7 @@ class Recipe:
         return reader
 
     def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
-        """Whether a tensor ("mlp.up_proj.weight") of a block with these schemes is rewritten before layers are rounded."""
+        """Whether a tensor of a block with these schemes is rewritten before layers are rounded."""
         rewritten = any(rewrite.changes(name) for rewrite in self.rewrites)
         return rewritten or any(transform.changes(name, schemes) for transform in self.transforms)
 

@@ -14,7 +14,7 @@ _COLORS = ("#1f77b4", "#d9822b", "#2f8f5b", "#a1459f")
 
 def group_name(group: str) -> str:
     """ "linear_qkv" -> "q/k/v"."""
-    return "/".join(site.name.split(".")[1].removesuffix("_proj") for site in layout.SITES if site.fused == group)
+    return "/".join(site.short for site in layout.fused(group))
 
 
 def label(found: Sensitivity) -> str:

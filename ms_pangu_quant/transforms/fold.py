@@ -21,7 +21,7 @@ from ms_pangu_quant.quantizers.threads import by_element
 def scale_channels(block: Block, input_name: str) -> int:
     """How many independent scales the producer of this input can absorb.
 
-    All of them, but for attention_output: one value channel feeds a whole group of query heads.
+    All of them, but for that of o: one value channel feeds a whole group of query heads.
     """
     if input_name == ATTENTION_OUTPUT:
         return block.config.num_key_value_heads * block.config.head_dim
@@ -67,7 +67,7 @@ def fold_scale(
 
 
 def fold_changes(inputs: Iterable[str], name: str) -> bool:
-    """Whether a scale of one of these inputs goes into this tensor of a block ("mlp.up_proj.weight")."""
+    """Whether a scale of one of these inputs goes into this tensor of a block."""
     layer, _, kind = name.rpartition(".")
     sites = [site for input_name in inputs for site in sites_reading(input_name)]
     return any(layer == site.producer or (layer == site.name and kind == "weight") for site in sites)

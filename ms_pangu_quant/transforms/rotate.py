@@ -101,8 +101,8 @@ class Rotate:
 
     def changes(self, name: str) -> bool:
         """Whether it rewrites this tensor of a block."""
-        untouched = ("self_attn.q_proj.bias", "self_attn.k_proj.bias", *(() if self.heads else ("self_attn.v_proj.bias",)))
-        return name not in untouched
+        untouched = (layout.Q_PROJ, layout.K_PROJ, *(() if self.heads else (layout.V_PROJ,)))
+        return name not in [f"{site.name}.bias" for site in untouched]
 
     def __call__(self, reader: CheckpointReader) -> CheckpointReader:
         """The same model, rotated. Raises RecipeError if there is no Hadamard matrix of its sizes."""
@@ -137,16 +137,16 @@ def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: R
         weight, bias = block.weight(site), block.bias(site)
         if site.producer in layout.NORMS:
             weight = stream.of_rows(weight, block[f"{site.producer}.weight"])
-        if head is not None and site.name == "self_attn.v_proj":
+        if head is not None and site == layout.V_PROJ:
             weight = _of_heads(weight.T, head).T
             bias = None if bias is None else _of_heads(bias[None], head)[0]
-        if inner is not None and site.name == "mlp.up_proj":
+        if inner is not None and site == layout.UP_PROJ:
             weight = (weight * inner.signs[:, None]).astype(np.float32)
             bias = None if bias is None else (bias * inner.signs).astype(np.float32)
-        if inner is not None and site.name == "mlp.down_proj":
+        if inner is not None and site == layout.DOWN_PROJ:
             weight = inner.of_rows(weight) / np.float32(sqrt(inner.size) * online_scale(inner.size))
-        if site.name in ("self_attn.o_proj", "mlp.down_proj"):
-            if head is not None and site.name == "self_attn.o_proj":
+        if site.writes_stream:
+            if head is not None and site == layout.O_PROJ:
                 weight = _of_heads(weight, head)
             weight = stream.of_rows(weight.T).T
             bias = None if bias is None else stream.of_rows(bias[None])[0]

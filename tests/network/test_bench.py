@@ -106,9 +106,9 @@ def test_the_peak_of_memory_is_the_models_own_and_never_that_of_measuring_the_ma
 
     def measure():
         touch(1000)
-        return Limits(1e12, 1e12, 1e12)
+        return MachineLimits(1e12, 1e12, 1e12)
 
-    monkeypatch.setattr(Limits, "measure", staticmethod(measure))
+    monkeypatch.setattr(MachineLimits, "measure", staticmethod(measure))
     monkeypatch.setattr(module, "_peak_rss", lambda: peak * 2**30)
     network = SimpleNamespace(backend=SimpleNamespace(chunked_prefill=True), model=SimpleNamespace())
     network.model.parameters_and_names = list
