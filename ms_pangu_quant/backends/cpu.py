@@ -206,14 +206,14 @@ class CpuGPTModel(GPTModel):
         return output
 
 
-def per_token_codes(x, inputs, meeting=None):
-    """Codes (as float32) [tokens, in] and scales [tokens, 1] of x [tokens, in]: scale = absmax / 127, half to even.
+def per_token_codes(x, inputs, meeting=None, code_max=127.0):
+    """Codes (as float32) [tokens, in] and scales [tokens, 1] of x [tokens, in]: scale = absmax / code_max, half to even.
 
     meeting  of the ranks that hold the other inputs of these tokens.
     A row of zeros gets scale 0 and codes 0; one with a NaN or an infinity gets a NaN code, so its outputs are all NaN.
     """
     absmax = ops.abs(x).max(-1, keepdims=True)
-    scale = (absmax if meeting is None else meeting.largest(absmax)) / 127.0
+    scale = (absmax if meeting is None else meeting.largest(absmax)) / code_max
     divisor = ops.tile(ops.maximum(scale, TINY), (1, inputs))
     return ops.Rint()(x / divisor), scale
 

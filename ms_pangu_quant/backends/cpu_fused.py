@@ -270,7 +270,12 @@ BACKEND: Backend = replace(
     core_attention=lambda **sizes: ModuleSpec(module=PagedAttention, params=sizes),
     rope_name="pangu_cpu_fused_rope",
     gpt_model=lambda **arguments: TableGPTModel(kernels(), **arguments),
-    linear_methods={W8A8_STATIC: W8A8StaticLinear, W8A8: W8A8DynamicLinear, W4A8: W4A8DynamicLinear},
+    linear_methods={  # what has no kernel is computed in plain operators
+        **cpu.BACKEND.linear_methods,
+        W8A8_STATIC: W8A8StaticLinear,
+        W8A8: W8A8DynamicLinear,
+        W4A8: W4A8DynamicLinear,
+    },
     attention_mask=_no_mask,
     bfloat16_tables=True,
     integer_kernels=True,

@@ -36,11 +36,13 @@ from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inpu
 from ms_pangu_quant.network.block import ServedBlock, is_served
 from ms_pangu_quant.network.pangu import build_network
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.scheme import TensorScheme
 
 BLOCK_SIZE = 16
 _CACHED = -1  # in the place of an input: the keys and values on their way into the cache
 _INPUTS = len(layout.INPUT_NAMES)  # in the place of an input: all of them, and nothing behind the last
 _LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
+Rounding = tuple[TensorScheme | None, ...]
 _SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up to 16 kinds of block
 
 
@@ -65,30 +67,31 @@ class Hidden:
 class BlockCell(nn.Cell):
     """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out.
 
-    rounding  for each of layout.INPUT_NAMES: "" leaves the input as it is, "dynamic" rounds it token by token, "static"
-              with the factor that `grids` [2, inputs] has for it in its first row and the zero point in its second.
+    rounding  for each of layout.INPUT_NAMES the scheme it is rounded in, None leaves it as it is. A static one has its
+              factor in the first row of `grids` [2, inputs] and its zero point in the second.
     until     place in layout.INPUT_NAMES of the only output wanted, _CACHED, or _INPUTS: nothing behind it is computed.
               None: the whole block.
     online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
     rounds_cache  keys and values are rounded as the int8 cache of `cache_grid` [4, kv_heads * head_dim] would hold them.
     """
 
-    def __init__(
-        self, network, rounding: tuple[str, ...], until: int | None, online_hadamard: bool, rounds_cache: bool
-    ) -> None:
+    def __init__(self, network, rounding: Rounding, until: int | None, online_hadamard: bool, rounds_cache: bool) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
         self.inner = self.layer.mlp.ffn_hidden_size_per_partition
         self.gated = hasattr(self.layer.mlp, "gated")  # as one operator
-        self.rounding, self.until, self.rounds_cache = rounding, until, rounds_cache
+        self.rounded = tuple(scheme is not None for scheme in rounding)
+        self.dynamic = tuple(scheme is not None and scheme.dynamic for scheme in rounding)
+        self.code_max = tuple(0.0 if scheme is None else float(scheme.code_max) for scheme in rounding)
+        self.until, self.rounds_cache = until, rounds_cache
         self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, grids):
-        if self.rounding[place] == "":
+        if not self.rounded[place]:
             return x
-        if self.rounding[place] == "dynamic":
-            codes, scale = per_token_codes(x, x.shape[-1])
+        if self.dynamic[place]:
+            codes, scale = per_token_codes(x, x.shape[-1], code_max=self.code_max[place])
             return codes * ops.tile(scale, (1, x.shape[-1]))
         factor, zero_point = grids[0, place], grids[1, place]
         return (ops.clamp(ops.Rint()(x * factor) + zero_point, -128.0, 127.0) - zero_point) / factor
@@ -161,7 +164,7 @@ class BlockRunner:
             for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
         )
         self._network = _float_network(config, self._blocks)
-        self._cells: dict[tuple[tuple[str, ...], int | None, bool], BlockCell] = {}
+        self._cells: dict[tuple[Rounding, int | None, bool], BlockCell] = {}
         self._served: dict[BlockPlan, ServedBlock] = {}
 
     def observe(
@@ -235,7 +238,7 @@ class BlockRunner:
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
         readers = [_first_reading(name, block.linears) for name in layout.INPUT_NAMES]
         cell = self._cell(
-            tuple("" if linear is None else "dynamic" if linear.input_scale is None else "static" for linear in readers),
+            tuple(None if linear is None else linear.scheme.activation for linear in readers),
             until,
             block.cache is not None,
         )
@@ -261,7 +264,7 @@ class BlockRunner:
             self._served[plan] = ServedBlock(self._config, plan, num_blocks=self._blocks, block_size=BLOCK_SIZE)
         return self._served[plan]
 
-    def _cell(self, rounding: tuple[str, ...], until: int | None, rounds_cache: bool) -> BlockCell:
+    def _cell(self, rounding: Rounding, until: int | None, rounds_cache: bool) -> BlockCell:
         key = (rounding, until, rounds_cache)
         if key not in self._cells:
             cell = BlockCell(self._network, rounding, until, self._config.online_hadamard, rounds_cache)

@@ -36,10 +36,9 @@ from ms_pangu_quant.formats.linear import (
 )
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.recipe.plan import Plan
-from ms_pangu_quant.recipe.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.scheme import ARITHMETICS, PRESETS, QuantScheme, TensorScheme
 
 NAME = "compressed-tensors"
-_ORDER = (W8A8_STATIC, W8A8, W4A8)  # of the config groups
 
 
 def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
@@ -100,7 +99,7 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
         if scheme is not None:
             names.setdefault(scheme, []).append(name)
     ignored = [name for name, _, scheme in plan if scheme is None]
-    used = sorted(names, key=lambda scheme: (_ORDER.index(scheme.arithmetic), scheme.group_size))
+    used = sorted(names, key=lambda scheme: (ARITHMETICS.index(scheme.arithmetic), scheme.group_size))
     settings = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

@@ -20,7 +20,7 @@ from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD, WORDS
 from ms_pangu_quant.recipe.plan import Plan
-from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC, Arithmetic
+from ms_pangu_quant.recipe.scheme import ARITHMETICS, W4A8, W8A8, W8A8_STATIC, Arithmetic
 from ms_pangu_quant.suggestion import did_you_mean
 
 INTEGER = "integer GEMM"
@@ -150,7 +150,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row in the file:
 def facts_of(config: ModelConfig, plan: Plan) -> tuple[Facts, ...]:
     """One for each arithmetic that occurs, and one for an int8 cache."""
     found = []
-    for arithmetic in WORDS:
+    for arithmetic in ARITHMETICS:
         layers = [(site, scheme) for _, site, scheme in plan if scheme is not None and scheme.arithmetic == arithmetic]
         if layers:
             biased = any(layout.has_bias(config, site) for site, _ in layers)

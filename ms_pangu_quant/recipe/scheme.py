@@ -82,6 +82,7 @@ class Arithmetic(NamedTuple):
 
 
 W8A8_STATIC, W8A8, W4A8 = Arithmetic(8, 8, False), Arithmetic(8, 8, True), Arithmetic(4, 8, True)
+ARITHMETICS = [W8A8_STATIC, W8A8, W4A8]
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,9 @@ class QuantScheme:
     activation: TensorScheme
 
     def __post_init__(self) -> None:
-        if self.activation.bits != 8:
-            raise RecipeError(f"activation bits: got {self.activation.bits}, wanted 8")
+        wanted = {each.activation_bits for each in ARITHMETICS if each.weight_bits == self.weight.bits}
+        if self.activation.bits not in wanted:
+            raise RecipeError(f"activation bits: got {self.activation.bits}, wanted {' or '.join(map(str, wanted))}")
         if self.weight.dynamic:
             raise RecipeError("weights are rounded once: a dynamic weight scheme does not exist")
         if not self.activation.dynamic and (self.weight.bits != 8 or self.weight.granularity != "channel"):
