@@ -32,6 +32,7 @@ GUEST = f"{PACKAGE}.evaluation.guest"  # scripts for the sandbox, which run when
 PUBLIC = (  # heading, module, and the names shown; a class with its own public members
     ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe")),
     ("Loading and generating", f"{PACKAGE}.inference.model", ("load", "Model.logits", "Model.generate", "Generation")),
+    ("", f"{PACKAGE}.inference.sampling", ("GenerationSettings",)),
     ("Results", f"{PACKAGE}.pipeline", ("QuantizeResult", "BlockReport")),
     ("", f"{PACKAGE}.inference.compare", ("Comparison",)),
     ("What observe returns", f"{PACKAGE}.checkpoint.reader", ("Block",)),
@@ -120,7 +121,7 @@ def _without_modules(text: str) -> str:
     """Types by their own names."""
     text = re.sub(r"numpy\.ndarray\[[^\[\]]+(?:\[[^\[\]]*\])?, numpy\.dtype\[numpy\.(\w+)\]\]", r"NDArray[\1]", text)
     text = text.replace("'", '"')
-    return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|collections\.abc)\.(?=[A-Z])", "", text)
+    return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|typing_extensions|collections\.abc)\.(?=[A-Z])", "", text)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,6 +37,7 @@ from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits
 from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.network import ranks, runtime
 from ms_pangu_quant.suggestion import did_you_mean
 
@@ -104,7 +105,7 @@ def evaluate_command(
     if not score_only:
         if directory is None:
             raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
-        settings = run.Settings(max_new_tokens, n, temperature, top_p, top_k, seed, head)
+        settings = run.Settings(GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, head)
         wanted = _modes(modes)
         prompts = _prompts(prompt, chosen)
         _generate(directory, chosen, wanted, prompts, settings, limit, output, batch_size, tensor_parallel, device, verbose)
@@ -184,7 +185,7 @@ def _generate(
     provenance = of_checkpoint(directory, device, settings.head)
     job.agree("checkpoint", provenance["checkpoint_sha256"])
     answer_tokens = min(
-        max(len(each.token_ids) for each in asked) + settings.max_new_tokens, config.max_position_embeddings
+        max(len(each.token_ids) for each in asked) + settings.generation.max_new_tokens, config.max_position_embeddings
     )
     cache_tokens = _cache_tokens(config, answer_tokens + 2 * BLOCK_SIZE, min(batch_size, len(asked)))
     model = load(
@@ -199,12 +200,8 @@ def _generate(
         run.answer(
             model,
             asked,
-            output,
-            provenance["checkpoint_sha256"],
-            settings,
-            provenance=provenance,
-            ranks=job,
-            tensor_parallel=tensor_parallel,
+            run.Target(output, provenance["checkpoint_sha256"], settings, provenance),
+            share=run.Share(job, tensor_parallel),
             max_batch=batch_size,
             on_tokens=on_tokens,
             on_answer=on_answer,
