@@ -19,8 +19,10 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import Block, CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.reader import FORMATS, open_checkpoint
 from ms_pangu_quant.formats.serving import check_served, facts_of
+from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import BlockReport, QuantizeResult, check_data, planned_kinds
 from ms_pangu_quant.pipeline import quantize as run_pipeline
@@ -29,6 +31,21 @@ from ms_pangu_quant.sensitivity import Sensitivity, assigned
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.compare import Comparison
+
+__all__ = [
+    "AnyRecipe",
+    "EvaluationRequest",
+    "GenerationSettings",
+    "Judging",
+    "answer",
+    "as_recipe",
+    "compare",
+    "evaluate",
+    "observe",
+    "quantize",
+    "read_data",
+    "score",
+]
 
 AnyRecipe = str | Path | Mapping[str, Any] | Recipe
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ms_pangu_quant.api import GenerationSettings
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.network import ranks
 
 if TYPE_CHECKING:
