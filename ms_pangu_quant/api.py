@@ -27,6 +27,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import BlockReport, QuantizeResult, check_data, planned_kinds
 from ms_pangu_quant.pipeline import quantize as run_pipeline
 from ms_pangu_quant.recipe import Recipe, find_recipe, load_recipe, parse_recipe
+from ms_pangu_quant.report.job import ReportRequest, report
 from ms_pangu_quant.sensitivity import Sensitivity, assigned
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ __all__ = [
     "EvaluationRequest",
     "GenerationSettings",
     "Judging",
+    "ReportRequest",
     "answer",
     "as_recipe",
     "compare",
@@ -44,6 +46,7 @@ __all__ = [
     "observe",
     "quantize",
     "read_data",
+    "report",
     "score",
 ]
 

@@ -30,8 +30,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = "ms_pangu_quant"
 GUEST = f"{PACKAGE}.evaluation.guest"  # scripts for the sandbox, which run when they are imported
 PUBLIC = (  # heading, module, and the names shown; a class with its own public members
-    ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe", "evaluate", "answer", "score")),
-    ("What is asked for", f"{PACKAGE}.api", ("EvaluationRequest", "Judging", "GenerationSettings")),
+    ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe", "evaluate", "answer", "score", "report")),
+    ("What is asked for", f"{PACKAGE}.api", ("EvaluationRequest", "Judging", "GenerationSettings", "ReportRequest")),
     ("Loading and generating", f"{PACKAGE}.inference.model", ("load", "Model.logits", "Model.generate", "Generation")),
     ("Results", f"{PACKAGE}.pipeline", ("QuantizeResult", "BlockReport")),
     ("", f"{PACKAGE}.inference.compare", ("Comparison",)),
