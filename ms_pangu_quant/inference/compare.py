@@ -88,9 +88,11 @@ def _final_states(
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(inputs)), [len(sequence) for sequence in inputs])
     runner = BlockRunner(reader.config, hidden.lengths)
     for index in range(reader.config.num_hidden_layers):
-        quantized = isinstance(reader, QuantizedReader)
-        block, linears = reader.block(index) if quantized else (reader.block(index), {})
-        hidden = runner.advance(block, linears, hidden, cache=reader.cache(index) if quantized else None)
+        if isinstance(reader, QuantizedReader):
+            block, linears = reader.block(index)
+            hidden = runner.advance(block, linears, hidden, cache=reader.cache(index))
+        else:
+            hidden = runner.advance(reader.block(index), {}, hidden)
         on_block()
     return final_norm(reader, hidden.states)
 
@@ -98,7 +100,8 @@ def _final_states(
 def final_norm(reader: CheckpointReader | QuantizedReader, states: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the head reads [tokens, hidden] of hidden states behind the last block."""
     scale = 1 / np.sqrt(np.mean(np.square(states), axis=1, keepdims=True) + np.float32(reader.config.rms_norm_eps))
-    return states * scale * reader.files.read_float32(layout.FINAL_NORM)
+    normalised: NDArray[np.float32] = states * scale * reader.files.read_float32(layout.FINAL_NORM)
+    return normalised
 
 
 def divergences(
