@@ -12,7 +12,6 @@ EXTRAS = {
         "ruff>=0.9,<1",
         "mypy>=1.14,<3",
         "types-PyYAML",
-        "types-psutil",
         "markdown-it-py>=3,<5",  # what the tests read the documentation with
         "nbclient>=0.10,<1",  # runs docs/quickstart.ipynb
         "ipykernel>=6.29,<8",

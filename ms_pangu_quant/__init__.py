@@ -1,6 +1,7 @@
 """Post-training quantization of openPangu-Embedded models in MindSpore.
 
 quantize  a float checkpoint into a directory in W8A8 or W4A8
+evaluate  a checkpoint on benchmarks in its thinking modes: answers, verdicts, scores
 compare   how far two checkpoints' next-token distributions are apart
 observe   the weights of a block and what enters its layers, after any transforms
 load      a checkpoint to compute logits and generate text with
@@ -15,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 from ms_pangu_quant.errors import PanguQuantError
 
 if TYPE_CHECKING:
-    from ms_pangu_quant.api import compare, observe, quantize
+    from ms_pangu_quant.api import EvaluationRequest, compare, evaluate, observe, quantize
     from ms_pangu_quant.inference.model import load
 
 ASSETS = Path(__file__).parent / "assets"
 
-__all__ = ["ASSETS", "PanguQuantError", "compare", "load", "observe", "quantize"]
+__all__ = ["ASSETS", "EvaluationRequest", "PanguQuantError", "compare", "evaluate", "load", "observe", "quantize"]
 
 
 def __getattr__(name: str) -> Any:
@@ -29,7 +30,7 @@ def __getattr__(name: str) -> Any:
         from ms_pangu_quant.inference.model import load
 
         return load
-    if name in ("compare", "observe", "quantize"):
+    if name in ("EvaluationRequest", "compare", "evaluate", "observe", "quantize"):
         from ms_pangu_quant import api
 
         return getattr(api, name)

@@ -22,10 +22,12 @@ from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
 from ms_pangu_quant.formats.export import export as run_export
 from ms_pangu_quant.formats.finished import is_exported, stored_bytes
 from ms_pangu_quant.formats.reader import FORMATS, Format, QuantizedReader, open_checkpoint
+from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, schemes_to_measure
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.block import transform_block
@@ -36,11 +38,29 @@ from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe, parse_recipe
 from ms_pangu_quant.recipe.recipe import Recipe
+from ms_pangu_quant.report.job import ReportRequest, report
 from ms_pangu_quant.report.sensitivity_plot import sensitivity_plot
 from ms_pangu_quant.suggestion import did_you_mean
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.compare import Comparison
+
+__all__ = [
+    "AnyRecipe",
+    "EvaluationRequest",
+    "GenerationSettings",
+    "Judging",
+    "ReportRequest",
+    "answer",
+    "as_recipe",
+    "compare",
+    "evaluate",
+    "observe",
+    "quantize",
+    "read_data",
+    "report",
+    "score",
+]
 
 AnyRecipe = str | Path | Mapping[str, Any] | Recipe
 

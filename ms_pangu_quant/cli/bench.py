@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from ms_pangu_quant.checkpoint.config import check_same_model
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.reader import open_checkpoint
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.inference.bench import MachineLimits
 
 
 def bench_command(
@@ -69,9 +73,11 @@ def bench_command(
         print(json.dumps(rows))
     else:
         out.print(_table(rows))
-    console = err if as_json else out
-    if limits is None:
-        return
+    if limits is not None:
+        _print_machine(rows, limits, err if as_json else out)
+
+
+def _print_machine(rows: list[dict[str, Any]], limits: MachineLimits, console: Console) -> None:
     console.print(
         f"this machine: int8 {limits.int8 / 1e9:.0f} and float32 {limits.fp32 / 1e9:.0f} billion operations a second, "
         f"memory {limits.bandwidth / 1e9:.1f} GB/s; peak memory {size(2**30 * max(row['peak_rss_gib'] for row in rows))}; "
@@ -92,7 +98,7 @@ def _numbers(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _table(rows: list[dict]) -> Table:
+def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for heading in ("model", "phase", "batch", "prompt", "latency ms", "+-", "tokens/s", "of limit", "vs float"):
         table.add_column(heading, justify="left" if heading in ("model", "phase") else "right")
@@ -113,5 +119,5 @@ def _table(rows: list[dict]) -> Table:
     return table
 
 
-def _key(row: dict) -> tuple:
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["phase"], row["batch_size"], row["prompt_len"]

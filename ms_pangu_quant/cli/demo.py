@@ -29,9 +29,9 @@ from ms_pangu_quant.checkpoint.files import json_bytes, write_atomically
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import out, size
 from ms_pangu_quant.cli.doctor import sandbox_fault
-from ms_pangu_quant.cli.evaluate import SUMMARY_FILE
 from ms_pangu_quant.cli.inspect import inspection
 from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.evaluation.job import SUMMARY_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 
@@ -117,13 +117,13 @@ def steps(output: Path, assets: Path, sandbox: str) -> list[Step]:
         words = ["generate", str(output / _SPEAKING), "--mode", mode, "--prompt", "-", "--json"]
         planned.append(Step(tuple(words), _answer(output, mode), prints=True, stdin=answers / "problem.txt"))
     for name in _EVALUATED:
-        directory, results = model if name == "float" else str(output / name), output / "evaluation" / name
+        evaluated, results = model if name == "float" else str(output / name), output / "evaluation" / name
         # Not all problems, to be done in minutes; the page says so.
-        words = ["evaluate", directory, "--tasks", _TASK, "--limit", "40", "--max-new-tokens", "230", "--batch-size", "64"]
+        words = ["evaluate", evaluated, "--tasks", _TASK, "--limit", "40", "--max-new-tokens", "230", "--batch-size", "64"]
         words += ["--sandbox", sandbox, "--output", str(results)]
         planned.append(Step(tuple(words), results / SUMMARY_FILE))
-    results = [str(output / "evaluation" / name) for name in _EVALUATED]
-    return [*planned, Step(("report", *results, "--output", str(output / "report")), _report(output))]
+    evaluations = [str(output / "evaluation" / name) for name in _EVALUATED]
+    return [*planned, Step(("report", *evaluations, "--output", str(output / "report")), _report(output))]
 
 
 def _run(step: Step) -> None:

@@ -3,45 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, answer, score
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Head, Verbose, err, out
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.evaluation import run
-from ms_pangu_quant.evaluation.prompts import PROMPTS, Prompt
-from ms_pangu_quant.evaluation.provenance import environment, of_checkpoint
-from ms_pangu_quant.evaluation.samples import write_json
-from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, VERSION, Sandbox, find_isolation
-from ms_pangu_quant.evaluation.score import load_samples, score
-from ms_pangu_quant.evaluation.summary import summarize
-from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
-from ms_pangu_quant.evaluation.tasks.task import Problems
-from ms_pangu_quant.evaluation.verdict import Isolation, Limits
-from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.evaluation.job import check_some
+from ms_pangu_quant.evaluation.prompts import PROMPTS
+from ms_pangu_quant.evaluation.run import SAMPLES_FILE
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
+from ms_pangu_quant.evaluation.tasks import TASKS, check_known
 from ms_pangu_quant.job import ranks
-from ms_pangu_quant.network import runtime
 from ms_pangu_quant.suggestion import did_you_mean
-
-RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
 
 
 def evaluate_command(
@@ -93,7 +75,25 @@ def evaluate_command(
         pangu-quant evaluate --score-only --tasks humaneval \\
             --samples samples.jsonl --output results/mine
     """
-    chosen = _tasks(tasks, data or [])
+    names, own = _tasks(tasks, data or [])
+    _check(directory, samples, samples_only, score_only)
+    if directory is not None:
+        request = EvaluationRequest(
+            directory, output, names, _modes(modes), _prompts(prompt, names), own, limit,
+            GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
+            device=device, head=head, tensor_parallel=tensor_parallel, verbose=verbose,
+        )  # fmt: skip
+        _answer(request)
+    if not ranks.current().is_first:
+        return  # rank 0 scores and reports for all
+    if not samples_only:
+        judging = Judging(sandbox, cpu_seconds, workers)
+        _score(samples or output / SAMPLES_FILE, output, names, own, judging, as_json)
+    elif not as_json:
+        out.print(f"samples in {output / SAMPLES_FILE}")
+
+
+def _check(directory: Path | None, samples: Path | None, samples_only: bool, score_only: bool) -> None:
     if score_only and samples_only:
         raise RequestError("evaluate: give one of --samples-only and --score-only")
     if samples is not None and not score_only:
@@ -102,181 +102,97 @@ def evaluate_command(
         raise RequestError("evaluate: --score-only is the work of one process; start it without msrun")
     if score_only and directory is not None:
         raise RequestError(f"evaluate: --score-only needs no model; leave out {directory}")
-    if not score_only:
-        if directory is None:
-            raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
-        settings = run.Settings(max_new_tokens, n, temperature, top_p, top_k, seed, head)
-        wanted = _modes(modes)
-        prompts = _prompts(prompt, chosen)
-        _generate(directory, chosen, wanted, prompts, settings, limit, output, batch_size, tensor_parallel, device, verbose)
-    if not ranks.current().is_first:
-        return  # rank 0 scores and reports for all
-    if not samples_only:
-        limits = Limits(cpu_seconds=cpu_seconds, wall_seconds=3.0 * cpu_seconds)
-        _score(chosen, samples or output / run.SAMPLES_FILE, output, sandbox, limits, workers, as_json)
-    elif not as_json:
-        out.print(f"samples in {output / run.SAMPLES_FILE}")
+    if not score_only and directory is None:
+        raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
 
 
-def _tasks(names: str, data: list[str]) -> dict[str, Problems]:
+def _tasks(names: str, data: list[str]) -> tuple[list[str], dict[str, Path]]:
+    """Benchmarks, and the files of those with a user's own problems."""
     own: dict[str, Path] = {}
     for text in data:
         name, equals, file = text.partition("=")
         if not equals:
             raise RequestError(f"--data: got {text!r}, wanted benchmark=FILE")
         own[name] = Path(file)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in [*wanted, *own]:
-        if name not in TASKS:
-            raise RequestError(f"unknown benchmark {name!r}{did_you_mean(name, TASKS)}, wanted some of {', '.join(TASKS)}")
+    wanted = _words(names)
+    check_known([*wanted, *own])
     if not wanted or set(own) - set(wanted):
         raise RequestError(f"--tasks: got {names!r}, wanted some of {', '.join(TASKS)}, and those that --data is for")
-    return {name: load_problems(TASKS[name], own.get(name)) for name in wanted}
+    return wanted, own
 
 
 def _modes(names: str) -> list[str]:
-    modes = [name.strip() for name in names.split(",") if name.strip()]
-    unknown = [name for name in modes if name not in THINKING_MODES]
-    if not modes or unknown:
-        close = did_you_mean(unknown[0], THINKING_MODES) if unknown else ""
-        raise RequestError(f"--modes: got {names!r}{close}, wanted some of {', '.join(THINKING_MODES)}")
+    modes = _words(names)
+    check_some("--modes", names, modes, THINKING_MODES)
     return modes
 
 
-def _prompts(text: str, tasks: dict[str, Problems]) -> dict[str, Prompt]:
-    named = dict.fromkeys(tasks, "zero_shot_instruct")
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _prompts(text: str, tasks: list[str]) -> dict[str, str]:
+    named: dict[str, str] = {}
     for part in text.split(","):
         task, equals, name = part.strip().rpartition("=")
         if (name not in PROMPTS) or (equals and task not in tasks):
             close = did_you_mean(name, PROMPTS) if name not in PROMPTS else did_you_mean(task, tasks)
             raise RequestError(f"--prompt: got {part!r}{close}, wanted one of {', '.join(PROMPTS)}, or benchmark=prompt")
         named.update({task: name} if equals else dict.fromkeys(tasks, name))
-    return {task: PROMPTS[name] for task, name in named.items()}
+    return named
 
 
-# --- generation -----------------------------------------------------------------------------------------------------
+# --- what is shown --------------------------------------------------------------------------------------------------
 
 
-def _generate(
-    directory: Path,
-    tasks: dict[str, Problems],
-    modes: list[str],
-    prompts: dict[str, Prompt],
-    settings: run.Settings,
-    limit: int | None,
-    output: Path,
-    batch_size: int,
-    tensor_parallel: int,
-    device: str,
-    verbose: bool,
-) -> None:
-    from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-    from ms_pangu_quant.inference.model import BLOCK_SIZE, check_head, load
+class _Bar:
+    """A bar that appears when it is known how much there is to do; with the speed of what count() is told, if any."""
 
-    reader = open_checkpoint(directory)
-    check_head(settings.head, reader, device)
-    config = reader.config
-    tokenizer = Tokenizer.from_directory(directory)
-    asked = [
-        *run.questions(tasks, modes, prompts, lambda chat, mode: tokenizer.encode_chat(chat, mode=mode), settings, limit)
-    ]
-    runtime.start(device, "graph", verbose=verbose, tensor_parallel=tensor_parallel)
-    job = ranks.current()
-    provenance = of_checkpoint(directory, device, settings.head)
-    job.agree("checkpoint", provenance["checkpoint_sha256"])
-    answer_tokens = min(
-        max(len(each.token_ids) for each in asked) + settings.max_new_tokens, config.max_position_embeddings
-    )
-    cache_tokens = _cache_tokens(config, answer_tokens + 2 * BLOCK_SIZE, min(batch_size, len(asked)))
-    model = load(
-        directory,
-        device,
-        kv_cache_tokens=min(job.gather(cache_tokens)),  # ranks that hold one model batch alike
-        head=settings.head,
-        tensor_parallel=tensor_parallel,
-        verbose=verbose,
-    )
-    with _generation_progress(len(asked)) as (on_tokens, on_answer):
-        run.answer(
-            model,
-            asked,
-            output,
-            provenance["checkpoint_sha256"],
-            settings,
-            provenance=provenance,
-            ranks=job,
-            tensor_parallel=tensor_parallel,
-            max_batch=batch_size,
-            on_tokens=on_tokens,
-            on_answer=on_answer,
-        )
+    def __init__(self, what: str, *columns: str) -> None:
+        self._progress = Progress(
+            "{task.description:8}", BarColumn(bar_width=24), MofNCompleteColumn(), *columns, TimeElapsedColumn(),
+            TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
+        )  # fmt: skip
+        self._what, self._open = what, ExitStack()
+        self.tokens, self._started = 0, 0.0
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._open.__exit__(*exception)
+
+    def begin(self, total: int) -> None:
+        self._open.enter_context(self._progress)
+        self._task = self._progress.add_task(self._what, total=total, speed="")
+        self._started = time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        self.tokens += tokens
+        self._progress.update(self._task, speed=f"{self.tokens / max(self.seconds, 1e-9):.0f} tokens/s")
+
+    def advance(self, *_: object) -> None:
+        self._progress.advance(self._task)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
 
 
-def _cache_tokens(config: ModelConfig, answer_tokens: int, batch_size: int) -> int:
-    """Room for a batch of the longest answers, in at most a quarter of the memory that is free; at least for one."""
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    affordable = psutil.virtual_memory().available // 4 // token_bytes
-    return max(answer_tokens, min(batch_size * answer_tokens, affordable))
+def _answer(request: EvaluationRequest) -> None:
+    with _Bar("answers", "{task.fields[speed]}") as bar:
+        answer(request, on_begin=bar.begin, on_tokens=bar.count, on_answer=bar.advance)
+    err.print(f"[dim]{bar.tokens} tokens in {bar.seconds:.0f} s[/dim]")
 
 
-@contextmanager
-def _generation_progress(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
-    """(called with each pass's tokens, called with each answer) of a bar with answers, tokens/s and the time left."""
-    columns = "{task.description:8}", BarColumn(bar_width=24), MofNCompleteColumn(), "{task.fields[speed]}"
-    with _bar(*columns) as progress:
-        bar = progress.add_task("answers", total=total, speed="")
-        tokens, started = 0, time.monotonic()
-
-        def on_tokens(count: int) -> None:
-            nonlocal tokens
-            tokens += count
-            progress.update(bar, speed=f"{tokens / max(time.monotonic() - started, 1e-9):.0f} tokens/s")
-
-        yield on_tokens, lambda: progress.advance(bar)
-    err.print(f"[dim]{tokens} tokens in {time.monotonic() - started:.0f} s[/dim]")
-
-
-def _bar(*columns: str | ProgressColumn) -> Progress:
-    times = TimeElapsedColumn(), TimeRemainingColumn()
-    return Progress(*columns, *times, console=err, transient=True, disable=not err.is_terminal)
-
-
-# --- scoring --------------------------------------------------------------------------------------------------------
-
-
-def _score(
-    tasks: dict[str, Problems],
-    samples_file: Path,
-    output: Path,
-    kind: str,
-    limits: Limits,
-    workers: int | None,
-    as_json: bool,
-) -> None:
-    samples = load_samples(samples_file, tasks)
-    isolation = find_isolation(kind)
-    with _bar("{task.description:8}", BarColumn(bar_width=24), MofNCompleteColumn()) as progress:
-        bar = progress.add_task("verdicts", total=len(samples))
-        results = score(
-            samples,
-            output / RESULTS_FILE,
-            lambda: Sandbox(isolation, limits, min(workers or os.cpu_count() or 1, len(samples))),
-            isolation,
-            limits,
-            on_result=lambda verdict: progress.advance(bar),
-        )
-    entries = summarize(results, [sample.record for sample in samples], tasks)
-    value = {
-        "entries": entries,
-        "sandbox": {**vars(isolation), "rules_version": VERSION, "limits": vars(limits)},
-        **environment(),
-    }
-    write_json(output / SUMMARY_FILE, value)
+def _score(samples: Path, output: Path, tasks: list[str], own: dict[str, Path], judging: Judging, as_json: bool) -> None:
+    with _Bar("verdicts") as bar:
+        summary = score(samples, output, tasks, own, judging, on_begin=bar.begin, on_verdict=bar.advance)
     if as_json:
-        print(json.dumps(value))
+        print(json.dumps(summary))
         return
-    out.print(_table(entries))
-    for line in _remarks(entries, isolation):
+    out.print(_table(summary["entries"]))
+    for line in _remarks(summary["entries"], summary["sandbox"]):
         err.print(line, style="yellow", markup=False)
 
 
@@ -300,9 +216,9 @@ def _table(entries: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _remarks(entries: list[dict[str, Any]], isolation: Isolation) -> Iterator[str]:
-    if isolation.kind != BUBBLEWRAP:
-        yield f"isolation: {isolation.description}"
+def _remarks(entries: list[dict[str, Any]], sandbox: dict[str, Any]) -> Iterator[str]:
+    if sandbox["kind"] != BUBBLEWRAP:
+        yield f"isolation: {sandbox['description']}"
     for entry in entries:
         name = f"{entry['task']} {entry['mode'] or ''}".strip()
         if entry["problems"] < entry["of"]:

@@ -6,14 +6,18 @@ import json
 import sys
 import time
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ms_pangu_quant.api import GenerationSettings
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.job import ranks
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.inference.model import Generation, Prompt
 
 
 def generate_command(
@@ -45,16 +49,10 @@ def generate_command(
         pangu-quant generate pangu-7b-w8a8 --mode no_think \\
             --prompt "Write a function that reverses a list."
     """
-    from ms_pangu_quant.inference.model import load
+    from ms_pangu_quant.inference.model import in_order, load
 
-    if bool(prompt) == bool(token_ids):
-        raise RequestError("generate: give --prompt, or --token-ids for a checkpoint without a tokenizer")
-    prompts: list[Any] = [sys.stdin.read() if text == "-" else text for text in prompt or []]
-    if token_ids:
-        try:
-            prompts = [[int(part) for part in token_ids.split(",")]]
-        except ValueError:
-            raise RequestError(f"--token-ids: got {token_ids!r}, wanted numbers separated by commas") from None
+    prompts = _prompts(prompt, token_ids)
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     needed = max_new_tokens + max(map(len, prompts))  # a character is at least one byte, a token at least one too
     model = load(
         directory,
@@ -65,12 +63,23 @@ def generate_command(
         verbose=verbose,
     )
     started = time.monotonic()
-    answers = model.generate(
-        prompts, max_new_tokens, mode=mode, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or ()
-    )
-    seconds = time.monotonic() - started
-    if not ranks.current().is_first:
-        return
+    answers = in_order(model.stream(prompts, settings, mode=mode))
+    if ranks.current().is_first:
+        _print(answers, time.monotonic() - started, as_json)
+
+
+def _prompts(messages: list[str] | None, token_ids: str | None) -> list[Prompt]:
+    if bool(messages) == bool(token_ids):
+        raise RequestError("generate: give --prompt, or --token-ids for a checkpoint without a tokenizer")
+    if not token_ids:
+        return [sys.stdin.read() if text == "-" else text for text in messages or []]
+    try:
+        return [[int(part) for part in token_ids.split(",")]]
+    except ValueError:
+        raise RequestError(f"--token-ids: got {token_ids!r}, wanted numbers separated by commas") from None
+
+
+def _print(answers: list[Generation], seconds: float, as_json: bool) -> None:
     for number, answer in enumerate(answers):
         if as_json:
             print(json.dumps(asdict(answer), ensure_ascii=False))

@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.api import ReportRequest
+from ms_pangu_quant.api import report as write_report
 from ms_pangu_quant.cli.console import out
-from ms_pangu_quant.report.results import load_runs
-from ms_pangu_quant.report.speed import load_speeds
 
 
 def report_command(
@@ -41,23 +40,8 @@ def report_command(
         pangu-quant report results/float results/w8a8 results/w4a8 \\
             --output report --bench w8a8=w8a8.bench.json
     """
-    from ms_pangu_quant.mixed.sensitivity import Sensitivity
-    from ms_pangu_quant.report.page import write
-    from ms_pangu_quant.report.prediction import predict as predict_speed
-
-    found = None if sensitivity is None else Sensitivity.load(sensitivity)
-    runs, speeds = load_runs(results, name), load_speeds(bench or [])
-    predicted = None
-    if predict is not None:
-        predicted = predict_speed(predict.resolve().name, ModelConfig.from_file(predict / "config.json"), device)
-    for path in write(
-        runs,
-        output,
-        speeds=speeds,
-        sensitivity=found,
-        prediction=predicted,
-        wanted=retention,
-        title=title,
-        examples=examples,
-    ):
+    request = ReportRequest(
+        results, name, bench or [], sensitivity, predict, device, retention=retention, examples=examples, title=title
+    )
+    for path in write_report(request, output):
         out.print(f"{path}", soft_wrap=True)

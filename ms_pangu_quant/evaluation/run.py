@@ -26,6 +26,7 @@ from ms_pangu_quant.evaluation.prompts import Prompt
 from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange, write_json
 from ms_pangu_quant.evaluation.tasks import Problem
 from ms_pangu_quant.evaluation.tasks.task import Problems
+from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
@@ -33,24 +34,70 @@ if TYPE_CHECKING:
 
 SAMPLES_FILE, RUN_FILE = "samples.jsonl", "run.json"
 _RANK_FILES = "samples.rank*.jsonl"
+GENERATION = GenerationSettings(max_new_tokens=4096)  # a slow thought is long
 Key = tuple[str, str, str, int]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of generation. Greedy where temperature is 0; `samples` answers to each problem otherwise. head as of load()."""
+    """What an answer depends on beside its question. `samples` answers to each problem; head as of load()."""
 
-    max_new_tokens: int = 4096
+    generation: GenerationSettings = GENERATION
     samples: int = 1
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
     head: str = "stored"
 
     def __post_init__(self) -> None:
-        if self.samples > 1 and self.temperature == 0:
+        if self.samples > 1 and self.generation.temperature == 0:
             raise RequestError(f"--n {self.samples}: greedy answers would all be the same; give a --temperature above 0")
+
+    def told(self) -> Record:
+        """As a sample says them."""
+        stop = list(self.generation.stop)
+        told = {**asdict(self.generation), "stop": stop, "head": self.head}
+        if self.head == "stored":
+            del told["head"]  # as in files of the time when there was no other
+        if not stop:
+            del told["stop"]
+        return told
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where answers go, and whose they are: the model's id is the checkpoint's hash.
+
+    provenance  written to `output`/run.json once the samples there are known to be of this model and these settings.
+    """
+
+    output: Path
+    model: str
+    settings: Settings
+    provenance: Record | None = None
+
+    @property
+    def samples(self) -> Path:
+        return self.output / SAMPLES_FILE
+
+
+@dataclass(frozen=True)
+class Share:
+    """A rank's part. Every tensor_parallel ranks hold one model together and answer the same questions; one writes."""
+
+    ranks: Ranks = ALONE
+    tensor_parallel: int = 1
+
+    def of(self, missing: Sequence[Question]) -> Sequence[Question]:
+        return missing[self.ranks.rank // self.tensor_parallel :: self.ranks.size // self.tensor_parallel]
+
+    @property
+    def writes(self) -> bool:
+        return self.ranks.rank % self.tensor_parallel == 0
+
+    def file(self, samples: Path) -> Path:
+        """What this rank writes into: the samples file itself where it is alone."""
+        return samples if self.ranks.size == 1 else samples.with_name(_RANK_FILES.replace("*", str(self.ranks.rank)))
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True)
@@ -75,9 +122,6 @@ class Question:
     def identity(self, model: str, settings: Settings) -> Record:
         """What a sample must share with a question to be its answer."""
         task, mode, task_id, sample_id = self.key
-        told = {name: value for name, value in asdict(settings).items() if name != "samples"}
-        if settings.head == "stored":
-            del told["head"]  # as in files of the time when there was no other
         return {
             "task": task,
             "mode": mode,
@@ -86,7 +130,7 @@ class Question:
             "model": model,
             "prompt": self.prompt_id,
             "prompt_sha256": hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest(),
-            "settings": told,
+            "settings": settings.told(),
         }
 
 
@@ -110,71 +154,71 @@ def questions(
 def answer(
     model: Model,
     asked: Sequence[Question],
-    output: Path,
-    model_id: str,
-    settings: Settings,
+    target: Target,
     *,
-    provenance: Record | None = None,
-    ranks: Ranks = ALONE,
-    tensor_parallel: int = 1,
+    share: Share = WHOLE,
     max_batch: int | None = None,
     on_tokens: Callable[[int], None] = lambda count: None,
     on_answer: Callable[[], None] = lambda: None,
 ) -> None:
-    """Write the answers into `output`/samples.jsonl, in the questions' order once all are there.
+    """Write the answers into target.samples, in the questions' order once all are there.
 
-    provenance written to `output`/run.json once the samples there are known to be of this model and these settings.
-    ranks      of this job; every tensor_parallel of them hold one model together and answer the same questions.
     on_answer  called for each answer of this rank, also for those that an earlier run has written.
     Raises     OutputError where the file has samples of another model, prompt or settings.
     """
-    path = output / SAMPLES_FILE
-    records = {question.key: question.identity(model_id, settings) for question in asked}
-
-    def written() -> set[Key]:
-        _bring_together(path)
-        found = _written(path, records, model_id)
-        if provenance is not None:
-            write_json(output / RUN_FILE, provenance)
-        return found
-
-    found = ranks.from_first(written)
+    records = {question.key: question.identity(target.model, target.settings) for question in asked}
+    found = share.ranks.from_first(lambda: _begin(target, records))
     for _ in found:
         on_answer()
-    missing = [question for question in asked if question.key not in found]
-    missing = missing[ranks.rank // tensor_parallel :: ranks.size // tensor_parallel]
-    own = path if ranks.size == 1 else output / _RANK_FILES.replace("*", str(ranks.rank))
-    writes = ranks.rank % tensor_parallel == 0
-    with Journal(own) if writes else nullcontext() as journal:
-
-        def add(question: Question, sample: Record) -> None:
+    missing = share.of([question for question in asked if question.key not in found])
+    own = share.file(target.samples)
+    with Journal(own) if share.writes else nullcontext() as journal:
+        for question, sample in _answers(model, missing, target.settings.generation, max_batch, on_tokens):
             if journal:
                 journal.append({**records[question.key], **sample})
             on_answer()
+    _end(share, own, target.samples, [question.key for question in asked])
 
-        room = model.config.max_position_embeddings
-        for question in (each for each in missing if len(each.token_ids) >= room):
-            add(question, _too_long(question))
-        fitting = [question for question in missing if len(question.token_ids) < room]
-        answers = model.stream(
-            [question.token_ids for question in fitting],
-            settings.max_new_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            seed=settings.seed,
-            streams=[question.stream for question in fitting],
-            max_batch=max_batch,
-            on_tokens=on_tokens,
-        )
-        for index, generation in answers:
-            add(fitting[index], _sample(generation))
-    if own != path:
-        _hand_over(own if writes else None, path, ranks)
-    if ranks.is_first:
-        _put_in_order(path, [question.key for question in asked])
-    ranks.meet()
-    if own != path:
+
+def _begin(target: Target, records: Mapping[Key, Record]) -> set[Key]:
+    """The questions that need not be asked again."""
+    _bring_together(target.samples)
+    found = _written(target.samples, records, target.model)
+    if target.provenance is not None:
+        write_json(target.output / RUN_FILE, target.provenance)
+    return found
+
+
+def _answers(
+    model: Model,
+    missing: Sequence[Question],
+    settings: GenerationSettings,
+    max_batch: int | None,
+    on_tokens: Callable[[int], None],
+) -> Iterator[tuple[Question, Record]]:
+    """Questions with their samples, as answers end; first those that leave no room for one."""
+    room = model.config.max_position_embeddings
+    yield from ((question, _too_long(question)) for question in missing if len(question.token_ids) >= room)
+    fitting = [question for question in missing if len(question.token_ids) < room]
+    answers = model.stream(
+        [question.token_ids for question in fitting],
+        settings,
+        streams=[question.stream for question in fitting],
+        max_batch=max_batch,
+        on_tokens=on_tokens,
+    )
+    for index, generation in answers:
+        yield fitting[index], _sample(generation)
+
+
+def _end(share: Share, own: Path, samples: Path, asked: Sequence[Key]) -> None:
+    """All that the ranks have answered, in one file and in order."""
+    if own != samples:
+        _hand_over(own if share.writes else None, samples, share.ranks)
+    if share.ranks.is_first:
+        _put_in_order(samples, asked)
+    share.ranks.meet()
+    if own != samples:
         own.unlink(missing_ok=True)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -106,7 +106,6 @@ def bench(
     *,
     new_tokens: int,
     repeats: int,
-    seed: int = 0,
     with_limits: bool = True,
     on_measured: Callable[[], None] = lambda: None,
 ) -> tuple[list[dict[str, Any]], MachineLimits | None]:
@@ -119,7 +118,7 @@ def bench(
     time_to_first_token_ms  prefill rows: until the first sequence's first token is known.
     peak_rss_gib    of the process with all subjects, up to this pair, before any limit was measured.
     """
-    generator, vocab = np.random.default_rng(seed), subjects[0].model.config.vocab_size
+    generator, vocab = np.random.default_rng(0), subjects[0].model.config.vocab_size
     pairs = [
         (prompt_len, batch, generator.integers(0, vocab, (batch, prompt_len)).tolist())
         for prompt_len in prompt_lens
@@ -208,13 +207,14 @@ def _answer(model: Model, prompts: Sequence[Sequence[int]], new_tokens: int) -> 
     return prefill, first, steps
 
 
-def _passes(prompts: Sequence[Sequence[int]], model: Model):
+def _passes(prompts: Sequence[Sequence[int]], model: Model) -> Iterator[list[tuple[int, int, int]]]:
     """(sequence, start, end) pieces of each prefill pass, at most PREFILL_TOKENS tokens together; the whole batch at once
     on a device that takes no prompt in pieces."""
     if not model.network.backend.chunked_prefill:
         yield [(index, 0, len(prompt)) for index, prompt in enumerate(prompts)]
         return
-    chosen, room = [], PREFILL_TOKENS
+    chosen: list[tuple[int, int, int]] = []
+    room = PREFILL_TOKENS
     for index, prompt in enumerate(prompts):
         start = 0
         while start < len(prompt):
@@ -229,7 +229,7 @@ def _passes(prompts: Sequence[Sequence[int]], model: Model):
         yield chosen
 
 
-def _row(seconds: NDArray[np.float64], tokens: int, least: float | None) -> dict[str, float | None]:
+def _row(seconds: NDArray[np.float64], tokens: int, least: float | None) -> dict[str, Any]:
     low, median, high = np.percentile(seconds, [25, 50, 75])
     return {
         "latency_ms": 1e3 * float(median),

@@ -93,7 +93,8 @@ def _final_states(
 def final_norm(reader: Reader, states: NDArray[np.float32]) -> NDArray[np.float32]:
     """What the head reads [tokens, hidden] of hidden states behind the last block."""
     scale = 1 / np.sqrt(np.mean(np.square(states), axis=1, keepdims=True) + np.float32(reader.config.rms_norm_eps))
-    return states * scale * reader.files.read_float32(layout.FINAL_NORM)
+    normalised: NDArray[np.float32] = states * scale * reader.files.read_float32(layout.FINAL_NORM)
+    return normalised
 
 
 def divergences(

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.inference.sampling import Sampling
+from ms_pangu_quant.inference.sampling import GenerationSettings
 
 MAX_BATCH = 64
 
@@ -51,6 +51,21 @@ class TextDecoder(Protocol):
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
 
+@dataclass(frozen=True)
+class Room:
+    """What a model takes at a time.
+
+    num_blocks, block_size  of the cache: so many blocks of so many tokens each.
+    prefill_tokens          prompt tokens of a pass.
+    split_prompts           False keeps each prompt in one pass, for a backend whose prefill cannot continue from the cache.
+    """
+
+    num_blocks: int
+    block_size: int
+    prefill_tokens: int
+    split_prompts: bool = True
+
+
 @dataclass
 class _Sequence:
     """A request under way; `cached` tokens of prompt + answer are in the cache blocks `table`."""
@@ -62,8 +77,9 @@ class _Sequence:
 
 
 class Scheduler:
-    """split_prompts False keeps each prompt in one pass, for a backend whose prefill cannot continue from the cache.
+    """settings give the next token and the texts that end an answer; max_new_tokens is each request's own.
 
+    stop_ids   tokens that end an answer; they are not part of it.
     max_batch  requests under way at a time; None is MAX_BATCH.
     on_tokens  called after each pass with how many tokens it gave.
     """
@@ -71,24 +87,18 @@ class Scheduler:
     def __init__(
         self,
         model: Forward,
-        num_blocks: int,
-        block_size: int,
-        prefill_tokens: int,
-        sampling: Sampling,
+        room: Room,
+        settings: GenerationSettings,
         stop_ids: frozenset[int],
-        stop: tuple[str, ...],
         *,
-        split_prompts: bool = True,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
-        self._split_prompts = split_prompts
         self._max_batch = max_batch or MAX_BATCH
         self._on_tokens = on_tokens
-        self._model, self._sampling = model, sampling
-        self._block_size, self._prefill_tokens = block_size, prefill_tokens
-        self._free = list(range(num_blocks))
-        self._stop_ids, self._stop = stop_ids, stop
+        self._model, self._room, self._settings = model, room, settings
+        self._free = list(range(room.num_blocks))
+        self._stop_ids = stop_ids
 
     def run(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
         """Requests with their completions, in the order in which they end; none is kept here, for there may be many.
@@ -99,12 +109,13 @@ class Scheduler:
             if self._needs(request) > len(self._free):
                 raise RequestError(
                     f"a prompt of {len(request.prompt)} tokens with max_new_tokens {request.max_new_tokens} "
-                    f"needs more than the cache's {len(self._free) * self._block_size} tokens; lower "
+                    f"needs more than the cache's {len(self._free) * self._room.block_size} tokens; lower "
                     "max_new_tokens or load with a larger kv_cache_tokens"
                 )
-        waiting, running = list(reversed(requests)), []
+        waiting: list[Request] = list(reversed(requests))
+        running: list[_Sequence] = []
         while waiting or running:
-            admitted = []
+            admitted: list[_Sequence] = []
             while (
                 waiting and len(running) + len(admitted) < self._max_batch and self._needs(waiting[-1]) <= len(self._free)
             ):
@@ -116,16 +127,17 @@ class Scheduler:
             running = yield from self._without_ended(running)
 
     def _needs(self, request: Request) -> int:
-        return -(-(len(request.prompt) + request.max_new_tokens) // self._block_size)
+        return -(-(len(request.prompt) + request.max_new_tokens) // self._room.block_size)
 
     def _prefill(self, sequences: Sequence[_Sequence]) -> None:
         """Fill the cache with the prompts, at most prefill_tokens a pass, and take each first token."""
         left = [sequence for sequence in sequences if sequence.cached < len(sequence.request.prompt)]
         while left:
-            chosen, pieces, room = [], [], self._prefill_tokens
+            chosen: list[_Sequence] = []
+            pieces, room = [], self._room.prefill_tokens
             for sequence in left:
                 piece = sequence.request.prompt[sequence.cached :]
-                if self._split_prompts:
+                if self._room.split_prompts:
                     piece = piece[:room]
                 elif chosen and len(piece) > room:
                     break
@@ -160,7 +172,7 @@ class Scheduler:
         self._on_tokens(len(sequences))
 
     def _take(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
-        sequence.answer.append(self._sampling.next_token(logits, sequence.request.generator))
+        sequence.answer.append(self._settings.next_token(logits, sequence.request.generator))
 
     def _without_ended(
         self, sequences: Sequence[_Sequence]
@@ -180,12 +192,18 @@ class Scheduler:
         answer = sequence.answer
         if answer[-1] in self._stop_ids:
             return Completion(tuple(answer[:-1]), "eos")
-        if self._stop:
-            window = 4 * max(map(len, self._stop)) + 4  # a character is at most four byte tokens
-            tail = self._model.tokenizer.decode(answer[-window:])
-            found = min((stop for stop in self._stop if stop in tail), key=tail.find, default=None)
-            if found is not None:
-                return Completion(tuple(answer), "stop", found)
+        found = self._stop_text(answer)
+        if found is not None:
+            return Completion(tuple(answer), "stop", found)
         if len(answer) >= sequence.request.max_new_tokens:
             return Completion(tuple(answer), "length")
         return None
+
+    def _stop_text(self, answer: Sequence[int]) -> str | None:
+        """Of the texts that end an answer, the one that comes first in its tail."""
+        stops = self._settings.stop
+        if not stops:
+            return None
+        window = 4 * max(map(len, stops)) + 4  # a character is at most four byte tokens
+        tail = self._model.tokenizer.decode(answer[-window:])
+        return min((stop for stop in stops if stop in tail), key=tail.find, default=None)

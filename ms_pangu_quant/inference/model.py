@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +16,15 @@ from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
-from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
-from ms_pangu_quant.inference.sampling import Sampling
+from ms_pangu_quant.inference.generate import Completion, Request, Room, Scheduler
+from ms_pangu_quant.inference.sampling import GenerationSettings, Keywords
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.network import runtime
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 BLOCK_SIZE = 16
 _GRAPHS = 1 << 30  # address space that compiling and the threads take; 0.7 GiB with a model of 4 layers
 PREFILL_TOKENS = 512  # longer prompts are prefilled in pieces
@@ -174,54 +178,33 @@ class Model:
 
     def generate(
         self,
-        prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]],
+        prompts: Sequence[Prompt],
         max_new_tokens: int = 512,
         *,
         mode: str = "slow_think",
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
         streams: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
+        **settings: Unpack[Keywords],
     ) -> list[Generation]:
         """Answers to prompts, in their order; batched, and refilled as answers end.
 
         prompts    each a user message (text), a chat (list of {"role", "content"}), or token ids used as they are.
         mode       thinking mode put into the chat: slow_think, auto_think or no_think.
-        stop       texts that end an answer; they are not part of it.
         streams    number of each prompt's own stream of random draws under `seed`; its place among prompts by default.
         max_batch  answers under way at a time, no more than the cache holds; the answers do not depend on it.
         on_tokens  called after each pass with how many tokens it gave.
+        settings   temperature, top_p, top_k, seed, stop: those of GenerationSettings.
         """
-        answers = self.stream(
-            prompts,
-            max_new_tokens,
-            mode=mode,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop=stop,
-            streams=streams,
-            max_batch=max_batch,
-            on_tokens=on_tokens,
-        )
-        return [answer for _, answer in sorted(answers, key=operator.itemgetter(0))]
+        chosen = GenerationSettings(max_new_tokens, **settings)
+        return in_order(self.stream(prompts, chosen, mode=mode, streams=streams, max_batch=max_batch, on_tokens=on_tokens))
 
     def stream(
         self,
-        prompts: Sequence[str | Sequence[int] | Sequence[dict[str, str]]],
-        max_new_tokens: int = 512,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
         *,
         mode: str = "slow_think",
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
         streams: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
@@ -229,28 +212,12 @@ class Model:
         """(place of a prompt, its answer) as each ends, and keeps none of them; arguments as of generate()."""
         if isinstance(prompts, str):
             raise RequestError("prompts: got one text, wanted a list of prompts")
-        if max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens: got {max_new_tokens}, wanted at least 1")
-        sampling = Sampling(temperature, top_p, top_k, seed)
-        requests = []
-        for index, prompt in enumerate(prompts):
-            ids = self._prompt_ids(prompt, mode)
-            self._check_prompt(ids)
-            room = self.config.max_position_embeddings - len(ids)
-            generator = sampling.generator(index if streams is None else streams[index])
-            requests.append(Request(index, tuple(ids), min(max_new_tokens, room), generator))
-        scheduler = Scheduler(
-            self,
-            self._num_blocks,
-            BLOCK_SIZE,
-            PREFILL_TOKENS,
-            sampling,
-            self._stop_ids(),
-            tuple(stop),
-            split_prompts=self.network.backend.chunked_prefill,
-            max_batch=max_batch,
-            on_tokens=on_tokens,
-        )
+        requests = [
+            self._request(index, self._prompt_ids(prompt, mode), settings, index if streams is None else streams[index])
+            for index, prompt in enumerate(prompts)
+        ]
+        room = Room(self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, self.network.backend.chunked_prefill)
+        scheduler = Scheduler(self, room, settings, self._stop_ids(), max_batch=max_batch, on_tokens=on_tokens)
         for request, completion in scheduler.run(requests):
             yield request.index, self._generation(request, completion)
 
@@ -281,6 +248,12 @@ class Model:
                 raise RankLostError(f"the ranks that hold the model did not meet: {str(error).splitlines()[0]}") from None
             raise
         return out.reshape(-1, self.config.vocab_size)
+
+    def _request(self, index: int, ids: Sequence[int], settings: GenerationSettings, stream: int) -> Request:
+        """For no more new tokens than the model has positions left."""
+        self._check_prompt(ids)
+        most = min(settings.max_new_tokens, self.config.max_position_embeddings - len(ids))
+        return Request(index, tuple(ids), most, settings.generator(stream))
 
     def _prompt_ids(self, prompt: Any, mode: str) -> list[int]:
         if isinstance(prompt, str):
@@ -320,3 +293,8 @@ class Model:
             parts.closed,
             len(parts.thought or ()),
         )
+
+
+def in_order(answers: Iterable[tuple[int, Generation]]) -> list[Generation]:
+    """What Model.stream() gives, in the order of the prompts."""
+    return [answer for _, answer in sorted(answers, key=operator.itemgetter(0))]

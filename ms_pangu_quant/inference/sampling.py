@@ -1,8 +1,11 @@
-"""From logits to the next token, in NumPy: greedy, or temperature, then top-k, then top-p, then a seeded draw."""
+"""How answers are generated. From logits to the next token, in NumPy: greedy, or temperature, then top-k, then top-p, then
+a seeded draw."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,16 +13,35 @@ from numpy.typing import NDArray
 from ms_pangu_quant.errors import RequestError
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1 keep every token; seed makes a draw repeatable."""
+class Keywords(TypedDict, total=False):
+    """The fields of GenerationSettings behind its first, as keywords of Model.generate()."""
 
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: Sequence[str]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How answers are generated and where they end. Raises RequestError for values out of range.
+
+    max_new_tokens  tokens an answer may have, its thought included.
+    temperature     0 is greedy; top_k 0 and top_p 1 keep every token; seed makes a draw repeatable.
+    stop            texts that end an answer; they are not part of it.
+    """
+
+    max_new_tokens: int = 512
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens: got {self.max_new_tokens}, wanted at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise RequestError(f"temperature: got {self.temperature}, wanted a number of at least 0")
         if not 0 < self.top_p <= 1:

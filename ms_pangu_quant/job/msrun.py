@@ -304,7 +304,7 @@ def _print_end(path: Path, lines: int = 8) -> None:
 
 def _children(process: int) -> list[psutil.Process]:
     try:
-        return psutil.Process(process).children()
+        return psutil.Process(process).children()  # type: ignore[no-any-return]
     except psutil.Error:
         return []
 

@@ -42,51 +42,29 @@ class Example:
     answers: tuple[tuple[Run, str, Split], ...]
 
 
-def write(
-    runs: Sequence[Run],
-    output: Path,
-    *,
-    speeds: Sequence[Speed] = (),
-    sensitivity: Sensitivity | None = None,
-    prediction: Prediction | None = None,
-    wanted: float = 0.9,
-    title: str = "",
-    examples: int = 6,
-) -> list[Path]:
-    """The two pages. The first run is the reference. Raises DataError for more than a page can tell apart."""
-    for given, what in ((runs, "results"), (speeds, "benches")):
-        if len(given) > MOST_RUNS:
-            raise DataError(f"report: got {len(given)} {what}, wanted at most {MOST_RUNS} on a page")
-    comparisons = compare(runs, wanted)
-    values = {
-        "title": title or "What quantization costs",
-        "runs": runs,
-        "cells": [*cells(runs)],
-        "comparisons": comparisons,
-        "by_place": {(each.cell, each.run.name): each for each in comparisons},
-        "speeds": speeds,
-        "speed_cases": cases(speeds),
-        "sensitivity": sensitivity,
-        "group_name": group_name,
-        "prediction": prediction,
-        "predicted": {"batches": BATCHES, "prompt": PROMPT, "context": CONTEXT},
-        "wanted": wanted,
-        "level": LEVEL,
-        "headlines": [*_headlines(runs, comparisons, wanted)],
-        "examples": _examples(runs, comparisons, examples),
-        "task_title": lambda name: TASKS[name].title if name in TASKS else name,
-        "verdicts": VERDICTS,
-        "incomplete": [*_incomplete(runs)],
-    }
-    drawn = {
-        "scores": plots.scores(runs),
-        "retention": plots.retention(runs, comparisons, wanted),
-        "lengths": plots.lengths(runs),
-        "block_errors": plots.block_errors(runs),
-        "prefill": plots.prefill(runs, speeds),
-        "sensitivity": plots.sensitivity(sensitivity),
-        "prediction": plots.prediction(prediction),
-    }
+@dataclass(frozen=True)
+class Report:
+    """What a page is about. The first run is the reference; `wanted` is the share of its pass@1 that is tested for, and
+    `examples` the number of problems whose answers are shown. Raises DataError for more than a page can tell apart."""
+
+    runs: Sequence[Run]
+    speeds: Sequence[Speed] = ()
+    sensitivity: Sensitivity | None = None
+    prediction: Prediction | None = None
+    wanted: float = 0.9
+    title: str = ""
+    examples: int = 6
+
+    def __post_init__(self) -> None:
+        for given, what in ((self.runs, "results"), (self.speeds, "benches")):
+            if len(given) > MOST_RUNS:
+                raise DataError(f"report: got {len(given)} {what}, wanted at most {MOST_RUNS} on a page")
+
+
+def write(report: Report, output: Path) -> list[Path]:
+    """The two pages."""
+    comparisons = compare(report.runs, report.wanted)
+    values, drawn = _values(report, comparisons), _drawn(report, comparisons)
     svg = {name: Markup(each) if each else None for name, each in drawn.items()}  # drawn here, from numbers and names
     page = _environment(html=True).get_template("page.html.j2").render(**values, plots=svg)
     text = _environment(html=False).get_template("page.md.j2").render(**values)
@@ -94,6 +72,44 @@ def write(
     for path, content in zip(paths, (page, text), strict=True):
         write_bytes(path, content.encode("utf-8", "backslashreplace"))
     return paths
+
+
+def _values(report: Report, comparisons: Sequence[Comparison]) -> dict[str, Any]:
+    """What the templates know."""
+    runs = report.runs
+    return {
+        "title": report.title or "What quantization costs",
+        "runs": runs,
+        "cells": [*cells(runs)],
+        "comparisons": comparisons,
+        "by_place": {(each.cell, each.run.name): each for each in comparisons},
+        "speeds": report.speeds,
+        "speed_cases": cases(report.speeds),
+        "sensitivity": report.sensitivity,
+        "group_name": group_name,
+        "prediction": report.prediction,
+        "predicted": {"batches": BATCHES, "prompt": PROMPT, "context": CONTEXT},
+        "wanted": report.wanted,
+        "level": LEVEL,
+        "headlines": [*_headlines(runs, comparisons, report.wanted)],
+        "examples": _examples(runs, comparisons, report.examples),
+        "task_title": lambda name: TASKS[name].title if name in TASKS else name,
+        "verdicts": VERDICTS,
+        "incomplete": [*_incomplete(runs)],
+    }
+
+
+def _drawn(report: Report, comparisons: Sequence[Comparison]) -> dict[str, str | None]:
+    """SVG of each plot, None where there is nothing to show."""
+    return {
+        "scores": plots.scores(report.runs),
+        "retention": plots.retention(report.runs, comparisons, report.wanted),
+        "lengths": plots.lengths(report.runs),
+        "block_errors": plots.block_errors(report.runs),
+        "prefill": plots.prefill(report.runs, report.speeds),
+        "sensitivity": plots.sensitivity(report.sensitivity),
+        "prediction": plots.prediction(report.prediction),
+    }
 
 
 def _headlines(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> Iterator[tuple[Run, str]]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from ms_pangu_quant.evaluation.statistics import Interval
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report.comparison import Comparison
 from ms_pangu_quant.report.prediction import BATCHES, PROMPT, Prediction
@@ -27,7 +28,7 @@ def scores(runs: Sequence[Run]) -> str:
         for place, cell in enumerate(groups):
             score = run.entries.get(cell, {}).get("pass@1")
             if score:
-                _point(axes, place, number, len(runs), score["value"], score["low"], score["high"], 100)
+                _point(axes, place, number, len(runs), Interval(score["value"], score["low"], score["high"]))
     axes.set_ylim(0, 105)
     return _svg(figure, axes, groups, "pass@1, %", [run.name for run in runs])
 
@@ -44,7 +45,7 @@ def retention(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: fl
         ratio = each.retention.ratio if each.retention else None
         if ratio:
             number = names.index(each.run.name)
-            _point(axes, groups.index(each.cell), number, len(runs), ratio.value, ratio.low, ratio.high, 100)
+            _point(axes, groups.index(each.cell), number, len(runs), ratio)
     axes.axhline(100, color=_GRID, linewidth=1)
     axes.axhline(100 * wanted, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
     return _svg(figure, axes, groups, "retention, %", names, first=1)
@@ -164,10 +165,11 @@ def _figure(groups: Sequence[Cell]) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _point(axes: Any, place: int, number: int, count: int, value: float, low: float, high: float, unit: float) -> None:
+def _point(axes: Any, place: int, number: int, count: int, share: Interval) -> None:
+    """Of run `number` of `count`, in percent."""
     x = place + (number - (count - 1) / 2) * min(0.22, 0.7 / count)
-    bars = [[unit * max(0.0, value - low)], [unit * max(0.0, high - value)]]
-    axes.errorbar([x], [unit * value], bars, fmt="o", color=_SERIES[number], markersize=5, linewidth=1.6, capsize=2.5)
+    bars = [[100 * max(0.0, share.value - share.low)], [100 * max(0.0, share.high - share.value)]]
+    axes.errorbar([x], [100 * share.value], bars, fmt="o", color=_SERIES[number], markersize=5, linewidth=1.6, capsize=2.5)
 
 
 def _svg(

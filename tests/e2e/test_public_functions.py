@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
 import yaml
 
 import ms_pangu_quant as pq
-from ms_pangu_quant.api import as_recipe
+from ms_pangu_quant.api import GenerationSettings, Judging, as_recipe
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError, PanguQuantError, RecipeError, RequestError
@@ -81,6 +82,21 @@ def test_a_checkpoint_compared_with_itself_has_no_kl():
     assert found.kl_mean == 0
     assert found.top1_agreement == 1
     assert found.ppl_reference == found.ppl_quantized
+
+
+def test_evaluate_writes_the_bytes_that_the_command_writes(tmp_path, capsys):
+    generation = GenerationSettings(60, temperature=0.8, seed=3)
+    asked = {"tasks": ["mini"], "modes": ["no_think"], "limit": 2, "samples": 2, "generation": generation}
+    given = []
+    request = pq.EvaluationRequest(str(MINI), tmp_path / "function", **asked)
+    found = pq.evaluate(request, Judging("rlimits"), on_begin=given.append, on_answer=lambda: given.append("answer"))
+    command = ["evaluate", str(MINI), "--tasks", "mini", "--modes", "no_think", "--limit", "2", "--n", "2", "--json"]
+    command += ["--max-new-tokens", "60", "--temperature", "0.8", "--seed", "3", "--sandbox", "rlimits"]
+    assert main([*command, "--output", str(tmp_path / "command")]) == 0
+    assert json.loads(capsys.readouterr().out) == found
+    assert given == [4, *["answer"] * 4]
+    for name in ("samples.jsonl", "run.json", "results.jsonl", "summary.json"):
+        assert (tmp_path / "function" / name).read_bytes() == (tmp_path / "command" / name).read_bytes()
 
 
 @pytest.mark.parametrize("index", [-1, 10_000])

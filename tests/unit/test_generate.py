@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -17,11 +18,12 @@ from hypothesis import strategies as st
 
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.inference import generate
-from ms_pangu_quant.inference.generate import Completion, Request, Scheduler
-from ms_pangu_quant.inference.sampling import Sampling
+from ms_pangu_quant.inference.generate import Completion, Request, Room, Scheduler
+from ms_pangu_quant.inference.sampling import GenerationSettings
 
 VOCAB = 8
 LETTERS = "abcdefgh"  # token -> text
+GREEDY = GenerationSettings()
 
 
 @functools.cache
@@ -77,9 +79,8 @@ def requests_of(pairs, sampling):
 
 
 def scheduler(model, *, prefill_tokens=100, sampling=None, stop_ids=(), stop=()):
-    return Scheduler(
-        model, len(model.cache), model.block_size, prefill_tokens, sampling or Sampling(), frozenset(stop_ids), tuple(stop)
-    )
+    room = Room(len(model.cache), model.block_size, prefill_tokens)
+    return Scheduler(model, room, replace(sampling or GREEDY, stop=stop), frozenset(stop_ids))
 
 
 def completions(made, requests):
@@ -90,7 +91,7 @@ def completions(made, requests):
 
 def run(pairs, *, num_blocks=100, block_size=4, **settings_of_scheduler):
     model = FakeModel(num_blocks, block_size)
-    sampling = settings_of_scheduler.get("sampling") or Sampling()
+    sampling = settings_of_scheduler.get("sampling") or GREEDY
     return completions(scheduler(model, **settings_of_scheduler), requests_of(pairs, sampling)), model
 
 
@@ -100,7 +101,9 @@ def always(*tokens):
 
 
 PROMPT = st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=9)
-SAMPLINGS = st.sampled_from([Sampling(), Sampling(1.0, seed=5), Sampling(0.8, top_p=0.9, top_k=4, seed=6)])
+SAMPLINGS = st.sampled_from(
+    [GREEDY, GenerationSettings(temperature=1.0, seed=5), GenerationSettings(temperature=0.8, top_p=0.9, top_k=4, seed=6)]
+)
 
 
 @st.composite
@@ -162,7 +165,7 @@ def test_limits_are_kept_in_every_pass(work, sampling):
 @given(workloads(), st.sets(st.integers(0, VOCAB - 1), max_size=3))
 def test_every_block_is_free_again_at_the_end(work, stop_ids):
     """Shown by a last request that needs the whole cache."""
-    model, sampling = FakeModel(work["num_blocks"], work["block_size"]), Sampling()
+    model, sampling = FakeModel(work["num_blocks"], work["block_size"]), GREEDY
     made = scheduler(model, prefill_tokens=work["prefill_tokens"], stop_ids=stop_ids)
     completions(made, requests_of(work["pairs"], sampling))
     prompt, most = (1,), work["num_blocks"] * work["block_size"] - 1
@@ -172,7 +175,7 @@ def test_every_block_is_free_again_at_the_end(work, stop_ids):
 
 
 def test_an_answer_is_not_kept_once_it_was_given():
-    requests, given = requests_of([((token % VOCAB,), 3) for token in range(100)], Sampling()), []
+    requests, given = requests_of([((token % VOCAB,), 3) for token in range(100)], GREEDY), []
     for _, completion in scheduler(FakeModel(100, 4)).run(requests):
         given.append(weakref.ref(completion))
         del completion
@@ -183,7 +186,7 @@ def test_an_answer_is_not_kept_once_it_was_given():
 def test_a_cache_without_a_block_to_spare_is_enough():
     pairs = [((1, 2, 3), 5)] * 6
     found, model = run(pairs, num_blocks=4, block_size=4)
-    assert found == [alone((1, 2, 3), 5, Sampling(), None)] * 6
+    assert found == [alone((1, 2, 3), 5, GREEDY, None)] * 6
     assert max(len(pieces) for _, pieces, _, _ in model.calls) == 2
 
 
@@ -234,7 +237,7 @@ def test_a_request_that_can_never_fit_is_refused_before_anything_runs(pair):
     model = FakeModel(10, 4)
     said = rf"{len(pair[0])} tokens with max_new_tokens {pair[1]} .*40 tokens.*kv_cache_tokens"
     with pytest.raises(RequestError, match=said):
-        completions(scheduler(model), requests_of([((1,), 2), pair, ((2,), 2)], Sampling()))
+        completions(scheduler(model), requests_of([((1,), 2), pair, ((2,), 2)], GREEDY))
     assert model.calls == []
 
 
@@ -246,7 +249,7 @@ def test_a_request_that_fills_the_cache_exactly_fits():
 def answer(next_logits, most=6, **settings_of_scheduler):
     texts = settings_of_scheduler.pop("texts", LETTERS)
     model = FakeModel(20, 4, next_logits, texts)
-    (completion,) = completions(scheduler(model, **settings_of_scheduler), requests_of([((0,), most)], Sampling()))
+    (completion,) = completions(scheduler(model, **settings_of_scheduler), requests_of([((0,), most)], GREEDY))
     return completion
 
 
@@ -300,7 +303,7 @@ def test_a_stop_text_of_four_byte_characters_is_found_in_a_long_answer():
     letters = "🙂".encode()
     model = ByteTokens(100, 4, always(0, 1, 2, 3), [*letters, 65, 66, 67, 68])
     before = "🙂" * 3
-    (completion,) = completions(scheduler(model, stop=[before]), requests_of([((4,), 50)], Sampling()))
+    (completion,) = completions(scheduler(model, stop=[before]), requests_of([((4,), 50)], GREEDY))
     assert completion == Completion((0, 1, 2, 3) * 3, "stop", before)
 
 
@@ -310,5 +313,5 @@ def test_only_the_end_of_a_long_answer_is_decoded_for_stop_texts():
     model = FakeModel(2000, 4, always(1, 2, 3))
     decode = model.decode
     model.decode = lambda ids, **settings_of_decode: decoded.append(len(ids)) or decode(ids)
-    completions(scheduler(model, stop=["xyz"]), requests_of([((0,), 300)], Sampling()))
+    completions(scheduler(model, stop=["xyz"]), requests_of([((0,), 300)], GREEDY))
     assert max(decoded) <= 20

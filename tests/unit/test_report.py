@@ -22,7 +22,7 @@ from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.verdict import Limits
 from ms_pangu_quant.mixed.sensitivity import GroupSensitivity, Sensitivity
 from ms_pangu_quant.report.comparison import compare
-from ms_pangu_quant.report.page import write
+from ms_pangu_quant.report.page import Report, write
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.roofline import load_device, prefill_seconds
 from ms_pangu_quant.report.speed import load_speeds
@@ -112,7 +112,7 @@ def test_the_comparison_is_the_statistics_of_the_paired_problems(three):
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_is_well_formed(three, tmp_path):
-    html, _ = write(load_runs(three), tmp_path / "report")
+    html, _ = write(Report(load_runs(three)), tmp_path / "report")
     text = html.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
@@ -125,7 +125,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_is_well_formed(three, tmp_p
 
 
 def test_both_pages_tell_the_scores_the_flips_and_where_they_come_from(three, tmp_path):
-    html, markdown = write(load_runs(three), tmp_path / "report", title="A title & more")
+    html, markdown = write(Report(load_runs(three), title="A title & more"), tmp_path / "report")
     words = " ".join("".join(Page(html.read_text(encoding="utf-8")).words).split())
     for text in (words, markdown.read_text(encoding="utf-8")):
         for wanted in ("10/12", "83.3", "5/12", "Mini/9", "Mini/10", "zero_shot_instruct/v1", "f" * 64):
@@ -138,7 +138,7 @@ def test_both_pages_tell_the_scores_the_flips_and_where_they_come_from(three, tm
 
 def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
     runs = load_runs([make(tmp_path, "float", text=HOSTILE), make(tmp_path, "w8a8", text=HOSTILE)])
-    html, markdown = write(runs, tmp_path / "report")
+    html, markdown = write(Report(runs), tmp_path / "report")
     text = html.read_text(encoding="utf-8")
     assert "script" not in Page(text).tags
     assert "{{ 7 * 7 }}" in text
@@ -149,20 +149,20 @@ def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):
 
 
 def test_the_same_results_give_the_same_bytes(three, tmp_path):
-    first = [path.read_bytes() for path in write(load_runs(three), tmp_path / "a")]
-    assert [path.read_bytes() for path in write(load_runs(three), tmp_path / "b")] == first
+    first = [path.read_bytes() for path in write(Report(load_runs(three)), tmp_path / "a")]
+    assert [path.read_bytes() for path in write(Report(load_runs(three)), tmp_path / "b")] == first
 
 
 def test_a_reference_that_passes_nothing_has_no_retention(tmp_path):
     nothing = {"mini": {"no_think": "000"}}
     runs = load_runs([make(tmp_path, name, nothing) for name in ("float", "w8a8")])
-    html, markdown = write(runs, tmp_path / "report")
+    html, markdown = write(Report(runs), tmp_path / "report")
     for path in (html, markdown):
         assert "the reference passes nothing" in path.read_text(encoding="utf-8")
 
 
 def test_one_result_alone_makes_a_page_without_comparisons(three, tmp_path):
-    html, markdown = write(load_runs(three[:1]), tmp_path / "report")
+    html, markdown = write(Report(load_runs(three[:1])), tmp_path / "report")
     assert "Against" not in html.read_text(encoding="utf-8") + markdown.read_text(encoding="utf-8")
 
 
@@ -170,7 +170,7 @@ def test_scored_files_from_elsewhere_need_no_model_or_samples(three, tmp_path):
     for output in three:
         (output / "run.json").unlink()
         (output / "samples.jsonl").unlink()
-    html, markdown = write(load_runs(three), tmp_path / "report")
+    html, markdown = write(Report(load_runs(three)), tmp_path / "report")
     assert "samples from elsewhere" in html.read_text(encoding="utf-8")
     assert "samples from elsewhere" in markdown.read_text(encoding="utf-8")
 
@@ -189,7 +189,7 @@ def test_several_samples_of_a_problem_are_compared_by_exchanging_them(three, tmp
     assert [each.flips for each in compared] == [None, None]
     assert compared[1].p == 1
     assert 0 < compared[0].p <= 1
-    write(load_runs(three[:2]), tmp_path / "report")
+    write(Report(load_runs(three[:2])), tmp_path / "report")
 
 
 @pytest.mark.parametrize("field", ["data_sha256", "prompts"])
@@ -215,7 +215,7 @@ def test_what_is_no_result_is_one_clear_line(three, tmp_path, capsys):
     with pytest.raises(DataError, match="give each its own name"):
         load_runs(three[1:], ["same", "same"])
     with pytest.raises(DataError, match="at most 7"):
-        write(load_runs([three[1]] * 8), tmp_path / "r")
+        write(Report(load_runs([three[1]] * 8)), tmp_path / "r")
 
 
 def test_the_command_writes_both_pages(three, tmp_path, capsys):

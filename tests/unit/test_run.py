@@ -18,9 +18,12 @@ from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.samples import read_records
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.inference.model import Generation
+from ms_pangu_quant.inference.sampling import GenerationSettings
 from tests.unit.linked import at_once, linked
 
-SETTINGS = run.Settings(max_new_tokens=50, samples=2, temperature=1.0, seed=3)
+GENERATION = GenerationSettings(max_new_tokens=50, temperature=1.0, seed=3)
+SETTINGS = run.Settings(GENERATION, samples=2)
+STOPPING = run.Settings(replace(GENERATION, stop=("\nassert",)), samples=2)
 
 
 class Killed(BaseException):
@@ -35,14 +38,14 @@ class FakeModel:
     def __init__(self, left=10**9):
         self.left, self.asked = left, 0
 
-    def stream(self, prompts, max_new_tokens, *, streams, max_batch, on_tokens, seed, **_):
+    def stream(self, prompts, settings, *, streams, max_batch, on_tokens):
         order = np.random.default_rng(max_batch or 0).permutation(len(prompts))
         for index in order:
             if self.left == 0:
                 raise Killed
             self.left -= 1
             self.asked += 1
-            draw = np.random.default_rng([seed, streams[index], *prompts[index][:3]]).integers(1 << 40)
+            draw = np.random.default_rng([settings.seed, streams[index], *prompts[index][:3]]).integers(1 << 40)
             on_tokens(4)
             text = f"[unused16]{draw}[unused17]answer"
             yield int(index), Generation(text, str(draw), "answer", (1, 2, 3, 4), len(prompts[index]), "eos", True, 1)
@@ -61,6 +64,10 @@ def asked(settings=SETTINGS, tasks=("humaneval", "mini"), limit=3, modes=("slow_
     ]
 
 
+def answer(model, questions, folder, name="model", settings=SETTINGS, *, provenance=None, **more):
+    run.answer(model, questions, run.Target(folder, name, settings, provenance), **more)
+
+
 def content(folder) -> bytes:
     return (folder / run.SAMPLES_FILE).read_bytes()
 
@@ -74,43 +81,54 @@ def test_there_is_one_question_for_each_task_mode_problem_and_sample():
 
 @pytest.mark.parametrize("stops", [[0], [1], [23], [5, 1, 7], [24]])
 def test_a_run_stopped_anywhere_loses_and_repeats_nothing(stops, tmp_path):
-    run.answer(FakeModel(), asked(), tmp_path / "whole", "model", SETTINGS)
+    answer(FakeModel(), asked(), tmp_path / "whole")
     models = [FakeModel(left) for left in stops]
     for number, model in enumerate(models):
         try:
-            run.answer(model, asked(), tmp_path / "stopped", "model", SETTINGS, max_batch=number + 1)
+            answer(model, asked(), tmp_path / "stopped", max_batch=number + 1)
         except Killed:
             with open(tmp_path / "stopped" / run.SAMPLES_FILE, "ab") as file:
                 file.write(b'{"task": "humaneval", "mo')  # a line that was being written
     last = FakeModel()
-    run.answer(last, asked(), tmp_path / "stopped", "model", SETTINGS)
+    answer(last, asked(), tmp_path / "stopped")
     assert sum(model.asked for model in [*models, last]) == len(asked())
     assert content(tmp_path / "stopped") == content(tmp_path / "whole")
 
 
 def test_more_problems_or_samples_are_added_to_an_earlier_run_and_other_tasks_stay(tmp_path):
     model = FakeModel()
-    run.answer(model, asked(tasks=("humaneval",), limit=2), tmp_path, "model", SETTINGS)
-    run.answer(model, asked(tasks=("mini",)), tmp_path, "model", SETTINGS)
-    more = run.Settings(50, 3, 1.0, seed=3)
-    run.answer(model, asked(more, tasks=("humaneval",)), tmp_path, "model", more)
+    answer(model, asked(tasks=("humaneval",), limit=2), tmp_path)
+    answer(model, asked(tasks=("mini",)), tmp_path)
+    more = replace(SETTINGS, samples=3)
+    answer(model, asked(more, tasks=("humaneval",)), tmp_path, settings=more)
     keys = [
         (record["task"], record["task_id"], record["sample_id"]) for _, record in read_records(tmp_path / "samples.jsonl")
     ]
     assert len(keys) == 2 * 3 * 2 + 2 * 3 * 3 == model.asked
 
 
-@pytest.mark.parametrize("change", ["model", "settings", "head", "prompt_sha256"])
+@pytest.mark.parametrize("change", ["model", "settings", "stop", "head", "prompt_sha256"])
 def test_a_run_of_another_model_prompt_or_setting_is_not_continued(change, tmp_path):
-    run.answer(FakeModel(), asked(), tmp_path, "model", SETTINGS, provenance={"run": "first"})
+    answer(FakeModel(), asked(), tmp_path, provenance={"run": "first"})
     before = content(tmp_path)
-    settings = {"settings": run.Settings(50, 2, 0.5, seed=3), "head": replace(SETTINGS, head="int8")}.get(change, SETTINGS)
+    settings = {
+        "settings": replace(SETTINGS, generation=replace(GENERATION, temperature=0.5)),
+        "stop": STOPPING,
+        "head": replace(SETTINGS, head="int8"),
+    }.get(change, SETTINGS)
     model = "another" if change == "model" else "model"
     questions = asked(suffix="!" if change == "prompt_sha256" else "")
-    with pytest.raises(OutputError, match=f"another {'settings' if change == 'head' else change}"):
-        run.answer(FakeModel(), questions, tmp_path, model, settings, provenance={"run": "second"})
+    with pytest.raises(OutputError, match=f"another {'settings' if change in ('stop', 'head') else change}"):
+        answer(FakeModel(), questions, tmp_path, model, settings, provenance={"run": "second"})
     assert content(tmp_path) == before
     assert json.loads((tmp_path / "run.json").read_text()) == {"run": "first"}
+
+
+def test_a_run_with_stop_texts_goes_on_with_the_same(tmp_path):
+    model = FakeModel()
+    for limit in (1, 2):
+        answer(model, asked(STOPPING, limit=limit), tmp_path, settings=STOPPING)
+    assert model.asked == len(asked(STOPPING, limit=2))
 
 
 def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
@@ -121,7 +139,7 @@ def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
     long = [question for question in questions if len(question.token_ids) >= room]
     assert 0 < len(long) < len(questions)
     answered = []
-    run.answer(model, questions, tmp_path, "model", SETTINGS, on_answer=lambda: answered.append(1))
+    answer(model, questions, tmp_path, on_answer=lambda: answered.append(1))
     records = [record for _, record in read_records(tmp_path / "samples.jsonl")]
     assert sum(record["finish_reason"] == "prompt_too_long" for record in records) == len(long)
     assert len(answered) == len(records) == len(questions)
@@ -129,7 +147,7 @@ def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
 
 
 def test_a_sample_tells_thought_from_answer(tmp_path):
-    run.answer(FakeModel(), asked(limit=1), tmp_path, "model", SETTINGS)
+    answer(FakeModel(), asked(limit=1), tmp_path)
     record = json.loads(content(tmp_path).split(b"\n")[0])
     assert (record["tokens"], record["thought_tokens"], record["answer_tokens"]) == (4, 1, 1)
     assert (record["answer"], record["closed"], record["prompt"]) == ("answer", True, "zero_shot_instruct/v1")
@@ -149,7 +167,7 @@ def ranks_answer(job, folder, tensor_parallel=1, left=10**9):
 
     def work(rank):
         try:
-            run.answer(models[rank.rank], asked(), folder, "model", SETTINGS, ranks=rank, tensor_parallel=tensor_parallel)
+            answer(models[rank.rank], asked(), folder, share=run.Share(rank, tensor_parallel))
         finally:
             for link in rank.links:
                 link.close()
@@ -159,7 +177,7 @@ def ranks_answer(job, folder, tensor_parallel=1, left=10**9):
 
 @pytest.mark.parametrize(("size", "tensor_parallel"), [(2, 1), (5, 1), (2, 2), (4, 2)])
 def test_the_samples_do_not_depend_on_the_number_of_ranks(size, tensor_parallel, tmp_path):
-    run.answer(FakeModel(), asked(), tmp_path / "one", "model", SETTINGS)
+    answer(FakeModel(), asked(), tmp_path / "one")
     models, results = ranks_answer(linked(size), tmp_path / "job", tensor_parallel)
     assert results == [None] * size
     assert content(tmp_path / "job") == content(tmp_path / "one")
@@ -171,7 +189,7 @@ def test_the_samples_do_not_depend_on_the_number_of_ranks(size, tensor_parallel,
 
 @pytest.mark.parametrize("sizes", [(3, 1), (2, 3), (1, 2), (3, 2, 1)])
 def test_a_stopped_job_goes_on_with_another_number_of_ranks(sizes, tmp_path):
-    run.answer(FakeModel(), asked(), tmp_path / "one", "model", SETTINGS)
+    answer(FakeModel(), asked(), tmp_path / "one")
     count = 0
     for size in sizes[:-1]:
         models, results = ranks_answer(linked(size), tmp_path / "job", left=3)
@@ -185,7 +203,7 @@ def test_a_stopped_job_goes_on_with_another_number_of_ranks(sizes, tmp_path):
 
 
 def test_a_line_that_a_rank_could_not_finish_is_asked_again(tmp_path):
-    run.answer(FakeModel(), asked(), tmp_path / "one", "model", SETTINGS)
+    answer(FakeModel(), asked(), tmp_path / "one")
     ranks_answer(linked(2), tmp_path / "job", left=3)
     torn = tmp_path / "job" / "samples.rank1.jsonl"
     torn.write_bytes(torn.read_bytes()[:-20])

@@ -1,5 +1,8 @@
 """inference/sampling.py: the distribution drawn from, and that a draw depends on seed and prompt alone."""
 
+import functools
+from dataclasses import fields
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.inference.sampling import Sampling
+from ms_pangu_quant.inference.sampling import GenerationSettings, Keywords
+
+Sampling = functools.partial(GenerationSettings, 1)  # how many tokens an answer may have is no part of a draw
 
 LOGITS = hnp.arrays(np.float32, st.integers(1, 12), elements=st.floats(-20, 20, width=16), unique=True)
 TIED = hnp.arrays(np.float32, st.integers(1, 12), elements=st.integers(-2, 2).map(float))
@@ -131,8 +136,13 @@ def test_a_number_falls_on_the_token_whose_share_of_the_line_it_is_in_and_never_
         ({"top_p": float("nan")}, "top_p: got nan"),
         ({"top_k": -1}, "top_k"),
         ({"seed": -1}, "seed"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
     ],
 )
 def test_a_setting_that_makes_no_sense_is_refused_by_name(settings, named):
     with pytest.raises(RequestError, match=named):
-        Sampling(**settings)
+        GenerationSettings(**settings)
+
+
+def test_every_setting_is_a_keyword_of_generate():
+    assert [field.name for field in fields(GenerationSettings)] == ["max_new_tokens", *Keywords.__annotations__]

@@ -109,17 +109,17 @@ def test_ids_come_back_as_they_were_given(tmp_path):
 
 
 def test_a_second_run_judges_nothing_and_a_changed_sample_alone_is_judged_again(tmp_path, monkeypatch):
-    from ms_pangu_quant.cli import evaluate
+    from ms_pangu_quant.evaluation import job
 
     judged = []
 
-    class Watched(evaluate.Sandbox):
+    class Watched(job.Sandbox):
         def judge_all(self, programs):
             programs = list(programs)
             judged.append(len(programs))
             return super().judge_all(programs)
 
-    monkeypatch.setattr(evaluate, "Sandbox", Watched)
+    monkeypatch.setattr(job, "Sandbox", Watched)
     rows = solutions(5)
     samples = write(tmp_path / "samples.jsonl", rows)
     for _ in range(2):

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "ms_pangu_quant"
 GUEST = f"{PACKAGE}.evaluation.guest"  # scripts for the sandbox, which run when they are imported
 PUBLIC = (  # heading, module, and the names shown; a class with its own public members
-    ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe")),
+    ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe", "evaluate", "answer", "score", "report")),
+    ("What is asked for", f"{PACKAGE}.api", ("EvaluationRequest", "Judging", "GenerationSettings", "ReportRequest")),
     ("Loading and generating", f"{PACKAGE}.inference.model", ("load", "Model.logits", "Model.generate", "Generation")),
     ("Results", f"{PACKAGE}.pipeline", ("QuantizeResult", "BlockReport")),
     ("", f"{PACKAGE}.inference.compare", ("Comparison",)),
@@ -80,9 +81,9 @@ def markdown() -> str:
         "",
         "Made from the docstrings by `make api`, which also writes a page for every module into `build/api/`.",
         "",
-        "`quantize`, `compare`, `observe` and `load` are names of the package: `from ms_pangu_quant import quantize`. So",
-        "are `ASSETS`, the folder of the embedded checkpoint and its data, and `PanguQuantError`, which is raised for",
-        "everything that a user can cause and mend.",
+        "`quantize`, `compare`, `observe`, `evaluate` with its `EvaluationRequest`, and `load` are names of the package:",
+        "`from ms_pangu_quant import quantize`. So are `ASSETS`, the folder of the embedded checkpoint and its data, and",
+        "`PanguQuantError`, which is raised for everything that a user can cause and mend.",
     ]
     for heading, module, names in PUBLIC:
         documented = pdoc.doc.Module(importlib.import_module(module))
@@ -120,7 +121,7 @@ def _without_modules(text: str) -> str:
     """Types by their own names."""
     text = re.sub(r"numpy\.ndarray\[[^\[\]]+(?:\[[^\[\]]*\])?, numpy\.dtype\[numpy\.(\w+)\]\]", r"NDArray[\1]", text)
     text = text.replace("'", '"')
-    return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|collections\.abc)\.(?=[A-Z])", "", text)
+    return re.sub(r"\b(?:ms_pangu_quant\.[a-z_.]+|pathlib|typing|typing_extensions|collections\.abc)\.(?=[A-Z])", "", text)
 
 
 def main(arguments: list[str] | None = None) -> int:

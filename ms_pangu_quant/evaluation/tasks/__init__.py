@@ -5,8 +5,13 @@ Below calibration, which searches its data for them (calibration/overlap.py).
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.tasks import humaneval, mbpp, plus
-from ms_pangu_quant.evaluation.tasks.task import Problem, Statement, Task, find_problem, load_problems
+from ms_pangu_quant.evaluation.tasks.task import Problem, Problems, Statement, Task, find_problem, load_problems
+from ms_pangu_quant.suggestion import did_you_mean
 
 TASKS: dict[str, Task] = {
     task.name: task
@@ -23,4 +28,35 @@ TASKS: dict[str, Task] = {
     )
 }
 
-__all__ = ["TASKS", "Problem", "Statement", "Task", "find_problem", "load_problems"]
+__all__ = [
+    "TASKS",
+    "Problem",
+    "Problems",
+    "Statement",
+    "Task",
+    "check_known",
+    "check_tasks",
+    "find_problem",
+    "load_problems",
+    "load_tasks",
+]
+
+
+def load_tasks(names: Sequence[str], own_files: Mapping[str, str | Path]) -> dict[str, Problems]:
+    """The problems of benchmarks by name; own_files: benchmark -> a user's own problems. Raises RequestError, DataError."""
+    check_tasks(names, own_files)
+    return {name: load_problems(TASKS[name], Path(own_files[name]) if name in own_files else None) for name in names}
+
+
+def check_tasks(names: Sequence[str], own_files: Collection[str]) -> None:
+    """Raises RequestError where a benchmark does not exist, none is asked for, or own problems are for another."""
+    check_known([*names, *own_files])
+    if not names or set(own_files) - set(names):
+        raise RequestError(f"tasks: got {', '.join(names) or 'none'}, wanted some of {', '.join(TASKS)}, and those of data")
+
+
+def check_known(names: Sequence[str]) -> None:
+    """Raises RequestError where a benchmark does not exist."""
+    for name in names:
+        if name not in TASKS:
+            raise RequestError(f"unknown benchmark {name!r}{did_you_mean(name, TASKS)}, wanted some of {', '.join(TASKS)}")

@@ -1,0 +1,255 @@
+"""An evaluation from end to end: a checkpoint's answers to benchmarks, and what passes of them.
+
+answer() loads the checkpoint with a cache that fits the questions and the memory, and writes samples; score() judges a file
+of samples, whoever wrote it, and writes results and summary; evaluate() is one after the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import psutil
+
+from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
+from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.evaluation import run
+from ms_pangu_quant.evaluation.prompts import PROMPTS
+from ms_pangu_quant.evaluation.provenance import environment, of_checkpoint
+from ms_pangu_quant.evaluation.samples import Record, write_json
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, VERSION, Sandbox, find_isolation
+from ms_pangu_quant.evaluation.score import load_samples
+from ms_pangu_quant.evaluation.score import score as judge
+from ms_pangu_quant.evaluation.summary import summarize
+from ms_pangu_quant.evaluation.tasks import check_tasks, load_tasks
+from ms_pangu_quant.evaluation.tasks.task import Problems
+from ms_pangu_quant.evaluation.verdict import Limits
+from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.inference.sampling import GenerationSettings
+from ms_pangu_quant.job import ranks
+from ms_pangu_quant.network import runtime
+from ms_pangu_quant.suggestion import did_you_mean
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.inference.model import Model
+
+RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
+PROMPT = "zero_shot_instruct"
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What to ask which checkpoint, and how. Raises RequestError for what does not exist or does not fit together.
+
+    checkpoint  directory, float or quantized.
+    output      directory of the results; a run begun there goes on.
+    tasks       benchmarks by name.
+    modes       thinking modes.
+    prompts     benchmark -> name of its prompt, zero_shot_instruct where none is named.
+    data        benchmark -> file of your own problems in that benchmark's form.
+    limit       ask the first so many problems of each benchmark.
+    samples     answers to each problem; more than 1 needs a temperature.
+    batch_size  answers under way at a time; does not change them.
+    device, head, tensor_parallel and verbose are those of load().
+    """
+
+    checkpoint: str | Path
+    output: str | Path
+    tasks: Sequence[str] = ("humaneval", "mbpp")
+    modes: Sequence[str] = THINKING_MODES
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, str | Path] = field(default_factory=dict)
+    limit: int | None = None
+    generation: GenerationSettings = run.GENERATION
+    samples: int = 1
+    batch_size: int = 16
+    device: str = "cpu"
+    head: str = "stored"
+    tensor_parallel: int = 1
+    verbose: bool = False
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, self.data)
+        check_some("modes", list(self.modes), self.modes, THINKING_MODES)
+        _check_prompts(self.prompts, self.tasks)
+        for name in ("limit", "samples", "batch_size"):
+            count = getattr(self, name)
+            if count is not None and count < 1:
+                raise RequestError(f"{name}: got {count}, wanted at least 1")
+        _settings(self)  # refuses several greedy answers
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How answers are judged.
+
+    sandbox      "bubblewrap", or "rlimits" where it is missing: answers can then reach files and network.
+    cpu_seconds  CPU time a program may take; four times for the + sets.
+    workers      programs judged at a time; all cores by default.
+    """
+
+    sandbox: str = BUBBLEWRAP
+    cpu_seconds: int = 15
+    workers: int | None = None
+
+
+SANDBOXED = Judging()
+
+
+def evaluate(
+    request: EvaluationRequest,
+    judging: Judging = SANDBOXED,
+    *,
+    on_begin: Callable[[int], None] = lambda count: None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+    on_answer: Callable[[], None] = lambda: None,
+    on_verdict: Callable[[str], None] = lambda verdict: None,
+) -> Record | None:
+    """HumanEval, MBPP and the like in the thinking modes: generate answers, run them in a sandbox, count what passes.
+
+    Returns  what is written to `output`/summary.json, with a score for each task and mode under "entries". None on ranks of
+             an msrun job but the first, which scores for all.
+    Callbacks and errors are those of answer() and score().
+    """
+    answer(request, on_begin=on_begin, on_tokens=on_tokens, on_answer=on_answer)
+    if not ranks.current().is_first:
+        return None
+    samples = Path(request.output) / run.SAMPLES_FILE
+    return score(samples, request.output, request.tasks, request.data, judging, on_verdict=on_verdict)
+
+
+def answer(
+    request: EvaluationRequest,
+    *,
+    on_begin: Callable[[int], None] = lambda count: None,
+    on_tokens: Callable[[int], None] = lambda count: None,
+    on_answer: Callable[[], None] = lambda: None,
+) -> None:
+    """Write the checkpoint's answers into `output`/samples.jsonl, and into run.json what made them.
+
+    on_begin   called once the model is loaded, with how many answers are wanted.
+    on_tokens  called after each pass with how many tokens it gave.
+    on_answer  called for each answer of this rank, also for those that an earlier run has written.
+    Raises     PanguQuantError, as the command does, before anything is generated where that is possible.
+    """
+    from ms_pangu_quant.inference.model import check_head
+
+    tasks, directory = load_tasks(request.tasks, request.data), Path(request.checkpoint)
+    reader = open_checkpoint(directory)
+    check_head(request.head, reader, request.device)
+    asked = _asked(request, tasks)
+    runtime.start(request.device, "graph", verbose=request.verbose, tensor_parallel=request.tensor_parallel)
+    job = ranks.current()
+    provenance = of_checkpoint(directory, request.device, request.head)
+    job.agree("checkpoint", provenance["checkpoint_sha256"])
+    model = _load(request, min(job.gather(_cache_tokens(request, reader.config, asked))))  # ranks of one model batch alike
+    on_begin(len(asked))
+    run.answer(
+        model,
+        asked,
+        run.Target(Path(request.output), provenance["checkpoint_sha256"], _settings(request), provenance),
+        share=run.Share(job, request.tensor_parallel),
+        max_batch=request.batch_size,
+        on_tokens=on_tokens,
+        on_answer=on_answer,
+    )
+
+
+def score(
+    samples: str | Path,
+    output: str | Path,
+    tasks: Sequence[str],
+    data: Mapping[str, str | Path] = MappingProxyType({}),
+    judging: Judging = SANDBOXED,
+    *,
+    on_begin: Callable[[int], None] = lambda count: None,
+    on_verdict: Callable[[str], None] = lambda verdict: None,
+) -> Record:
+    """Judge a file of samples, lines of task_id, sample_id and completion, and write results.jsonl and summary.json.
+
+    data      benchmark -> file of your own problems, as in EvaluationRequest.
+    on_begin  called before the first verdict, with how many there will be; on_verdict with each.
+    Returns   what summary.json holds.
+    Raises    DataError for a file that cannot be scored, RequestError where the sandbox is not there.
+    """
+    problems, folder = load_tasks(tasks, data), Path(output)
+    answers = load_samples(Path(samples), problems)
+    limits = Limits(cpu_seconds=judging.cpu_seconds, wall_seconds=3.0 * judging.cpu_seconds)
+    isolation = find_isolation(judging.sandbox)
+    on_begin(len(answers))
+    workers = min(judging.workers or os.cpu_count() or 1, len(answers))
+    results = judge(
+        answers,
+        folder / RESULTS_FILE,
+        lambda: Sandbox(isolation, limits, workers),
+        isolation,
+        limits,
+        on_result=on_verdict,
+    )
+    summary = {
+        "entries": summarize(results, [sample.record for sample in answers], problems),
+        "sandbox": {**vars(isolation), "rules_version": VERSION, "limits": vars(limits)},
+        **environment(),
+    }
+    write_json(folder / SUMMARY_FILE, summary)
+    return summary
+
+
+def check_some(what: str, got: object, names: Collection[str], known: Collection[str]) -> None:
+    """Raises RequestError where names has none, or one that is not known."""
+    unknown = [name for name in names if name not in known]
+    if not names or unknown:
+        close = did_you_mean(unknown[0], known) if unknown else ""
+        raise RequestError(f"{what}: got {got!r}{close}, wanted some of {', '.join(known)}")
+
+
+def _settings(request: EvaluationRequest) -> run.Settings:
+    return run.Settings(request.generation, request.samples, request.head)
+
+
+def _check_prompts(prompts: Mapping[str, str], tasks: Sequence[str]) -> None:
+    for task, name in prompts.items():
+        if name not in PROMPTS or task not in tasks:
+            close = did_you_mean(name, PROMPTS) if name not in PROMPTS else did_you_mean(task, tasks)
+            raise RequestError(
+                f"prompts: got {name!r} of {task!r}{close}, wanted one of {', '.join(PROMPTS)} of a benchmark"
+            )
+
+
+def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[run.Question]:
+    tokenizer = Tokenizer.from_directory(Path(request.checkpoint))
+    prompts = {task: PROMPTS[request.prompts.get(task, PROMPT)] for task in tasks}
+
+    def encode(chat: list[dict[str, str]], mode: str) -> list[int]:
+        return tokenizer.encode_chat(chat, mode=mode)
+
+    return [*run.questions(tasks, request.modes, prompts, encode, _settings(request), request.limit)]
+
+
+def _load(request: EvaluationRequest, cache_tokens: int) -> Model:
+    from ms_pangu_quant.inference.model import load
+
+    return load(
+        request.checkpoint,
+        request.device,
+        kv_cache_tokens=cache_tokens,
+        head=request.head,
+        tensor_parallel=request.tensor_parallel,
+        verbose=request.verbose,
+    )
+
+
+def _cache_tokens(request: EvaluationRequest, config: ModelConfig, asked: Sequence[run.Question]) -> int:
+    """Room for a batch of the longest answers, in at most a quarter of the memory that is free; at least for one."""
+    from ms_pangu_quant.inference.model import BLOCK_SIZE
+
+    longest = max(len(each.token_ids) for each in asked) + request.generation.max_new_tokens
+    answer_tokens = min(longest, config.max_position_embeddings) + 2 * BLOCK_SIZE
+    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    affordable = int(psutil.virtual_memory().available) // 4 // token_bytes
+    return max(answer_tokens, min(min(request.batch_size, len(asked)) * answer_tokens, affordable))
