@@ -56,7 +56,7 @@ def bench_command(
     subjects = []
     for path, reader in zip(paths, readers, strict=True):
         own_head = "stored" if path == against else head
-        model = load(path, device, kv_cache_tokens=cache, head=own_head, verbose=verbose)
+        model = load(path, device, kv_cache_tokens=cache, head=own_head)
         subjects.append(Subject("float" if reader.plan.is_float else "quantized", model, work_of(model, reader.plan)))
     with progress_bars() as progress:
         task = progress.add_task("measure", total=len(lengths) * len(batches) * len(subjects), kind="count")

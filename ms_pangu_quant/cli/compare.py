@@ -12,7 +12,6 @@ from rich.table import Table
 
 from ms_pangu_quant import api
 from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars
-from ms_pangu_quant.network import runtime
 
 
 def compare_command(
@@ -32,8 +31,6 @@ def compare_command(
         pangu-quant compare openPangu-Embedded-7B pangu-7b-w8a8 \\
             --data heldout.jsonl --limit 100
     """
-    if verbose:
-        runtime.start(verbose=True)
     with progress_bars() as bars:
         task = bars.add_task("blocks", total=None, kind="count")
         result = api.compare(

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.network import runtime
 
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
@@ -29,7 +30,15 @@ Checkpoint = Annotated[
     Path, typer.Argument(help="Hugging Face checkpoint directory (openPangu-Embedded or Llama).", show_default=False)
 ]
 Directory = Annotated[Path, typer.Argument(help="Checkpoint directory, float or quantized.", show_default=False)]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show what MindSpore and MindFormers print.")]
+Verbose = Annotated[  # its callback is all it does: no command looks at the value
+    bool,
+    typer.Option(
+        "--verbose",
+        "-v",
+        help="Show what MindSpore and MindFormers print.",
+        callback=lambda wanted: runtime.show_output() if wanted else None,
+    ),
+]
 Device = Annotated[str, typer.Option(help="cpu or ascend.")]
 Head = Annotated[
     str, typer.Option(help="stored, or int8: round a quantized checkpoint's head when it is loaded, for faster decoding.")
@@ -44,6 +53,9 @@ AllowBenchmarkOverlap = Annotated[
     bool,
     typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems."),
 ]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopP = Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")]
+TopK = Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 

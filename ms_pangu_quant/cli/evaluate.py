@@ -15,7 +15,7 @@ from rich.table import Table
 
 from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, answer, score
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import AsJson, Device, Head, Verbose, err, out
+from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import check_some
 from ms_pangu_quant.evaluation.prompts import PROMPTS
@@ -52,9 +52,9 @@ def evaluate_command(
     cpu_seconds: Annotated[int, typer.Option(min=1, help="CPU time a program may take (four times for the + sets).")] = 15,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time; all cores by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have, thought included.")] = 4096,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
     seed: Annotated[int, typer.Option(help="Makes draws repeatable.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers under way at a time; does not change them.")] = 16,
     as_json: AsJson = False,
@@ -81,7 +81,7 @@ def evaluate_command(
         request = EvaluationRequest(
             directory, output, names, _modes(modes), _prompts(prompt, names), own, limit,
             GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
-            device=device, head=head, tensor_parallel=tensor_parallel, verbose=verbose,
+            device=device, head=head, tensor_parallel=tensor_parallel,
         )  # fmt: skip
         _answer(request)
     if not ranks.current().is_first:

@@ -12,7 +12,7 @@ import typer
 
 from ms_pangu_quant.api import GenerationSettings
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err
+from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Temperature, TopK, TopP, Verbose, err
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.job import ranks
 
@@ -30,9 +30,9 @@ def generate_command(
     ] = None,
     mode: Annotated[str, typer.Option(help=f"Thinking mode: {', '.join(THINKING_MODES)}.")] = "slow_think",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
     seed: Annotated[int, typer.Option(help="Makes a draw repeatable.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer; may be given several times.")] = None,
     as_json: AsJson = False,
@@ -60,7 +60,6 @@ def generate_command(
         kv_cache_tokens=max(8192, 2 * needed),
         head=head,
         tensor_parallel=tensor_parallel or ranks.job_size(),
-        verbose=verbose,
     )
     started = time.monotonic()
     answers = in_order(model.stream(prompts, settings, mode=mode))

@@ -43,7 +43,7 @@ def merge_command(
     from ms_pangu_quant.network.merge import merge
 
     if strategy is not None:
-        runtime.start("cpu", "graph", verbose=verbose)
+        runtime.start()
     with progress_bars() as progress:
         task = progress.add_task("files", total=None, kind="count")
         total = merge(

@@ -30,7 +30,6 @@ from ms_pangu_quant.cli.inspect import inspection, print_layers
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.mixed.budget import Assignment
 from ms_pangu_quant.mixed.sensitivity import total_steps
-from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import Estimate
 from ms_pangu_quant.pipeline.report import BlockReport, Progress, QuantizeResult
 
@@ -81,8 +80,6 @@ def quantize_command(
     if dry_run:
         _print_estimate(api.estimate(checkpoint, recipe, **asked))
         return
-    if verbose and calibration is not None:
-        runtime.start(verbose=True)
     started = time.monotonic()
     with progress_bars() as bars:
         result = api.quantize(checkpoint, recipe, output, resume=resume, progress=Shown(bars).progress, **asked)

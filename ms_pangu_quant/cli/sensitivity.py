@@ -12,7 +12,6 @@ from ms_pangu_quant import api
 from ms_pangu_quant.cli.console import AllowBenchmarkOverlap, AsJson, Checkpoint, Verbose, out, progress_bars, size
 from ms_pangu_quant.cli.quantize import Shown
 from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity
-from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import SensitivityCost
 from ms_pangu_quant.report.sensitivity_plot import group_name
 
@@ -54,8 +53,6 @@ def sensitivity_command(
     if dry_run:
         _print_cost(api.sensitivity_cost(checkpoint, recipe, calibration, **asked))
         return
-    if verbose:
-        runtime.start(verbose=True)
     with progress_bars() as bars:
         found = api.sensitivity(
             checkpoint, recipe, calibration, output, resume=resume, progress=Shown(bars).progress, **asked

@@ -55,7 +55,7 @@ class EvaluationRequest:
     limit       ask the first so many problems of each benchmark.
     samples     answers to each problem; more than 1 needs a temperature.
     batch_size  answers under way at a time; does not change them.
-    device, head, tensor_parallel and verbose are those of load().
+    device, head and tensor_parallel are those of load().
     """
 
     checkpoint: str | Path
@@ -71,7 +71,6 @@ class EvaluationRequest:
     device: str = "cpu"
     head: str = "stored"
     tensor_parallel: int = 1
-    verbose: bool = False
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.data)
@@ -143,7 +142,7 @@ def answer(
     reader = open_checkpoint(directory)
     check_head(request.head, reader, request.device)
     asked = _asked(request, tasks)
-    runtime.start(request.device, "graph", verbose=request.verbose, tensor_parallel=request.tensor_parallel)
+    runtime.start(request.device, "graph", tensor_parallel=request.tensor_parallel)
     job = ranks.current()
     provenance = of_checkpoint(directory, request.device, request.head)
     job.agree("checkpoint", provenance["checkpoint_sha256"])
@@ -240,7 +239,6 @@ def _load(request: EvaluationRequest, cache_tokens: int) -> Model:
         kv_cache_tokens=cache_tokens,
         head=request.head,
         tensor_parallel=request.tensor_parallel,
-        verbose=request.verbose,
     )
 
 

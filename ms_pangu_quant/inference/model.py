@@ -57,7 +57,6 @@ def load(
     w4a8: str = "auto",
     head: str = "stored",
     tensor_parallel: int = 1,
-    verbose: bool = False,
 ) -> Model:
     """Load a Hugging Face openPangu-Embedded or Llama checkpoint, or a directory that pangu-quant wrote.
 
@@ -74,7 +73,7 @@ def load(
     """
     reader = open_checkpoint(Path(path))
     check_head(head, reader, device)
-    runtime.start(device, mode, verbose=verbose, tensor_parallel=tensor_parallel)
+    runtime.start(device, mode, tensor_parallel=tensor_parallel)
     config = reader.config
     cache_bytes = 8 * kv_cache_tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     runtime.check_address_space(_GRAPHS + 3 * reader.files.nbytes + cache_bytes)

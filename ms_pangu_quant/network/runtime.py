@@ -40,7 +40,7 @@ _folder: str | None = None  # of the frameworks' logs
 JIT_CONFIG = {"cpu": {"jit_level": "O0"}, "ascend": {"jit_level": "O0", "infer_boost": "on"}}
 
 
-def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, tensor_parallel: int = 1) -> None:
+def start(device: str = "cpu", mode: str = "graph", *, tensor_parallel: int = 1) -> None:
     """Prepare this process for `device` in `mode`; one that msrun has started joins its job.
 
     tensor_parallel  ranks that hold one network together, each a slice of its layers: those numbered from a multiple of it.
@@ -48,8 +48,7 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
     Raises BackendError for an unknown name, when the device is not there, if the ranks cannot be grouped so, and when the
     process may not allocate what the frameworks need.
     """
-    global _started, _verbose
-    _verbose = _verbose or verbose
+    global _started
     if device not in DEVICES:
         raise BackendError(f"device is {device!r}{did_you_mean(device, DEVICES)}, wanted one of {', '.join(DEVICES)}")
     if mode not in MODES:
@@ -66,7 +65,7 @@ def start(device: str = "cpu", mode: str = "graph", *, verbose: bool = False, te
     os.environ["ENFORCE_EAGER"] = "true" if mode == "pynative" else "false"  # MindFormers' own switch for PyNative
     if _started is None:
         with _interrupt_held():
-            _import_quietly(verbose)
+            _import_frameworks()
     import mindspore as ms
 
     if _started is None or _started[1] != mode:
@@ -136,6 +135,12 @@ def tensor_parallel() -> int:
     return _tensor_parallel
 
 
+def show_output() -> None:
+    """Let MindSpore and MindFormers print; to be called before the process is started."""
+    global _verbose
+    _verbose = True
+
+
 def ensure_started() -> None:
     """start() on the CPU in graph mode, unless the process has been started: for functions that are called from Python."""
     if _started is None:
@@ -145,7 +150,7 @@ def ensure_started() -> None:
 def schedule() -> None:
     """The whole life of the process that msrun starts beside the ranks: it lets them in, and ends with them."""
     with _interrupt_held():
-        _quiet_environment(verbose=False)
+        _set_environment(verbose=False)
         import mindspore as ms
 
     ms.set_device("CPU")
@@ -161,10 +166,10 @@ def job() -> ranks.Ranks:
     return ranks.current()
 
 
-def _import_quietly(verbose: bool) -> None:
-    """Import both frameworks with their logs sent to a folder that goes away with the process."""
-    _quiet_environment(verbose)
-    if not verbose:
+def _import_frameworks() -> None:
+    """Import both with their logs sent to a folder that goes away with the process."""
+    _set_environment(_verbose)
+    if not _verbose:
         # MindFormers warns while it is being imported, through loggers that do not exist before.
         logging.disable(logging.WARNING)
     show_warning = warnings.showwarning
@@ -172,11 +177,11 @@ def _import_quietly(verbose: bool) -> None:
 
     warnings.showwarning = show_warning  # MindFormers sends every warning of the process to its log
     logging.disable(logging.NOTSET)
-    if not verbose:
+    if not _verbose:
         get_logger().setLevel(logging.ERROR)
 
 
-def _quiet_environment(verbose: bool) -> None:
+def _set_environment(verbose: bool) -> None:
     """What both frameworks read when they are imported."""
     if not verbose:
         os.environ.setdefault("GLOG_v", "3")  # MindSpore: errors only
