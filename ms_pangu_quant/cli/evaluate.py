@@ -25,30 +25,30 @@ from ms_pangu_quant.evaluation.tasks import TASKS, check_known
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.suggestion import did_you_mean
 
+Directory = Annotated[Path | None, typer.Argument(help="Checkpoint directory, float or quantized; not with --score-only.")]
+PromptName = Annotated[str, typer.Option(help=f"Prompt, or benchmark=prompt with commas between: {', '.join(PROMPTS)}.")]
+OwnProblems = Annotated[list[str] | None, typer.Option(help="benchmark=FILE: your own problems in that benchmark's form.")]
+SamplesFile = Annotated[
+    Path | None, typer.Option(help="With --score-only: lines of task_id, sample_id, completion. Default: OUTPUT's.")
+]
+SandboxName = Annotated[
+    str, typer.Option(help=f"{BUBBLEWRAP}, or {RLIMITS} where it is missing: answers can then reach files and network.")
+]
+
 
 def evaluate_command(
-    directory: Annotated[
-        Path | None, typer.Argument(help="Checkpoint directory, float or quantized; not with --score-only.")
-    ] = None,
+    directory: Directory = None,
     tasks: Annotated[str, typer.Option(help=f"Benchmarks, separated by commas: {', '.join(TASKS)}.")] = "humaneval,mbpp",
     modes: Annotated[str, typer.Option(help="Thinking modes, separated by commas.")] = ",".join(THINKING_MODES),
     output: Annotated[Path, typer.Option(help="Directory of the results; a run begun there goes on.")] = Path("evaluation"),
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N problems of each benchmark.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each problem; more than 1 needs --temperature.")] = 1,
-    prompt: Annotated[
-        str, typer.Option(help=f"Prompt, or benchmark=prompt with commas between: {', '.join(PROMPTS)}.")
-    ] = "zero_shot_instruct",
-    data: Annotated[
-        list[str] | None, typer.Option(help="benchmark=FILE: your own problems in that benchmark's form.")
-    ] = None,
+    prompt: PromptName = "zero_shot_instruct",
+    data: OwnProblems = None,
     samples_only: Annotated[bool, typer.Option("--samples-only", help="Generate and do not score.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="Score a samples file; needs no model.")] = False,
-    samples: Annotated[
-        Path | None, typer.Option(help="With --score-only: lines of task_id, sample_id, completion. Default: OUTPUT's.")
-    ] = None,
-    sandbox: Annotated[
-        str, typer.Option(help=f"{BUBBLEWRAP}, or {RLIMITS} where it is missing: answers can then reach files and network.")
-    ] = BUBBLEWRAP,
+    samples: SamplesFile = None,
+    sandbox: SandboxName = BUBBLEWRAP,
     cpu_seconds: Annotated[int, typer.Option(min=1, help="CPU time a program may take (four times for the + sets).")] = 15,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time; all cores by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have, thought included.")] = 4096,
