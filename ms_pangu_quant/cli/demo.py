@@ -29,11 +29,11 @@ from ms_pangu_quant.checkpoint.files import json_bytes, write_atomically
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import out, size
 from ms_pangu_quant.cli.doctor import sandbox_fault
-from ms_pangu_quant.cli.inspect import inspection
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.evaluation.job import SUMMARY_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.report.inspection import inspection
 
 _MARK = "demo.json"  # makes a folder a demo's, and says which demo's
 _RECIPES = ("w8a8", "w4a8_g128", "w4a8_g128_rtn")

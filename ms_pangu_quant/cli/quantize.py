@@ -26,12 +26,13 @@ from ms_pangu_quant.cli.console import (
     progress_bars,
     size,
 )
-from ms_pangu_quant.cli.inspect import inspection, print_layers
+from ms_pangu_quant.cli.inspect import print_layers
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.mixed.budget import Assignment
 from ms_pangu_quant.mixed.sensitivity import total_steps
 from ms_pangu_quant.pipeline.estimate import Estimate
 from ms_pangu_quant.pipeline.report import BlockReport, Progress, QuantizeResult
+from ms_pangu_quant.report.inspection import inspection
 
 
 def quantize_command(
