@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, as `inspect --json` prints it: layers, the graphs it is served by, and who serves it."""
+"""What `inspect` shows of a checkpoint directory: its layers, the graphs it is served by, and who computes its schemes."""
 
 from __future__ import annotations
 
