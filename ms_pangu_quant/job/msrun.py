@@ -2,7 +2,7 @@
 became of the others: `python -m ms_pangu_quant.job.msrun quantize --workers 8 -- CHECKPOINT --recipe w8a8 ...`.
 
 msrun starts a process for each rank and one more, the scheduler, that lets them in. If a rank of this node ends badly msrun
-ends the others; on other nodes ranks end because the connection is broken (network/ranks.py). Its own output and the ranks'
+ends the others; on other nodes ranks end because the connection is broken (job/ranks.py). Its own output and the ranks'
 go to files. What is added here: the ranks' exit codes, which msrun keeps to itself, one message that says which rank was
 first, a port that is free, an equal share of the CPUs for each rank, and that nothing is left behind.
 """
