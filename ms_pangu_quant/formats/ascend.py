@@ -241,7 +241,8 @@ def read_plan(directory: Path, config: ModelConfig) -> Plan:
     path = directory / ASCEND_FILE
     description = read_json(path)
     cache = kv_cache.read_scheme(description.get(kv_cache.TYPE_KEY), f"{path}: {kv_cache.TYPE_KEY}")
-    plan = read_description(config, description, read_group_size(description, str(path)), cache, path)
+    group_size = read_group_size(description, f"{path}: group_size")
+    plan = read_description(config, description, group_size, cache, path)
     if plan.group_sizes and description.get("version") != "1.0.0":
         raise CheckpointError(
             f"{path}: version is {description.get('version')!r}; only '1.0.0' packs two int4 into a byte, "

@@ -136,10 +136,8 @@ def read_description(
 
 
 def read_group_size(settings: Mapping[str, Any], where: str) -> int:
-    """Raises CheckpointError for what is no number of inputs."""
+    """`where` is what errors call it. Raises CheckpointError for what is no number of inputs."""
     size = settings.get("group_size", 0)
     if isinstance(size, bool) or not isinstance(size, int) or size < 0 or size % 2:
-        raise CheckpointError(
-            f"{where}.group_size is {size!r}, wanted an even whole number; 0 is one scale per output channel"
-        )
+        raise CheckpointError(f"{where} is {size!r}, wanted an even whole number; 0 is one scale per output channel")
     return size

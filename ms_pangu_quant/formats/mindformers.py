@@ -138,7 +138,7 @@ def read_plan(directory: Path, config: ModelConfig) -> Plan:
     """The inverse of metadata. Raises CheckpointError."""
     settings, where = config.raw["quantization_config"], directory / "config.json"
     cache = kv_cache.read_scheme(settings.get(kv_cache.TYPE_KEY), f"{where}: quantization_config.{kv_cache.TYPE_KEY}")
-    group_size = read_group_size(settings, f"{where}: quantization_config")
+    group_size = read_group_size(settings, f"{where}: quantization_config.group_size")
     return read_description(
         config, read_json(directory / QUANTIZATION_FILE), group_size, cache, directory / QUANTIZATION_FILE
     )

@@ -33,8 +33,3 @@ def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
         owner[name] = load.index(min(load))
         load[owner[name]] += costs[name]
     return owner
-
-
-def rounding_cost(outputs: int, inputs: int, *, gram: bool) -> float:
-    """Roughly the multiplications of rounding a weight [outputs, inputs]; with a gram it is factorised first."""
-    return inputs**3 / 3 + outputs * inputs**2 if gram else float(outputs * inputs)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig, check_same_model, differences
 from ms_pangu_quant.errors import CheckpointError
 
@@ -54,6 +55,8 @@ LLAMA = {  # Llama-2-7B's
     "eos_token_id": 2,
     "torch_dtype": "float16",
 }
+ATTENTION = frozenset({layout.Q_PROJ, layout.K_PROJ, layout.V_PROJ, layout.O_PROJ})  # which have biases, or none has
+NONE = frozenset()
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -76,7 +79,7 @@ def test_the_published_openpangu_configs_are_read_as_they_are(raw, kv_heads, tie
     assert {size: getattr(config, size) for size in SIZES} == {size: raw[size] for size in SIZES}
     assert (config.num_key_value_heads, config.head_dim) == (kv_heads, 128)
     assert (config.rope_theta, config.rms_norm_eps) == (theta, 1e-5)
-    assert (config.attention_bias, config.tie_word_embeddings) == (True, tied)
+    assert (config.biased, config.tie_word_embeddings) == (ATTENTION, tied)
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 45892, 0)
     assert config.torch_dtype == "bfloat16"
     assert config.raw == raw
@@ -86,7 +89,7 @@ def test_a_llama_config_differs_in_defaults_alone():
     config = read(LLAMA, without=("rms_norm_eps",))
     assert (config.num_key_value_heads, config.head_dim) == (32, 128)  # no grouped queries
     assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-6)
-    assert (config.attention_bias, config.tie_word_embeddings) == (False, False)
+    assert (config.biased, config.tie_word_embeddings) == (NONE, False)
     assert config.pad_token_id is None
     assert config.torch_dtype == "float16"
 
@@ -105,12 +108,12 @@ def test_a_llama_config_differs_in_defaults_alone():
     ],
 )
 def test_each_family_has_its_own_name_for_the_attention_biases(raw, changes, wanted):
-    assert read(raw, **changes).attention_bias is wanted
+    assert read(raw, **changes).biased == (ATTENTION if wanted else NONE)
 
 
 def test_openpangus_class_defaults_fill_what_the_file_leaves_out():
     config = read(PANGU_7B, without=("bias", "rms_norm_eps", "rope_theta", "torch_dtype", "tie_word_embeddings"))
-    assert (config.attention_bias, config.rms_norm_eps, config.rope_theta) == (True, 1e-5, 16e6)
+    assert (config.biased, config.rms_norm_eps, config.rope_theta) == (ATTENTION, 1e-5, 16e6)
     assert (config.torch_dtype, config.tie_word_embeddings) == ("bfloat16", False)
 
 
@@ -255,7 +258,7 @@ OTHER = {  # field -> a config.json of another model by this field alone
     "num_key_value_heads": {"num_key_value_heads": 12},
     "head_dim": {"head_dim": 64},
     "vocab_size": {"vocab_size": 153377},
-    "attention_bias": {"bias": False},
+    "biased": {"bias": False},
     "rms_norm_eps": {"rms_norm_eps": 1e-6},
     "rope_theta": {"rope_theta": 16e6},
 }
@@ -278,7 +281,9 @@ def test_every_field_of_a_config_either_makes_another_model_or_does_not():
 @pytest.mark.parametrize("field", OTHER)
 def test_another_shape_or_function_is_another_model_and_is_named(field):
     one, other = read(PANGU_1B), read(PANGU_1B, **OTHER[field])
-    assert list(differences(one, other)) == [f"{field} is {getattr(other, field)}, wanted {getattr(one, field)}"]
+    told = {ATTENTION: "[k o q v]", NONE: "[]"} if field == "biased" else {}
+    found, wanted = (told.get(value, value) for value in (getattr(other, field), getattr(one, field)))
+    assert list(differences(one, other)) == [f"{field} is {found}, wanted {wanted}"]
     assert len(list(differences(other, one))) == 1
 
 

@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.block import Block
+from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import ascend, compressed_tensors
 from ms_pangu_quant.formats.export import export
-from ms_pangu_quant.formats.linear import FLOAT, KINDS, QuantizedLinear, factor_of, origin
+from ms_pangu_quant.formats.linear import factor_of, origin
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.formats.words import FLOAT, word_of
 from ms_pangu_quant.pipeline.estimate import layer_bytes
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
-from ms_pangu_quant.recipe.scheme import PRESETS
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import PRESETS, W4A8
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 CONFIG = {
@@ -40,8 +42,9 @@ CONFIG = {
     "max_position_embeddings": 64,
     "torch_dtype": "bfloat16",
 }
-O_PROJ = layout.SITES[3]  # [48, 32], has a bias, reads attention_output
-UP, DOWN = layout.SITES[5], layout.SITES[6]  # [80, 48] and [48, 80], no bias
+O_PROJ = layout.O_PROJ  # [48, 32], has a bias, reads attention_output
+UP, DOWN = layout.UP_PROJ, layout.DOWN_PROJ  # [80, 48] and [48, 80], no bias
+STATIC, DYNAMIC, INT4 = PRESETS["w8a8_static"], PRESETS["w8a8"], PRESETS["w4a8"]
 
 
 def config(**changes):
@@ -51,23 +54,24 @@ def config(**changes):
 def block(seed=0, **changes):
     made = config(**changes)
     bias = np.random.default_rng(seed).normal(size=48).astype(np.float32)
-    return Block(made, {"self_attn.o_proj.bias": bias} if made.attention_bias else {})
+    return Block(made, {"self_attn.o_proj.bias": bias} if made.biased else {})
 
 
-def linear(kind, site, *, groups=1, bfloat16=True, factor=21.25, offset=0, seed=0):
+def linear(scheme, site, *, groups=1, bfloat16=True, factor=21.25, offset=0, seed=0):
     generator = np.random.default_rng(seed)
-    top = 7 if kind == "W4A8_DYNAMIC" else 127
+    top = scheme.weight.code_max
     codes = generator.integers(-top - 1, top + 1, layout.site_shape(config(), site)).astype(np.int8)
+    scheme = scheme.grouped(codes.shape[1] // groups if groups > 1 else 0)
     scale = generator.lognormal(mean=-4, size=(len(codes), groups)).astype(np.float32)
     scale = scale.astype(BFLOAT16).astype(np.float32) if bfloat16 else scale
-    static = kind == "W8A8"
-    return QuantizedLinear(kind, QuantizedWeight(codes, scale), factor if static else None, offset if static else 0)
+    static = not scheme.activation.dynamic
+    return QuantizedLinear(scheme, QuantizedWeight(codes, scale), factor if static else None, offset if static else 0)
 
 
 def same(one, other):
     """Bit for bit, dtypes included."""
     arrays = [(some.weight.codes, some.weight.scale) for some in (one, other)]
-    return (one.kind, one.input_scale, one.input_offset) == (other.kind, other.input_scale, other.input_offset) and all(
+    return (one.scheme, one.input_scale, one.input_offset) == (other.scheme, other.input_scale, other.input_offset) and all(
         (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes()) for a, b in zip(*arrays, strict=True)
     )
 
@@ -78,27 +82,26 @@ def same(one, other):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("site", [O_PROJ, UP, DOWN], ids=lambda site: site.name)
 @pytest.mark.parametrize(
-    ("kind", "groups", "bfloat16"),
+    ("scheme", "groups", "bfloat16"),
     [  # a static layer stores a rounded product: see the test of arbitrary scales
-        ("W8A8", 1, True),
-        *(("W8A8_DYNAMIC", 1, bfloat16) for bfloat16 in (True, False)),
-        *(("W4A8_DYNAMIC", groups, bfloat16) for groups in (1, 8) for bfloat16 in (True, False)),
+        (STATIC, 1, True),
+        *((DYNAMIC, 1, bfloat16) for bfloat16 in (True, False)),
+        *((INT4, groups, bfloat16) for groups in (1, 8) for bfloat16 in (True, False)),
     ],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_layer_makes_the_round_trip_bit_for_bit_and_is_what_was_promised(name, site, kind, groups, bfloat16, dtype):
-    group_size = layout.site_shape(config(), site)[1] // groups if groups > 1 else 0
+def test_a_layer_makes_the_round_trip_bit_for_bit_and_is_what_was_promised(name, site, scheme, groups, bfloat16, dtype):
     where = block(torch_dtype=dtype)
-    made = linear(kind, site, groups=groups, bfloat16=bfloat16, offset=-9)
+    made = linear(scheme, site, groups=groups, bfloat16=bfloat16, offset=-9)
     stored = FORMATS[name].encode(where, site, made)
-    specs = FORMATS[name].specs(where.config, site, kind, group_size)
+    specs = FORMATS[name].specs(where.config, site, made.scheme)
     assert {key for key, spec in specs.items() if not spec.optional} <= stored.keys() <= specs.keys()
     for key, value in stored.items():
         assert value.shape == specs[key].shape
         assert value.dtype.name in specs[key].dtypes
         if not specs[key].optional and key != "weight_scale":
             assert value.nbytes == specs[key].nbytes(bfloat16_values=bfloat16)
-    assert same(FORMATS[name].decode(where, site, kind, stored), made)
+    assert same(FORMATS[name].decode(where, site, made.scheme, stored), made)
 
 
 def bfloat16s(low, high):
@@ -109,8 +112,8 @@ def bfloat16s(low, high):
 @given(scales=st.lists(bfloat16s(2.0**-30, 2.0**10), min_size=48, max_size=48), factor=bfloat16s(2.0**-10, 2.0**20))
 def test_static_bfloat16_scales_survive_as_products_and_reciprocals(name, scales, factor):
     weight = QuantizedWeight(np.ones((48, 32), np.int8), np.array(scales, np.float32)[:, None])
-    made, where = QuantizedLinear("W8A8", weight, factor, 3), block(bias=False)
-    assert same(FORMATS[name].decode(where, O_PROJ, "W8A8", FORMATS[name].encode(where, O_PROJ, made)), made)
+    made, where = QuantizedLinear(STATIC, weight, factor, 3), block(bias=False)
+    assert same(FORMATS[name].decode(where, O_PROJ, STATIC, FORMATS[name].encode(where, O_PROJ, made)), made)
 
 
 @given(st.lists(st.floats(2.0**-30, 2.0**10, width=32), min_size=48, max_size=48), st.floats(2.0**-10, 2.0**20, width=32))
@@ -125,7 +128,7 @@ def test_any_static_scales_that_were_read_are_written_again_as_they_were(scales,
         "deq_scale": product,
     }
     where = block(bias=False)
-    again = ascend.encode(where, O_PROJ, ascend.decode(where, O_PROJ, "W8A8", stored))
+    again = ascend.encode(where, O_PROJ, ascend.decode(where, O_PROJ, STATIC, stored))
     assert {key: value.tobytes() for key, value in again.items()} == {key: value.tobytes() for key, value in stored.items()}
 
 
@@ -142,17 +145,18 @@ def test_the_reciprocal_of_a_reciprocal_is_the_float32_it_was(divisor):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@given(st.lists(st.sampled_from((*KINDS, FLOAT)), min_size=14, max_size=14))
-def test_the_kinds_are_read_back_from_the_metadata(tmp_path_factory, name, chosen):
-    kinds = dict(zip(layout.linear_names(config()), chosen, strict=True))
+@given(st.lists(st.sampled_from((STATIC, DYNAMIC, INT4.grouped(16), None)), min_size=14, max_size=14))
+def test_the_schemes_are_read_back_from_the_metadata(tmp_path_factory, name, chosen):
+    names = [name.removesuffix(".weight") for name in layout.linear_names(config())]
+    plan = Plan.of_layers(dict(zip(names, chosen, strict=True)), 2)
     directory = tmp_path_factory.mktemp("metadata")
-    for file, value in FORMATS[name].metadata(config(), kinds, 16).items():
+    for file, value in FORMATS[name].metadata(config(), plan).items():
         (directory / file).write_text(json.dumps(value))
     after = ModelConfig.from_file(directory / "config.json")
     assert [each for each in FORMATS.values() if each.recognises(directory, after)] == [FORMATS[name]]
-    read, group_size = FORMATS[name].read_metadata(directory, after)
-    assert read == kinds
-    assert group_size == (16 if name != "compressed-tensors" or "W4A8_DYNAMIC" in chosen else 0)
+    read = FORMATS[name].read_plan(directory, after)
+    assert read == plan
+    assert read.group_size == (16 if INT4.grouped(16) in chosen else 0)
 
 
 # --- traps, by hand -------------------------------------------------------------------------------------------------
@@ -162,7 +166,7 @@ def test_ascend_packs_two_outputs_into_a_byte_the_even_one_low():
     codes = np.zeros((80, 48), np.int8)
     codes[0, 0], codes[1, 0], codes[78, 47], codes[79, 47] = 1, -2, -8, 7
     scale = np.ones((80, 1), np.float32)
-    stored = ascend.encode(block(), UP, QuantizedLinear("W4A8_DYNAMIC", QuantizedWeight(codes, scale)))["weight"]
+    stored = ascend.encode(block(), UP, QuantizedLinear(INT4, QuantizedWeight(codes, scale)))["weight"]
     assert stored.shape == (40, 48)
     assert stored[0, 0].view(np.uint8) == 0xE1  # -2 is 0xE
     assert stored[39, 47].view(np.uint8) == 0x78  # -8 is 0x8
@@ -171,7 +175,7 @@ def test_ascend_packs_two_outputs_into_a_byte_the_even_one_low():
 
 def test_scale_bias_is_eight_times_the_sum_in_one_column_or_in_sixteenths_for_row_parallel_layers():
     for site, columns in ((UP, 1), (O_PROJ, 16), (DOWN, 16)):
-        made = linear("W4A8_DYNAMIC", site, groups=2)
+        made = linear(INT4, site, groups=2)
         stored = ascend.encode(block(), site, made)["scale_bias"]
         wide = made.weight.dequantize().astype(np.float64)
         wanted = 8 * np.stack([part.sum(axis=1) for part in np.split(wide, columns, axis=1)], axis=1)
@@ -181,13 +185,13 @@ def test_scale_bias_is_eight_times_the_sum_in_one_column_or_in_sixteenths_for_ro
 
 def test_inputs_that_do_not_come_in_sixteenths_are_refused():
     narrow = block(head_dim=10)  # o_proj has 40 inputs
-    made = QuantizedLinear("W4A8_DYNAMIC", QuantizedWeight(np.ones((48, 40), np.int8), np.ones((48, 1), np.float32)))
+    made = QuantizedLinear(INT4, QuantizedWeight(np.ones((48, 40), np.int8), np.ones((48, 1), np.float32)))
     with pytest.raises(RequestError, match=r"self_attn\.o_proj: has 40 inputs.*16 equal parts"):
         ascend.encode(narrow, O_PROJ, made)
 
 
 def test_group_scales_are_two_factors_whose_product_is_exact_and_the_first_is_a_power_of_two():
-    made = linear("W4A8_DYNAMIC", UP, groups=3, bfloat16=False)
+    made = linear(INT4, UP, groups=3, bfloat16=False)
     stored = ascend.encode(block(), UP, made)
     assert (np.frexp(stored["weight_scale"])[0] == 0.5).all()
     assert stored["weight_scale_second"].shape == (80, 3)
@@ -197,14 +201,14 @@ def test_group_scales_are_two_factors_whose_product_is_exact_and_the_first_is_a_
 @pytest.mark.parametrize(("dtype", "stored_as"), [("bfloat16", np.float32), ("float16", np.int64), ("float32", np.int64)])
 def test_deq_scale_is_float32_for_bfloat16_models_and_its_bits_in_an_int64_for_others(dtype, stored_as):
     weight = QuantizedWeight(np.ones((48, 32), np.int8), np.full((48, 1), 2.0, np.float32))
-    stored = ascend.encode(block(torch_dtype=dtype), O_PROJ, QuantizedLinear("W8A8", weight, 4.0))["deq_scale"]
+    stored = ascend.encode(block(torch_dtype=dtype), O_PROJ, QuantizedLinear(STATIC, weight, 4.0))["deq_scale"]
     assert stored.dtype == stored_as
     assert stored[0] == (0.5 if stored_as == np.float32 else 0x3F000000)  # 2 / 4
 
 
 def test_scales_of_inputs_are_divisors_but_in_the_mindformers_format():
-    weight = linear("W8A8", O_PROJ).weight
-    made = QuantizedLinear("W8A8", weight, 16.0)  # x * 16 is rounded
+    weight = linear(STATIC, O_PROJ).weight
+    made = QuantizedLinear(STATIC, weight, 16.0)  # x * 16 is rounded
     found = {name: each.encode(block(), O_PROJ, made)["input_scale"] for name, each in FORMATS.items()}
     assert found["ascend"].tolist() == [0.0625]
     assert found["compressed-tensors"].tolist() == [0.0625]
@@ -215,7 +219,7 @@ def test_scales_of_inputs_are_divisors_but_in_the_mindformers_format():
 @pytest.mark.parametrize("offset", [0, -7, 100])
 def test_every_format_computes_the_same_static_layer_bias_and_zero_point_included(name, offset):
     """As each format's reader would: quantize with its scale, integer product, its corrections, its scale."""
-    made, where = linear("W8A8", O_PROJ, offset=offset), block()
+    made, where = linear(STATIC, O_PROJ, offset=offset), block()
     stored = {key: value.astype(np.float64) for key, value in FORMATS[name].encode(where, O_PROJ, made).items()}
     bias = where.bias(O_PROJ).astype(np.float64)
     x = np.random.default_rng(5).integers(-27, 28, (6, 32)) / 21.25  # on the grid, and inside it after any offset here
@@ -241,18 +245,18 @@ def test_every_format_computes_the_same_static_layer_bias_and_zero_point_include
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def put(name, key, change, said, kind="W8A8"):
-    return name, key, change, said, kind
+def put(name, key, change, said, scheme=STATIC):
+    return name, key, change, said, scheme
 
 
 REFUSED = {
-    "asymmetric weights": put("ascend", "weight_offset", lambda t: t + 1, "symmetric weights", "W8A8_DYNAMIC"),
-    "asymmetric groups": put("ascend", "weight_offset_second", lambda t: t + 1, "symmetric weights", "W4A8_DYNAMIC"),
-    "other codes": put("ascend", "weight", lambda t: t ^ 1, "scale_bias", "W4A8_DYNAMIC"),
+    "asymmetric weights": put("ascend", "weight_offset", lambda t: t + 1, "symmetric weights", DYNAMIC),
+    "asymmetric groups": put("ascend", "weight_offset_second", lambda t: t + 1, "symmetric weights", INT4),
+    "other codes": put("ascend", "weight", lambda t: t ^ 1, "scale_bias", INT4),
     "another bias": put("ascend", "quant_bias", lambda t: t + 1, "quant_bias"),
     "half a zero point": put("ascend", "input_offset", lambda t: t + np.float32(0.5), "whole number"),
     "more than 32 bits": put("ascend", "deq_scale", lambda t: t.astype(np.int64) + (1 << 40), "lowest 32"),
-    "unpacked range": put("compressed-tensors", "weight", lambda t: t * 2, "wanted -8 to 7", "W4A8_DYNAMIC"),
+    "unpacked range": put("compressed-tensors", "weight", lambda t: t * 2, "wanted -8 to 7", INT4),
     "bias in quant_bias": put("mindformers", "quant_bias", lambda t: t + 1, "quant_bias"),
     "scale per channel": put("mindformers", "input_scale", lambda t: t * np.arange(1, 33), "differs between channels"),
 }
@@ -260,25 +264,26 @@ REFUSED = {
 
 @pytest.mark.parametrize("fault", REFUSED)
 def test_what_decoding_would_have_to_drop_is_refused_by_name(fault):
-    name, key, change, said, kind = REFUSED[fault]
-    stored = FORMATS[name].encode(block(), O_PROJ, linear(kind, O_PROJ, groups=2 if kind[1] == "4" else 1))
-    FORMATS[name].decode(block(), O_PROJ, kind, stored)
+    name, key, change, said, scheme = REFUSED[fault]
+    made = linear(scheme, O_PROJ, groups=2 if scheme.arithmetic == W4A8 else 1)
+    stored = FORMATS[name].encode(block(), O_PROJ, made)
+    FORMATS[name].decode(block(), O_PROJ, made.scheme, stored)
     with pytest.raises(CheckpointError, match=said) as raised:
-        FORMATS[name].decode(block(), O_PROJ, kind, {**stored, key: change(stored[key])})
+        FORMATS[name].decode(block(), O_PROJ, made.scheme, {**stored, key: change(stored[key])})
     assert str(raised.value).startswith(
         f"self_attn.o_proj.{key}" if fault != "other codes" else "self_attn.o_proj.scale_bias"
     )
 
 
 def read_settings(tmp_path, **changes):
-    kinds = dict.fromkeys(layout.linear_names(config()), "W8A8_DYNAMIC")
-    raw = compressed_tensors.metadata(config(), kinds, 0)["config.json"]
+    raw = compressed_tensors.metadata(config(), Plan.uniform(config(), DYNAMIC))["config.json"]
     raw["quantization_config"].update(changes)
-    return compressed_tensors.read_metadata(tmp_path, ModelConfig.from_dict(raw, where="test"))[0]
+    plan = compressed_tensors.read_plan(tmp_path, ModelConfig.from_dict(raw, where="test"))
+    return {name: scheme for name, _, scheme in plan}
 
 
 def group(targets=("Linear",), weights=(), inputs=()):
-    ours = compressed_tensors.metadata(config(), {"x.weight": "W8A8_DYNAMIC"}, 0)["config.json"]["quantization_config"]
+    ours = compressed_tensors.metadata(config(), Plan.uniform(config(), DYNAMIC))["config.json"]["quantization_config"]
     scheme = ours["config_groups"]["group_0"]
     return {
         "targets": list(targets),
@@ -294,14 +299,14 @@ def test_targets_and_ignore_are_names_classes_or_patterns(tmp_path):
         "b": group(["re:.*mlp.*"], four),
         "c": group(["model.layers.1.self_attn.q_proj"], (), {"dynamic": False, "strategy": "tensor"}),
     }
-    kinds = read_settings(
+    schemes = read_settings(
         tmp_path, config_groups=groups, ignore=["lm_head", "re:.*down_proj", "model.layers.0.self_attn.k_proj"]
     )
-    assert kinds["model.layers.0.mlp.up_proj.weight"] == "W4A8_DYNAMIC"
-    assert kinds["model.layers.0.mlp.down_proj.weight"] == FLOAT
-    assert kinds["model.layers.0.self_attn.k_proj.weight"] == FLOAT
-    assert kinds["model.layers.1.self_attn.k_proj.weight"] == "W8A8_DYNAMIC"
-    assert kinds["model.layers.1.self_attn.q_proj.weight"] == "W8A8"
+    assert schemes["model.layers.0.mlp.up_proj"] == INT4.grouped(16)
+    assert schemes["model.layers.0.mlp.down_proj"] is None
+    assert schemes["model.layers.0.self_attn.k_proj"] is None
+    assert schemes["model.layers.1.self_attn.k_proj"] == DYNAMIC
+    assert schemes["model.layers.1.self_attn.q_proj"] == STATIC
 
 
 @pytest.mark.parametrize(
@@ -370,17 +375,17 @@ def test_another_programs_checkpoint_dequantizes_to_within_half_a_step_of_its_fl
     source = source_of(values, checkpoint_tool, tmp_path / "float")
     reader = open_checkpoint(directory)
     assert isinstance(reader, QuantizedReader)
-    assert set(reader.kinds.values()) == {"W8A8_DYNAMIC" if "llm" in name else name.removeprefix("msmodelslim_").upper()}
+    words = {word_of(scheme) for _, _, scheme in reader.plan}
+    assert words == {"W8A8_DYNAMIC" if "llm" in name else name.removeprefix("msmodelslim_").upper()}
     for index in range(reader.config.num_hidden_layers):
-        stored, linears = reader.block(index)
-        original = source.block(index)
-        assert len(linears) == 7
+        stored, original = reader.rounded_block(index), source.block(index)
+        assert len(stored.linears) == 7
         for site in layout.SITES:
-            weight = linears[site.name].weight
+            weight = stored.linears[site.name].weight
             error = np.abs(weight.dequantize() - original.weight(site)) / weight.scale
             assert error.max() <= 0.5 + 1e-4
             assert error.max() > 0.4  # it was rounded
-        assert all(np.array_equal(stored[bias], original[bias]) for bias in stored.tensors)
+        assert all(np.array_equal(stored.floats[bias], original[bias]) for bias in stored.floats.tensors)
 
 
 @pytest.mark.parametrize("name", GOLDENS)
@@ -405,7 +410,7 @@ def test_the_description_is_msmodelslims(scheme, root, tmp_path):
     directory, _, _ = unpacked(root, f"msmodelslim_{scheme}", tmp_path / "theirs")
     reader = QuantizedReader(directory)
     theirs = json.loads((directory / ASCEND_FILE).read_text())
-    ours = ascend.metadata(reader.config, reader.kinds, reader.group_size)[ASCEND_FILE]
+    ours = ascend.metadata(reader.config, reader.plan)[ASCEND_FILE]
     if scheme == "w4a8_dynamic":  # it calls a model of W4A8 layers FLOAT
         assert (theirs.pop("model_quant_type"), ours.pop("model_quant_type")) == ("FLOAT", "W4A8_DYNAMIC")
     assert ours == theirs
@@ -413,7 +418,7 @@ def test_the_description_is_msmodelslims(scheme, root, tmp_path):
 
 def test_a_tied_head_is_described_as_float_because_vllm_ascend_looks_it_up():
     tied = config(tie_word_embeddings=True)
-    made = ascend.metadata(tied, dict.fromkeys(layout.linear_names(tied), "W8A8"), 0)[ASCEND_FILE]
+    made = ascend.metadata(tied, Plan.uniform(tied, STATIC))[ASCEND_FILE]
     assert layout.HEAD not in layout.outer_shapes(tied)
     assert made[layout.HEAD] == FLOAT
 
@@ -424,6 +429,16 @@ def test_an_older_int4_layout_is_refused_by_its_version(root, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": "0"}))
     with pytest.raises(CheckpointError, match=r"version is '0'.*two int4"):
         QuantizedReader(directory)
+
+
+@pytest.mark.parametrize("size", [-32, 3, 32.5, True, "many", [32], None])
+def test_a_group_size_that_is_none_is_refused_naming_file_and_key(size, root, tmp_path):
+    directory, _, _ = unpacked(root, "msmodelslim_w4a8_dynamic", tmp_path / "theirs")
+    path = directory / ASCEND_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "group_size": size}))
+    with pytest.raises(CheckpointError) as raised:
+        QuantizedReader(directory)
+    assert str(raised.value).startswith(f"{path}: group_size is {size!r}, wanted an even whole number")
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
@@ -448,8 +463,7 @@ def test_w4a8_of_the_7b_is_at_most_0_56_of_w8a8_on_disk(scheme):
     chosen = PRESETS[scheme]
 
     def size(preset, name):
-        group_size = preset.weight.group_size
-        return sum(layer_bytes(FORMATS[name], shape, site, preset, group_size) for site in layout.SITES)
+        return sum(layer_bytes(FORMATS[name], shape, site, preset) for site in layout.SITES)
 
     assert size(chosen, "mindformers") <= 0.56 * size(PRESETS["w8a8"], "mindformers")
     assert size(chosen, "compressed-tensors") >= size(PRESETS["w8a8"], "compressed-tensors")  # a byte for each int4

@@ -125,7 +125,7 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
 
     def read_checkpoint(folder):
         reader = open_checkpoint(folder)
-        reader.block(0)
+        reader.rounded_block(0)
 
     def read_tokenizer(folder):
         found = Tokenizer.from_directory(folder)
@@ -196,7 +196,7 @@ def newer_places(base, root):
 
     return {
         "slices": ("sliced", "metadata.json", lambda folder: CheckpointReader(folder).block(0)),
-        "ascend": ("ascend", ASCEND_FILE, lambda folder: open_checkpoint(folder).block(0)),
+        "ascend": ("ascend", ASCEND_FILE, lambda folder: open_checkpoint(folder).rounded_block(0)),
         "report": ("quantized", REPORT_FILE, read_report),
         "hashes": ("quantized", HASHES_FILE, read_verified),
         "journal": ("journal", JOURNAL, read_journal),

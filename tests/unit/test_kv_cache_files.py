@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import QuantizedLinear
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import QuantizedWriter
@@ -17,12 +18,12 @@ from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.consumers import check_served, facts_of
 from ms_pangu_quant.formats.export import export
-from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe.scheme import PRESETS
+from ms_pangu_quant.recipe.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.scheme import INT8_CACHE, PRESETS
 from tests.unit.edited import edit
 
 HELD = ("mindformers", "ascend")
@@ -49,22 +50,21 @@ def stored(make_checkpoint, tmp_path):
     def make(name, *, scheme="w8a8", symmetric=False):
         source = CheckpointReader(make_checkpoint("source", vocab_size=64, dtype="float32"))
         assert (source.config.num_key_value_heads, source.config.head_dim) == (HEADS, DIM)
-        kinds, stored_as = dict.fromkeys(layout.linear_names(source.config), FLOAT), FORMATS[name]
+        chosen = tuple(PRESETS[scheme] if scheme and site is layout.DOWN_PROJ else None for site in layout.SITES)
+        plan, stored_as = Plan((BlockPlan(chosen, INT8_CACHE),) * 2), FORMATS[name]
         caches, output = [], tmp_path / f"out-{name}"
         with QuantizedWriter(output, {}, blocks=2, resume=False) as writer:
             for index, block in enumerate(source.blocks()):
                 tensors, prefix = dict(block.tensors), layout.block_prefix(index)
-                for site in layout.SITES:
-                    if site.name == "mlp.down_proj" and scheme:
-                        kind, weight = PRESETS[scheme].kind, tensors.pop(f"{site.name}.weight")
-                        linear = QuantizedLinear(kind, RoundToNearest()(weight, PRESETS[scheme].weight, None))
-                        encoded = stored_as.encode(block, site, linear)
-                        tensors.update({f"{site.name}.{key}": value for key, value in encoded.items()})
-                        kinds[f"{prefix}{site.name}.weight"] = kind
+                for site, preset in plan.blocks[index].quantized:
+                    weight = tensors.pop(f"{site.name}.weight")
+                    linear = QuantizedLinear(preset, RoundToNearest()(weight, preset.weight, None))
+                    encoded = stored_as.encode(block, site, linear)
+                    tensors.update({f"{site.name}.{key}": value for key, value in encoded.items()})
                 caches.append(random_cache(index, symmetric=symmetric))
                 tensors.update(kv_cache.encode(caches[-1]))
                 writer.write_block({prefix + key: value for key, value in tensors.items()}, {})
-            files = stored_as.metadata(source.config, kinds, 0, True)
+            files = stored_as.metadata(source.config, plan)
             outer = {each: source.files.entries[each] for each in layout.outer_shapes(source.config)}
             writer.finish(outer, source.directory, files)
         return output, caches
@@ -78,8 +78,8 @@ def stored(make_checkpoint, tmp_path):
 def test_grids_are_read_back_as_they_were_and_the_directory_is_sound(stored, name, symmetric, scheme):
     directory, caches = stored(name, scheme=scheme, symmetric=symmetric)
     reader = QuantizedReader(directory)
-    assert reader.int8_cache
-    assert all(same(reader.cache(index), cache) for index, cache in enumerate(caches))
+    assert reader.plan.cache == INT8_CACHE
+    assert all(same(reader.rounded_block(index).cache, cache) for index, cache in enumerate(caches))
     found = verify(directory)
     assert found.faults == ()
     assert found.layers == (2 if scheme else 0)
@@ -115,7 +115,9 @@ def test_the_tensors_and_the_description_are_msmodelslims(stored):
 def test_exporting_there_and_back_gives_the_same_bytes(stored, there, back, tmp_path):
     directory, caches = stored(back)
     export(QuantizedReader(directory), FORMATS[there], tmp_path / "there")
-    assert all(same(QuantizedReader(tmp_path / "there").cache(index), cache) for index, cache in enumerate(caches))
+    assert all(
+        same(QuantizedReader(tmp_path / "there").rounded_block(index).cache, cache) for index, cache in enumerate(caches)
+    )
     assert verify(tmp_path / "there").faults == ()
     export(QuantizedReader(tmp_path / "there"), FORMATS[back], tmp_path / "back")
     for file in directory.iterdir():
@@ -127,7 +129,7 @@ def test_a_format_that_cannot_hold_it_refuses_before_anything_is_written(stored,
     with pytest.raises(RequestError, match=r"float8 key/value caches.*use --format mindformers or ascend"):
         export(reader, FORMATS["compressed-tensors"], tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    facts = facts_of(reader.config, reader.kinds, 0, True)
+    facts = facts_of(reader.config, reader.plan)
     for name in HELD:
         check_served(name, facts)
     with pytest.raises(
@@ -139,10 +141,10 @@ def test_a_format_that_cannot_hold_it_refuses_before_anything_is_written(stored,
 
 def test_a_cache_scheme_in_compressed_tensors_is_refused_not_passed_over(make_checkpoint):
     config = CheckpointReader(make_checkpoint("source")).config
-    files = FORMATS["compressed-tensors"].metadata(config, dict.fromkeys(layout.linear_names(config), "W8A8_DYNAMIC"), 0)
+    files = FORMATS["compressed-tensors"].metadata(config, Plan.uniform(config, PRESETS["w8a8"]))
     raw = json.loads(json.dumps(files["config.json"]))
-    reads = FORMATS["compressed-tensors"].read_int8_cache
-    assert reads(None, type(config).from_dict(raw, where="x")) is False
+    reads = FORMATS["compressed-tensors"].read_plan
+    assert reads(Path("somewhere"), type(config).from_dict(raw, where="x")).cache is None
     raw["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
     with pytest.raises(CheckpointError, match=r"kv_cache_scheme.*is not read from this format"):
         reads(Path("somewhere"), type(config).from_dict(raw, where="x"))
@@ -178,7 +180,7 @@ def test_each_fault_is_named(stored, name, change, told):
     faults = verify(directory).faults
     assert any(told in fault for fault in faults), faults
     with pytest.raises(CheckpointError):
-        [QuantizedReader(directory).cache(index) for index in range(2)]
+        [QuantizedReader(directory).rounded_block(index) for index in range(2)]
 
 
 def test_scales_that_no_one_announced_and_kinds_that_are_not_known_are_refused(stored):

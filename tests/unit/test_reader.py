@@ -13,6 +13,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows, is_quantized
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.recipe.plan import Plan
 
 SHAPES = [
     {},
@@ -50,6 +51,18 @@ def test_the_embedded_checkpoint_is_read(mini):
     np.testing.assert_array_equal(
         reader.block(3)["mlp.down_proj.weight"], wanted["model.layers.3.mlp.down_proj.weight"].astype(np.float32)
     )
+
+
+def test_a_float_checkpoint_has_the_face_of_a_quantized_one_with_nothing_quantized(make_checkpoint):
+    reader = CheckpointReader(make_checkpoint())
+    assert reader.plan == Plan.uniform(reader.config)
+    assert reader.format is None
+    assert reader.rows is None
+    for index in range(reader.config.num_hidden_layers):
+        rounded, block = reader.rounded_block(index), reader.block(index)
+        assert rounded.plan == reader.plan.blocks[index]
+        assert rounded.kept.keys() == block.tensors.keys()
+        assert all(np.array_equal(value, block[name]) for name, value in rounded.kept.items())
 
 
 def test_a_block_knows_its_weights_and_biases_by_site_and_is_replaced_not_changed(random_block):

@@ -1,4 +1,4 @@
-"""recipe.py: the shipped recipes plan for every model, and whatever is wrong with a recipe is named."""
+"""recipe/: the shipped recipes plan for every model, and whatever is wrong with a recipe is named."""
 
 import dataclasses
 import math
@@ -9,11 +9,12 @@ import yaml
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.mixed.budget import Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe, text_of
 from ms_pangu_quant.recipe.recipe import CalibrationSettings
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.transforms.rotate import Rotate
@@ -70,8 +71,13 @@ def models(checkpoint_tool, mini):
     return {**sizes, "mini": ModelConfig.from_file(mini / "config.json")}
 
 
-def kinds(plan):
-    return {key: scheme.kind if scheme else "FLOAT" for key, scheme in plan.schemes.items()}
+def schemes_of(plan):
+    """(block, site name) -> scheme."""
+    return {(index, name): scheme for index, block in enumerate(plan.blocks) for name, scheme in block.by_name.items()}
+
+
+def words(plan):
+    return {key: word_of(scheme) for key, scheme in schemes_of(plan).items()}
 
 
 def test_the_shipped_recipes_are_those_tested_here(root):
@@ -85,7 +91,7 @@ def test_a_shipped_budget_says_why_and_what_its_cheaper_scheme_is(root, models, 
     assert loaded.needs_calibration
     assert loaded.scheme == loaded.budget.schemes[0] == "w4a8_g128"
     for scheme in loaded.budget.schemes:
-        assert all(len(loaded.uniform(scheme).plan(config).schemes) for config in models.values())
+        assert all(len(list(loaded.uniform(scheme).plan(config))) for config in models.values())
 
 
 @pytest.mark.parametrize("model", ["mini", "1b", "7b"])
@@ -94,11 +100,11 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
     loaded, config = load_recipe(root / f"configs/{name}.yaml"), models[model]
     plan = loaded.plan(config)
     blocks = range(config.num_hidden_layers)
-    assert set(plan.schemes) == {(index, site.name) for index in blocks for site in layout.SITES}
+    assert set(schemes_of(plan)) == {(index, site.name) for index in blocks for site in layout.SITES}
     other = {"w8a8_static": "W8A8", "kv8": "FLOAT"}
     wanted = "W4A8_DYNAMIC" if "w4a8" in name else other.get(name, "W8A8_DYNAMIC")
     assert (loaded.kv_cache is not None) == ("kv8" in name)
-    assert set(kinds(plan).values()) == {wanted}
+    assert set(words(plan).values()) == {wanted}
     assert plan.group_size == next((size for size in (128, 256) if f"g{size}" in name), 0)
     assert loaded.why
     assert loaded.needs_calibration == (name not in WITHOUT_DATA)
@@ -111,7 +117,7 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
 @pytest.mark.parametrize("weight_range", ["narrow", "full"])
 def test_every_preset_fits_every_model(recipe, models, name, model, weight_range):
     plan = recipe(f"scheme: {name}\nweight_range: {weight_range}").plan(models[model])
-    assert set(plan.schemes.values()) == {PRESETS[name].with_range(full_range=weight_range == "full")}
+    assert set(schemes_of(plan).values()) == {PRESETS[name].with_range(full_range=weight_range == "full")}
 
 
 def test_every_key_arrives_where_it_belongs(recipe, models):
@@ -123,14 +129,13 @@ def test_every_key_arrives_where_it_belongs(recipe, models):
     assert made.kv_cache == Int8Cache(keys="head", symmetric=False, method="mse")
     assert made.calibration == CalibrationSettings(7, 33, 5)
     assert made.where.endswith("mine.yaml")
-    found = kinds(plan := made.plan(models["1b"]))
+    found = words(plan := made.plan(models["1b"]))
     assert plan.group_size == 64
-    for (index, name), kind in found.items():
+    for (index, name), word in found.items():
         wanted = "FLOAT" if index == 0 else "W8A8_DYNAMIC" if name == "mlp.down_proj" else "W4A8_DYNAMIC"
-        assert kind == wanted, (index, name)
-    site = next(site for site in layout.SITES if site.name == "mlp.down_proj")
-    assert plan.scheme(0, site) is None
-    assert plan.scheme(1, site) == PRESETS["w8a8"].with_range(full_range=True)
+        assert word == wanted, (index, name)
+    assert plan.blocks[0].scheme(layout.DOWN_PROJ) is None
+    assert plan.blocks[1].scheme(layout.DOWN_PROJ) == PRESETS["w8a8"].with_range(full_range=True)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +151,7 @@ def test_every_key_arrives_where_it_belongs(recipe, models):
 )
 def test_only_what_is_used_is_observed(recipe, text, gram, rows):
     made = recipe(text)
-    assert (made.needs_gram, made.needs_rows) == (gram, rows)
+    assert (made.observed.gram, made.observed.rows) == (gram, rows)
 
 
 def test_a_recipe_of_one_line_has_the_documented_defaults(recipe):
@@ -158,7 +163,7 @@ def test_a_recipe_of_one_line_has_the_documented_defaults(recipe):
 
 def test_the_last_pattern_that_matches_a_layer_decides(recipe, models):
     layers = {"*.mlp.*": "w8a8", "*layers.1.*": "float", "*layers.1.mlp.down_proj": "w4a8"}
-    found = kinds(recipe(yaml.safe_dump({"scheme": "w4a8", "layers": layers}, sort_keys=False)).plan(models["mini"]))
+    found = words(recipe(yaml.safe_dump({"scheme": "w4a8", "layers": layers}, sort_keys=False)).plan(models["mini"]))
     assert found[0, "mlp.down_proj"] == "W8A8_DYNAMIC"
     assert found[1, "mlp.down_proj"] == "W4A8_DYNAMIC"
     assert found[1, "mlp.up_proj"] == "FLOAT"
@@ -193,7 +198,7 @@ def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe
         ("scheme: w8a8\ncalibration: {sample: 3}", r"calibration: unknown key 'sample' \(did you mean 'samples'\?\)"),
         ("scheme: w8a8\ntransforms: [{smoth: {}}]", r"transforms: unknown key 'smoth' \(did you mean 'smooth'\?\)"),
         ("scheme: w8a8\ntransforms: [{smooth: {aplha: 0.5}}]", r"smooth: unknown key 'aplha' \(did you mean 'alpha'\?\)"),
-        ("scheme: w8a8\ntransforms: [{smooth: {needs_gram: true}}]", r"smooth: unknown key 'needs_gram'"),
+        ("scheme: w8a8\ntransforms: [{smooth: {needs: {gram: true}}}]", r"smooth: unknown key 'needs'"),
         ("scheme: w8a8\ntransforms: [smooth, rotate]", r"transforms: rotate stands first and once"),
         ("scheme: w8a8\ntransforms: [rotate, {rotate: {seed: 1}}]", r"transforms: rotate stands first and once"),
         ("scheme: w8a8\ntransforms: [{rotate: {sed: 1}}]", r"rotate: unknown key 'sed' \(did you mean 'seed'\?\)"),
@@ -279,7 +284,7 @@ def test_layers_that_are_computed_as_one_must_have_one_scheme(recipe, models, pa
 
 
 def test_the_schemes_of_single_layers_are_free(recipe, models):
-    found = kinds(recipe("scheme: w4a8\nlayers: {'*.o_proj': float, '*.down_proj': w8a8_static}").plan(models["mini"]))
+    found = words(recipe("scheme: w4a8\nlayers: {'*.o_proj': float, '*.down_proj': w8a8_static}").plan(models["mini"]))
     int4 = "W4A8_DYNAMIC"
     assert [found[3, site.name] for site in layout.SITES] == [int4, int4, int4, "FLOAT", int4, int4, "W8A8"]
 
@@ -385,20 +390,20 @@ def test_a_recipe_changed_in_a_program_has_another_digest_and_a_text_that_says_w
     changed = [dataclasses.replace(made, **change) for change in CHANGES]
     assert len({made.digest, *(each.digest for each in changed)}) == len(CHANGES) + 1
     for each in changed:
-        again = recipe(each.as_text)
+        again = recipe(text_of(each))
         assert (again.digest, again.why) == (each.digest, made.why)
 
 
 def test_of_a_pattern_that_a_program_gave_twice_the_last_one_is_in_the_text(recipe, models):
     layers = (("*.0.*", "float"), ("*.down_proj", "w8a8"), ("*.0.*", "w4a8"))
     made = dataclasses.replace(recipe("scheme: w4a8"), layers=layers)
-    assert recipe(made.as_text).plan(models["mini"]) == made.plan(models["mini"])
+    assert recipe(text_of(made)).plan(models["mini"]) == made.plan(models["mini"])
 
 
 def test_a_recipe_as_it_was_read_has_the_text_that_was_read(recipe):
     made = recipe(f"# mine\n{EVERYTHING}")
-    assert made.as_text == f"# mine\n{EVERYTHING}"
-    assert dataclasses.replace(made, quantizer=RoundToNearest()).as_text == made.text
+    assert text_of(made) == f"# mine\n{EVERYTHING}"
+    assert text_of(dataclasses.replace(made, quantizer=RoundToNearest())) == made.text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -409,7 +414,7 @@ class Halved(RoundToNearest):
 def test_a_part_of_a_programs_own_is_told_by_its_type(recipe):
     made = dataclasses.replace(recipe("scheme: w8a8"), quantizer=Halved())
     assert made.digest != recipe("scheme: w8a8").digest
-    assert "Halved" in yaml.safe_load(made.as_text)["rounding"]
+    assert "Halved" in yaml.safe_load(text_of(made))["rounding"]
 
 
 def test_a_part_whose_fields_do_not_tell_it_from_another_is_refused(recipe):
@@ -427,7 +432,7 @@ def test_the_digest_changes_with_the_order_of_patterns(recipe, models):
             ("  '*.down_proj': w8a8", "  '*layers.1.*': float"),
         )
     )
-    assert kinds(one.plan(models["mini"])) != kinds(other.plan(models["mini"]))
+    assert words(one.plan(models["mini"])) != words(other.plan(models["mini"]))
     assert one.digest != other.digest
 
 
@@ -469,7 +474,7 @@ def test_int4_shares_of_the_real_models_are_what_the_docs_promise(recipe, models
     bits = weights = 0.0
     for site in layout.SITES:
         outputs, inputs = layout.site_shape(models["7b"], site)
-        bits += plan.scheme(0, site).bits_per_weight(inputs) * outputs * inputs
+        bits += plan.blocks[0].scheme(site).bits_per_weight(inputs) * outputs * inputs
         weights += outputs * inputs
     assert math.isclose(bits / weights, 4.25)
 

@@ -1,11 +1,11 @@
-"""scheme.py: codes, divisors and kinds of every scheme, and the combinations that do not exist."""
+"""recipe/scheme.py: codes, divisors and arithmetic of every scheme, and the combinations that do not exist."""
 
 import dataclasses
 
 import pytest
 
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.recipe.scheme import PRESETS, QuantScheme, TensorScheme
+from ms_pangu_quant.recipe.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC, QuantScheme, TensorScheme
 
 PER_TOKEN = TensorScheme(bits=8, granularity="token", dynamic=True)
 
@@ -59,7 +59,7 @@ def test_a_pair_of_schemes_that_the_runtime_cannot_compute_cannot_be_made(weight
 def test_presets_are_what_their_names_say():
     found = {
         name: (
-            scheme.kind,
+            scheme.arithmetic,
             scheme.weight.bits,
             scheme.weight.granularity,
             scheme.weight.group_size,
@@ -68,13 +68,13 @@ def test_presets_are_what_their_names_say():
         for name, scheme in PRESETS.items()
     }
     assert found == {
-        "w8a8": ("W8A8_DYNAMIC", 8, "channel", 0, True),
-        "w8a8_static": ("W8A8", 8, "channel", 0, False),
-        "w4a8": ("W4A8_DYNAMIC", 4, "channel", 0, True),
-        "w4a8_g128": ("W4A8_DYNAMIC", 4, "group", 128, True),
-        "w4a8_g256": ("W4A8_DYNAMIC", 4, "group", 256, True),
-        "w4a8_g64": ("W4A8_DYNAMIC", 4, "group", 64, True),
-        "w4a8_g32": ("W4A8_DYNAMIC", 4, "group", 32, True),
+        "w8a8": (W8A8, 8, "channel", 0, True),
+        "w8a8_static": (W8A8_STATIC, 8, "channel", 0, False),
+        "w4a8": (W4A8, 4, "channel", 0, True),
+        "w4a8_g128": (W4A8, 4, "group", 128, True),
+        "w4a8_g256": (W4A8, 4, "group", 256, True),
+        "w4a8_g64": (W4A8, 4, "group", 64, True),
+        "w4a8_g32": (W4A8, 4, "group", 32, True),
     }
     assert all(scheme.activation.bits == 8 for scheme in PRESETS.values())
 

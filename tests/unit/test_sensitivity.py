@@ -14,6 +14,7 @@ from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.mixed.sensitivity import GroupSensitivity, Sensitivity, assigned, method_digest, split
 from ms_pangu_quant.pipeline.estimate import layer_bytes
 from ms_pangu_quant.recipe.parse import load_recipe
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8
 
 TEXT = "scheme: {budget: {%s, schemes: [w4a8_g128, w8a8]}}\nrounding: rtn\n"
 GROUPS = tuple(dict.fromkeys(site.fused for site in layout.SITES))
@@ -49,11 +50,7 @@ def sensitivity(recipe, blocks=3, seed=0, **origin):
 
 
 def stored_bits(plan, config, stored_as):
-    bits = sum(
-        8 * layer_bytes(stored_as, config, site, plan.scheme(index, site), plan.group_size)
-        for index in range(config.num_hidden_layers)
-        for site in layout.SITES
-    )
+    bits = sum(8 * layer_bytes(stored_as, config, site, scheme) for _, site, scheme in plan)
     shapes = [layout.site_shape(config, site) for site in layout.SITES]
     return bits / (config.num_hidden_layers * sum(outputs * inputs for outputs, inputs in shapes))
 
@@ -66,7 +63,7 @@ def test_the_budget_holds_for_what_is_stored(recipe, config, name, limit):
     made = assigned(chosen, config, sensitivity(chosen), stored_as)
     bits = stored_bits(made.plan(config), config, stored_as)
     assert bits == made.assignment.bits_per_weight <= limit
-    assert {scheme.kind for scheme in made.plan(config).schemes.values()} == {"W4A8_DYNAMIC", "W8A8_DYNAMIC"}
+    assert {scheme.arithmetic for _, _, scheme in made.plan(config)} == {W4A8, W8A8}
 
 
 def test_predictions_add_up_to_what_was_measured_together(recipe, config):
@@ -98,8 +95,8 @@ def test_layers_that_the_recipe_names_keep_what_it_says(recipe, config):
         recipe("bits_per_weight: 7", more), config, sensitivity(recipe("bits_per_weight: 7")), FORMATS["ascend"]
     )
     plan = made.plan(config)
-    assert all(plan.schemes[index, "mlp.down_proj"].kind == "W8A8_DYNAMIC" for index in range(3))
-    assert plan.schemes[0, "self_attn.o_proj"] is None
+    assert all(plan.blocks[index].scheme(layout.DOWN_PROJ).arithmetic == W8A8 for index in range(3))
+    assert plan.blocks[0].scheme(layout.O_PROJ) is None
     assert not [name for name in made.assignment.schemes if "down_proj" in name or "0.self_attn.o_proj" in name]
     other = recipe("bits_per_weight: 7", 'layers: {"*.down_proj": w8a8_static}\n')
     with pytest.raises(RecipeError, match="is w8a8_static; beside a budget"):
@@ -123,10 +120,9 @@ def test_a_float_layer_counts_with_the_bits_that_it_is_written_in(recipe, small_
     chosen = recipe("max_kl: 99", more)
     made = assigned(chosen, config, sensitivity(chosen, blocks=2), stored_as)
     plan, bits, weights = made.plan(config), 0, 0
-    for (_, name), scheme in plan.schemes.items():
-        site = next(site for site in layout.SITES if site.name == name)
+    for _, site, scheme in plan:
         count = math.prod(layout.site_shape(config, site))
-        bits += 8 * layer_bytes(stored_as, config, site, scheme, plan.group_size) if scheme else width * count
+        bits += 8 * layer_bytes(stored_as, config, site, scheme) if scheme else width * count
         weights += count
     assert made.assignment.bits_per_weight == bits / weights
 

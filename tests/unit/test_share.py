@@ -1,4 +1,4 @@
-"""calibration/share.py and checkpoint/cut.py: what each rank sees, rounds and holds."""
+"""job/share.py and checkpoint/cut.py: what each rank sees, rounds and holds."""
 
 import dataclasses
 import functools
@@ -14,7 +14,10 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.errors import BackendError, DataError
-from ms_pangu_quant.job.share import owners, rounding_cost, share_of
+from ms_pangu_quant.job.share import owners, share_of
+from ms_pangu_quant.quantizers.gptq import Gptq
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import PRESETS
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 9))
@@ -61,8 +64,9 @@ def test_statistics_of_the_shares_merge_into_those_of_the_whole(size):
 
 
 def test_the_dearest_layers_are_rounded_by_different_ranks():
-    costs = {"down": rounding_cost(4096, 12800, gram=True), "gate": rounding_cost(12800, 4096, gram=True)}
-    costs |= {"up": costs["gate"], "o": rounding_cost(4096, 4096, gram=True)}
+    rounding = Gptq()
+    costs = {"down": rounding.operations(4096, 12800), "gate": rounding.operations(12800, 4096)}
+    costs |= {"up": costs["gate"], "o": rounding.operations(4096, 4096)}
     assert costs["down"] > 5 * costs["gate"] > 5 * costs["o"]
     assert owners(costs, 2) == {"down": 0, "gate": 1, "up": 1, "o": 1}
     assert set(owners(costs, 4).values()) == {0, 1, 2, 3}
@@ -93,10 +97,10 @@ def config(**changed):
     return ModelConfig.from_dict({**raw, **changed}, where="test")
 
 
-def kinds(kind, *sites):
-    return {
-        f"model.layers.0.{site.name}.weight": kind if site.name in sites or not sites else "FLOAT" for site in layout.SITES
-    }
+def plan(preset, *sites):
+    """These layers of the one block, or all, in this scheme."""
+    chosen = {site.name: PRESETS[preset] if site in sites or not sites else None for site in layout.SITES}
+    return Plan.of_layers({f"model.layers.0.{name}": scheme for name, scheme in chosen.items()}, 1)
 
 
 @pytest.mark.parametrize(
@@ -110,23 +114,23 @@ def kinds(kind, *sites):
 )
 def test_sizes_that_ranks_cannot_share_are_named(changed, ranks, said):
     with pytest.raises(BackendError, match=said):
-        check_cut(config(**changed), ranks)
+        check_cut(config(**changed), ranks, Plan.uniform(config(**changed)))
 
 
 def test_key_heads_are_copied_where_there_are_more_ranks():
-    check_cut(config(), 8)
+    check_cut(config(), 8, Plan.uniform(config()))
     assert [cache_heads(config(), ranks) for ranks in (1, 2, 4, 8)] == [2, 1, 1, 1]
 
 
 def test_an_int4_group_that_a_cut_would_split_is_named():
-    check_cut(config(), 2, kinds("W4A8_DYNAMIC"), 128)  # 128 inputs of o_proj and 384 of down_proj on each rank
+    check_cut(config(), 2, plan("w4a8_g128"))  # 128 inputs of o_proj and 384 of down_proj on each rank
     with pytest.raises(BackendError, match=r"o_proj has 64 inputs on each rank .* groups of 128"):
-        check_cut(config(), 4, kinds("W4A8_DYNAMIC"), 128)
+        check_cut(config(), 4, plan("w4a8_g128"))
     with pytest.raises(BackendError, match=r"down_proj has 192 inputs on each rank .* groups of 128"):
-        check_cut(config(), 4, kinds("W4A8_DYNAMIC", "mlp.down_proj"), 128)
-    check_cut(config(), 4, kinds("W8A8", "mlp.down_proj", "self_attn.o_proj"), 128)  # int8 has no groups
-    check_cut(config(), 4, kinds("W4A8_DYNAMIC", "mlp.up_proj"), 128)  # cut along its outputs
+        check_cut(config(), 4, plan("w4a8_g128", layout.DOWN_PROJ))
+    check_cut(config(), 4, plan("w8a8_static", layout.DOWN_PROJ, layout.O_PROJ))  # int8 has no groups
+    check_cut(config(), 4, plan("w4a8_g128", layout.UP_PROJ))  # cut along its outputs
     odd = config(intermediate_size=774, num_attention_heads=2)
     with pytest.raises(BackendError, match="two to a byte"):
-        check_cut(odd, 2, kinds("W4A8_DYNAMIC"), 0)
-    check_cut(dataclasses.replace(odd), 1, kinds("W4A8_DYNAMIC"), 0)
+        check_cut(odd, 2, plan("w4a8"))
+    check_cut(dataclasses.replace(odd), 1, plan("w4a8"))

@@ -8,15 +8,16 @@ import pytest
 
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.formats.against import law_of
-from ms_pangu_quant.formats.linear import FLOAT, QuantizedLinear
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
+from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from tests.unit.edited import edit
@@ -45,7 +46,7 @@ def quantized(make_checkpoint, tmp_path):
         source = CheckpointReader(make_checkpoint("source", vocab_size=64, bias=bias, dtype="float32"))
         schemes = scheme if isinstance(scheme, dict) else dict.fromkeys([site.name for site in layout.SITES], scheme)
         generator, stored_as = np.random.default_rng(3), FORMATS[name]
-        kinds, errors = dict.fromkeys(layout.linear_names(source.config), FLOAT), []
+        blocks, errors = [], []
         output = tmp_path / f"out-{name}"
         with QuantizedWriter(output, {}, blocks=2, resume=False) as writer:
             for index, block in enumerate(source.blocks()):
@@ -61,16 +62,15 @@ def quantized(make_checkpoint, tmp_path):
                     if shift:  # another rounding than to nearest
                         made.codes[:, ::3] = np.clip(made.codes[:, ::3] + shift, -7, 7)
                     static = not preset.activation.dynamic
-                    linears[site] = QuantizedLinear(preset.kind, made, 21.25 if static else None)
-                    kinds[f"{prefix}{site.name}.weight"] = preset.kind
+                    linears[site] = QuantizedLinear(preset, made, 21.25 if static else None)
                     error[site.name] = relative_weight_error(made, weight)
                 for site, linear in linears.items():
                     stored = stored_as.encode(block, site, linear)
                     tensors.update({f"{site.name}.{key}": value for key, value in stored.items()})
                 writer.write_block({prefix + key: value for key, value in tensors.items()}, {})
                 errors.append({"weight_error": error})
-            sizes = {PRESETS[each].weight.group_size for each in schemes.values() if each and each.startswith("w4")}
-            files = stored_as.metadata(source.config, kinds, sizes.pop() if sizes else 0)
+                blocks.append(RoundedBlock(block, {site.name: linear for site, linear in linears.items()}).plan)
+            files = stored_as.metadata(source.config, Plan(tuple(blocks)))
             if recipe is not None:
                 files[REPORT_FILE] = {"recipe": {"text": recipe}, "blocks": errors}
             outer = {each: source.files.entries[each] for each in layout.outer_shapes(source.config)}
@@ -141,10 +141,11 @@ def test_a_float_checkpoint_of_another_size_is_named(quantized, make_checkpoint)
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("num_attention_heads", 2), ("rope_theta", 500.0), ("rms_norm_eps", 0.1), ("bias", False)]
+    ("key", "value", "told"),
+    [("num_attention_heads", 2, "2"), ("rope_theta", 500.0, "500.0"), ("rms_norm_eps", 0.1, "0.1"), ("bias", False, "[]")],
 )
 def test_a_float_checkpoint_of_another_function_is_named_and_its_weights_are_not_compared(
-    key, value, quantized, make_checkpoint
+    key, value, told, quantized, make_checkpoint
 ):
     directory, source = quantized("w8a8")
     wanted = {"head_dim": source.config.head_dim, key: value}
@@ -152,7 +153,7 @@ def test_a_float_checkpoint_of_another_function_is_named_and_its_weights_are_not
     (fault,) = verify(directory, other).faults
     assert fault.startswith("config.json: ")
     assert key in fault
-    assert f"wanted {value} as in the float checkpoint" in fault
+    assert f"wanted {told} as in the float checkpoint" in fault
 
 
 def test_a_head_may_come_untied_but_not_tied(quantized, make_checkpoint):

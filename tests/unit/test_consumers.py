@@ -1,4 +1,4 @@
-"""formats/serving.py: the table is complete, the documentation repeats it, and export is refused by it."""
+"""formats/consumers.py: the table is complete, the documentation repeats it, and export is refused by it."""
 
 import pytest
 import yaml
@@ -6,7 +6,6 @@ import yaml
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import BackendError, RequestError
-from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.consumers import (
     DEQUANTIZED,
     FLOAT_CACHE,
@@ -23,8 +22,10 @@ from ms_pangu_quant.formats.consumers import (
     rows_for,
     table,
 )
-from ms_pangu_quant.formats.linear import FLOAT, KINDS
 from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.formats.words import INT8_CACHE_WORD, WORDS
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import PRESETS, W4A8, W8A8, W8A8_STATIC
 
 ROWS = table()
 
@@ -39,11 +40,16 @@ CONFIG = {
 }
 
 
-def kinds_of(chosen):
-    """site name -> kind, for every block; others stay float."""
+def plan_of(chosen):
+    """site name -> preset, for every block; others stay float."""
     config = ModelConfig.from_dict(CONFIG, where="test")
-    names = layout.linear_names(config)
-    return config, {name: next((kind for site, kind in chosen.items() if site in name), FLOAT) for name in names}
+    names = [name.removesuffix(".weight") for name in layout.linear_names(config)]
+    schemes = {name: next((PRESETS[preset] for site, preset in chosen.items() if site in name), None) for name in names}
+    return config, Plan.of_layers(schemes, config.num_hidden_layers)
+
+
+def words(row):
+    return [INT8_CACHE_WORD if scheme is None else WORDS[scheme] for scheme in row.schemes]
 
 
 def markdown(row):
@@ -52,12 +58,12 @@ def markdown(row):
         *({True: ["with a bias"], False: ["without a bias"]}.get(row.biased, [])),
         *([] if row.group_sizes is None else [f"groups of {' or '.join(map(str, row.group_sizes))}"]),
     ]
-    kinds = ", ".join(row.kinds) + (f" ({', '.join(conditions)})" if conditions else "")
-    kinds = kinds.replace("groups of 0", "per channel")
-    return f"| {row.format} | {kinds} | {row.consumer} | {row.versions} | {row.verdict} | {row.note} | {row.source} |"
+    schemes = ", ".join(words(row)) + (f" ({', '.join(conditions)})" if conditions else "")
+    schemes = schemes.replace("groups of 0", "per channel")
+    return f"| {row.format} | {schemes} | {row.consumer} | {row.versions} | {row.verdict} | {row.note} | {row.source} |"
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.format}-{row.consumer}-{row.kinds[0]}-{row.verdict[:9]}")
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.format}-{row.consumer}-{words(row)[0]}-{row.verdict[:9]}")
 def test_the_documentation_has_the_row_word_for_word(row, root):
     assert markdown(row) in (root / "docs/formats.md").read_text(encoding="utf-8").splitlines()
 
@@ -65,20 +71,20 @@ def test_the_documentation_has_the_row_word_for_word(row, root):
 def test_the_documentation_has_no_other_row(root):
     lines = (root / "docs/formats.md").read_text(encoding="utf-8").splitlines()
     rows = {
-        line for line in lines if line.startswith(tuple(f"| {name} | {kind}" for name in FORMATS for kind in ("W", "C8")))
+        line for line in lines if line.startswith(tuple(f"| {name} | {word}" for name in FORMATS for word in ("W", "C8")))
     }
     assert rows == {markdown(row) for row in ROWS}
 
 
 def test_the_file_has_a_row_for_every_scheme_in_every_format_and_no_other():
-    found = {(row.format, kind) for row in ROWS for kind in row.kinds}
-    assert found == {(name, kind) for name in FORMATS for kind in (*KINDS, kv_cache.KIND)}
+    found = {(row.format, scheme) for row in ROWS for scheme in row.schemes}
+    assert found == {(name, scheme) for name in FORMATS for scheme in (*WORDS, None)}
 
 
 def test_a_verdict_on_a_cache_is_of_a_cache_and_one_on_layers_of_layers():
     for row in ROWS:
-        of_cache = row.kinds == (kv_cache.KIND,)
-        assert of_cache or kv_cache.KIND not in row.kinds
+        of_cache = row.schemes == (None,)
+        assert of_cache or None not in row.schemes
         own = (INT8_CACHE, FLOAT_CACHE) if of_cache else (INTEGER, MEMORY, DEQUANTIZED)
         assert row.verdict in (*own, REFUSES, WRONG, UNKNOWN)
 
@@ -99,7 +105,8 @@ LAWFUL = {
 
 def test_a_row_of_the_file_calls_schemes_as_recipes_do_and_its_conditions_may_be_left_out():
     (row,) = read_table(yaml.safe_dump({"ascend": [LAWFUL]}), "a.yaml")
-    assert (row.kinds, row.biased, row.group_sizes) == (("W8A8_DYNAMIC", "C8"), None, None)
+    assert (row.schemes, row.biased, row.group_sizes) == ((W8A8, None), None, None)
+    assert words(row) == ["W8A8_DYNAMIC", "C8"]
     (row,) = read_table(yaml.safe_dump({"ascend": [{**LAWFUL, "biased": False, "group_sizes": [0, 64]}]}), "a.yaml")
     assert (row.biased, row.group_sizes) == (False, (0, 64))
 
@@ -144,11 +151,13 @@ def test_a_file_that_is_no_table_is_an_error_of_one_line(text):
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize(
-    ("kind", "group_size"), [("W8A8", 0), ("W8A8_DYNAMIC", 0), ("W4A8_DYNAMIC", 0), ("W4A8_DYNAMIC", 32)]
+    ("arithmetic", "group_size"),
+    [(W8A8_STATIC, 0), (W8A8, 0), (W4A8, 0), (W4A8, 32)],
+    ids=["W8A8", "W8A8_DYNAMIC", "W4A8", "W4A8 g32"],
 )
 @pytest.mark.parametrize("name", FORMATS)
-def test_every_scheme_in_every_format_has_a_verdict_of_each_consumer_of_the_format(name, kind, group_size, biased):
-    rows = rows_for(name, Facts(kind, group_size, biased))
+def test_every_scheme_in_every_format_has_a_verdict_of_each_consumer_of_the_format(name, arithmetic, group_size, biased):
+    rows = rows_for(name, Facts(arithmetic, group_size, biased))
     assert {row.consumer for row in rows} == {row.consumer for row in ROWS if row.format == name}
     assert all(row.verdict in (INTEGER, MEMORY, DEQUANTIZED, REFUSES, WRONG, UNKNOWN) for row in rows)
     assert all(row.note and row.source and row.versions for row in rows)
@@ -156,42 +165,42 @@ def test_every_scheme_in_every_format_has_a_verdict_of_each_consumer_of_the_form
 
 def test_int8_is_served_from_every_format_and_int4_from_two():
     for name in FORMATS:
-        for kind in ("W8A8", "W8A8_DYNAMIC"):
-            check_served(name, [Facts(kind, 0, True)])
+        for arithmetic in (W8A8_STATIC, W8A8):
+            check_served(name, [Facts(arithmetic, 0, True)])
     for name in ("mindformers", "compressed-tensors"):
-        check_served(name, [Facts("W4A8_DYNAMIC", 128, True)])
-    check_served("ascend", [Facts("W4A8_DYNAMIC", 128, False)])
+        check_served(name, [Facts(W4A8, 128, True)])
+    check_served("ascend", [Facts(W4A8, 128, False)])
 
 
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        (Facts("W4A8_DYNAMIC", 128, True), "W4A8_DYNAMIC in groups of 128 with biases.*bias is not added"),
-        (Facts("W4A8_DYNAMIC", 0, False), "W4A8_DYNAMIC in the ascend format.*divides by group_size 0"),
-        (Facts("W4A8_DYNAMIC", 32, False), "groups of 32 in the ascend format.*64 and 128 only"),
+        (Facts(W4A8, 128, True), "W4A8_DYNAMIC in groups of 128 with biases.*bias is not added"),
+        (Facts(W4A8, 0, False), "W4A8_DYNAMIC in the ascend format.*divides by group_size 0"),
+        (Facts(W4A8, 32, False), "groups of 32 in the ascend format.*64 and 128 only"),
     ],
 )
 def test_what_no_consumer_computes_is_refused_with_the_reason_and_the_way_out(facts, said):
     with pytest.raises(RequestError, match=said) as raised:
-        check_served("ascend", [Facts("W8A8", 0, True), facts])
+        check_served("ascend", [Facts(W8A8_STATIC, 0, True), facts])
     assert "use --format compressed-tensors or mindformers" in str(raised.value)
 
 
-def test_the_facts_are_those_of_the_layers_of_each_kind():
+def test_the_facts_are_those_of_the_layers_of_each_arithmetic():
     """int4 in the MLP alone has no biases, and then there is a program that takes it."""
-    config, kinds = kinds_of({"self_attn": "W8A8_DYNAMIC", "mlp": "W4A8_DYNAMIC"})
-    facts = facts_of(config, kinds, 128)
-    assert facts == (Facts("W8A8_DYNAMIC", 0, True), Facts("W4A8_DYNAMIC", 128, False))
+    facts = facts_of(*plan_of({"self_attn": "w8a8", "mlp": "w4a8_g128"}))
+    assert facts == (Facts(W8A8, 0, True), Facts(W4A8, 128, False))
     check_served("ascend", facts)
-    config, kinds = kinds_of({"mlp.up_proj": "W8A8"})
-    assert facts_of(config, kinds, 0) == (Facts("W8A8", 0, False),)
-    assert {row.verdict for row in rows_for("ascend", Facts("W8A8", 0, False)) if row.consumer == "MindFormers"} == {
+    assert facts_of(*plan_of({"mlp.up_proj": "w8a8_static"})) == (Facts(W8A8_STATIC, 0, False),)
+    assert {row.verdict for row in rows_for("ascend", Facts(W8A8_STATIC, 0, False)) if row.consumer == "MindFormers"} == {
         INTEGER
     }
 
 
 def test_a_verdict_is_that_of_the_first_row_that_applies():
-    every = [Facts(kind, size, biased) for kind in KINDS for size in (0, 32, 64, 128) for biased in (True, False)]
+    every = [
+        Facts(arithmetic, size, biased) for arithmetic in WORDS for size in (0, 32, 64, 128) for biased in (True, False)
+    ]
     for facts in every:
         for name in FORMATS:
             for chosen in rows_for(name, facts):
