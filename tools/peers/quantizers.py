@@ -137,7 +137,7 @@ def write_source(checkpoint: Path, directory: Path, dtype: str = "float32") -> N
     """The copy of a checkpoint that the peers are given. float32: whole in memory, as they read it too. bfloat16: links to
     a checkpoint that is stored so."""
     reader = CheckpointReader(checkpoint)
-    config = as_llama(reader.config.raw, biases=reader.config.attention_bias)
+    config = as_llama(reader.config.raw, biases=bool(reader.config.biased))
     directory.mkdir(parents=True, exist_ok=True)
     if dtype == "float32":
         tensors = {name: reader.files.read_float32(name) for name in reader.files.entries}
