@@ -25,13 +25,13 @@ def main(folder: Path, task: str, *names: str) -> None:
 
 
 def quantize(output: Path) -> None:
-    from ms_pangu_quant import pipeline
     from ms_pangu_quant.checkpoint.reader import CheckpointReader
+    from ms_pangu_quant.pipeline import loop
     from ms_pangu_quant.recipe.parse import load_recipe
 
     runtime.start()
     reader, recipe = CheckpointReader(output.parent / "float"), load_recipe(output.parent / "one.yaml")
-    pipeline.quantize(reader, recipe, output, data=random_data(reader.config.vocab_size))
+    loop.quantize(reader, recipe, output, data=random_data(reader.config.vocab_size))
 
 
 def random_data(vocab_size: int, sequences: int = 11):

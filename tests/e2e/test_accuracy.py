@@ -7,10 +7,12 @@ from io import StringIO
 import numpy as np
 import pytest
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress as Bars
 from safetensors.numpy import load_file, save_file
 
-from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+from ms_pangu_quant.calibration.statistics import Needs
+from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.cli.quantize import _block_printer
 from ms_pangu_quant.formats.reader import QuantizedReader
@@ -19,6 +21,7 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
+from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import MINI, TIED, calibration, token_data
 from tools.dev import make_checkpoint
@@ -88,9 +91,10 @@ def test_each_input_alone_is_seen_as_all_of_them_together(tmp_path):
     lengths = [17, 1, 30]
     hidden = Hidden(embedding_rows(reader.files, np.arange(48, dtype=np.int32)), lengths)
     served, floats, block = BlockRunner(reader.config, lengths), BlockRunner(reader.config, lengths), reader.block(1)
-    together, _ = served.observe(block, hidden, gram=True, rows=20, where="test")
+    together, _ = served.observe(block, hidden, Needs(data=True, gram=True, rows=20), "test")
     for name, wanted in together.items():
-        alone = served.observe_input(name, block, {}, hidden, floats, hidden, rows=20, where="test")
+        needs = Needs(data=True, gram=True, rows=20, drift=True)
+        alone = served.observe_input(name, RoundedBlock(block), hidden, (floats, hidden), needs, "test")
         assert alone.tokens == wanted.tokens == 48
         np.testing.assert_allclose(alone.gram, wanted.gram, atol=1e-4 * np.abs(wanted.gram).max())
         np.testing.assert_allclose(alone.absmax, wanted.absmax, rtol=1e-4)
@@ -111,10 +115,10 @@ def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(
 def test_a_raised_damping_is_in_the_report_and_on_the_terminal(recipe, tmp_path):
     """One chat has fewer tokens than the layers have inputs: without damping the grams are singular."""
     runtime.start("cpu", "graph")
-    progress = Progress(console=Console(file=StringIO(), width=200))
+    progress = Bars(console=Console(file=StringIO(), width=200))
     printer = _block_printer(progress, progress.add_task("blocks", total=4), 4)
     chosen = recipe("scheme: w8a8\nrounding: {gptq: {damping: 0}}")
-    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), on_block=printer)
+    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), progress=Progress(on_block=printer))
     report = json.loads((tmp_path / "out/quantization_report.json").read_text())
     for block in report["blocks"]:
         assert block["notes"]["mlp.down_proj"].startswith("damping raised from 0 to ")
@@ -173,7 +177,7 @@ def test_a_corrected_and_rotated_run_resumes_to_the_same_bytes(recipe, tmp_path)
     reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe("w4a8_g128_rotated")), calibration(16)
     quantize(reader, chosen, tmp_path / "whole", data=data)
     with pytest.raises(Stopped):
-        quantize(reader, chosen, tmp_path / "stopped", data=data, on_block=stop)
+        quantize(reader, chosen, tmp_path / "stopped", data=data, progress=Progress(on_block=stop))
     quantize(reader, chosen, tmp_path / "stopped", data=data, resume=True)
     whole, resumed = (
         {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "stopped")

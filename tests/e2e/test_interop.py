@@ -17,12 +17,15 @@ from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader, open_checkpoint
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
+from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.scheme import W8A8, W8A8_STATIC
 from tests.conftest import MINI, ROOT, token_data
 from tools.goldens import formats as tool
 
@@ -42,10 +45,10 @@ def float_twin(directory, folder):
     reader = QuantizedReader(directory)
     tensors = {name: reader.files.read_float32(name) for name in layout.outer_shapes(reader.config)}
     for index in range(reader.config.num_hidden_layers):
-        block, linears = reader.block(index)
+        rounded = reader.rounded_block(index)
         prefix = layout.block_prefix(index)
-        tensors.update({prefix + name: value for name, value in block.tensors.items()})
-        tensors.update({f"{prefix}{site}.weight": linear.weight.dequantize() for site, linear in linears.items()})
+        tensors.update({prefix + name: value for name, value in rounded.kept.items()})
+        tensors.update({f"{prefix}{site}.weight": linear.weight.dequantize() for site, linear in rounded.linears.items()})
     folder.mkdir()
     raw = {key: value for key, value in reader.config.raw.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(raw))
@@ -113,7 +116,7 @@ def test_a_run_begun_in_one_format_is_not_resumed_in_another(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(CheckpointReader(MINI), chosen, tmp_path, stored_as=FORMATS["ascend"], on_block=stop)
+        quantize(CheckpointReader(MINI), chosen, tmp_path, stored_as=FORMATS["ascend"], progress=Progress(on_block=stop))
     with pytest.raises(OutputError, match="begun with another format"):
         quantize(CheckpointReader(MINI), chosen, tmp_path, resume=True)
 
@@ -182,7 +185,7 @@ def test_a_zero_point_is_served_and_compared_with(tmp_path):
     """The comparison runs in float32 values, the served layers in integers: perplexity is the same."""
     directory, _ = unpacked("msmodelslim_w8a8", tmp_path / "theirs")
     reader = QuantizedReader(directory)
-    assert any(linear.input_offset for linear in reader.block(0)[1].values())
+    assert any(linear.input_offset for linear in reader.rounded_block(0).linears.values())
     export(reader, FORMATS["mindformers"], tmp_path / "out")
     ids = np.array([1, 40, 7, 33, 62, 18, 9, 70, 21, 5, 90, 11], np.int32)
     served = load(directory, kv_cache_tokens=64).logits(ids[:-1].tolist())
@@ -217,11 +220,14 @@ def test_mindformers_own_lookup_and_linear_methods_and_loader_give_our_logits(re
     ours = load(directory, kv_cache_tokens=512)
     raw = json.loads((directory / "config.json").read_text())
     description = json.loads((directory / QUANTIZATION_FILE).read_text())
-    methods = {kind: current_backend().linear_methods[kind] for kind in ("W8A8", "W8A8_DYNAMIC")}
-    for kind, method in methods.items():
-        assert issubclass(method, golden_stick.QUANTIZATION_METHOD_MAPPING[kind])
-        assert method.create_weights is golden_stick.QUANTIZATION_METHOD_MAPPING[kind].create_weights
-        monkeypatch.setitem(golden_stick.QUANTIZATION_METHOD_MAPPING, kind, method)
+    methods = {
+        "W8A8": current_backend().linear_methods[W8A8_STATIC],
+        "W8A8_DYNAMIC": current_backend().linear_methods[W8A8],
+    }
+    for word, method in methods.items():
+        assert issubclass(method, golden_stick.QUANTIZATION_METHOD_MAPPING[word])
+        assert method.create_weights is golden_stick.QUANTIZATION_METHOD_MAPPING[word].create_weights
+        monkeypatch.setitem(golden_stick.QUANTIZATION_METHOD_MAPPING, word, method)
     settings = {
         **raw["quantization_config"],
         **description,
@@ -236,9 +242,9 @@ def test_mindformers_own_lookup_and_linear_methods_and_loader_give_our_logits(re
         )
         network = PanguEmbeddedForCausalLM(config, quant_config)
         InferModelMixin.load_weights(network, str(directory))
-    kind = QuantizedReader(directory).kinds["model.layers.0.self_attn.q_proj.weight"]
+    word = word_of(QuantizedReader(directory).plan.blocks[0].scheme(layout.Q_PROJ))
     used = [type(cell.quant_method) for _, cell in network.model.decoder.cells_and_names() if isinstance(cell, LinearBase)]
-    assert used == [methods[kind]] * (4 * raw["num_hidden_layers"])
+    assert used == [methods[word]] * (4 * raw["num_hidden_layers"])
     network.set_train(False)
     network.set_dynamic_inputs()
     wanted = ours.logits(ids())
@@ -346,11 +352,12 @@ def test_transformers_with_rounded_activations_agrees_with_ours(recipe, quantize
     export(QuantizedReader(quantized(recipe)), FORMATS["compressed-tensors"], tmp_path / "out")
     ours = load(tmp_path / "out", kv_cache_tokens=128).logits(ids())
     reference = load(MINI, kv_cache_tokens=128).logits(ids())
-    tool.as_llama(tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    (tmp_path / "out/config.json").write_text(json.dumps(tool.as_llama(config, biases=config["bias"])))
     np.save(tmp_path / "ids.npy", np.array(ids(), np.int32))
     program = tool.TRANSFORMERS.replace("model.apply(disable_quantization)", "")
     values = {"DIRECTORY": tmp_path / "out", "IDS": tmp_path / "ids.npy", "OUTPUT": tmp_path / "logits.npy"}
-    tool.run(python, program, **values)
+    tool.run(tool.python_command(python, program, **values))
     theirs = np.load(tmp_path / "logits.npy")
     spread = float(ours.std())
     difference, cost = float(np.abs(theirs - ours).mean()), float(np.abs(ours - reference).mean())

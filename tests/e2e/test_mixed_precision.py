@@ -14,6 +14,7 @@ from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.mixed.measure import measure, total_steps
@@ -169,7 +170,7 @@ def test_the_size_is_known_beforehand_to_the_byte_where_layers_stay_float(data, 
 
 def test_a_mixed_checkpoint_is_whole_and_within_its_budget(mixed, checkpoint):
     reader = QuantizedReader(mixed)
-    assert set(reader.kinds.values()) == {"W4A8_DYNAMIC", "W8A8_DYNAMIC"}
+    assert {word_of(scheme) for _, _, scheme in reader.plan} == {"W4A8_DYNAMIC", "W8A8_DYNAMIC"}
     report = json.loads((mixed / "quantization_report.json").read_text())
     stored = [entry.nbytes for name, entry in reader.files.entries.items() if "proj" in name and not name.endswith("bias")]
     weights = 2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128)
@@ -182,7 +183,7 @@ def test_every_format_holds_a_mixed_checkpoint_and_gives_it_back(folder, mixed, 
     there, back = folder / f"as-{name}", folder / f"from-{name}"
     export(QuantizedReader(mixed), FORMATS[name], there)
     assert verify(there, CheckpointReader(checkpoint)).faults == ()
-    assert QuantizedReader(there).kinds == QuantizedReader(mixed).kinds
+    assert QuantizedReader(there).plan == QuantizedReader(mixed).plan
     export(QuantizedReader(there), FORMATS["mindformers"], back)
     for path in mixed.glob("model*.safetensors"):
         assert (back / path.name).read_bytes() == path.read_bytes()

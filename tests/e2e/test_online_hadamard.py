@@ -20,6 +20,8 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import PRESETS, W8A8
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
 from tools.dev import make_checkpoint
 
@@ -101,7 +103,7 @@ def test_formats_whose_readers_do_not_know_it_refuse_it_before_anything_is_writt
         export(QuantizedReader(int4), FORMATS[name], folder / f"as-{name}")
     assert not (folder / f"as-{name}").exists()
     reader = QuantizedReader(int4)
-    (facts,) = facts_of(reader.config, reader.kinds, reader.group_size)
+    (facts,) = facts_of(reader.config, reader.plan)
     verdicts = {row.consumer: row.verdict for row in rows_for("mindformers", facts)}
     assert {verdict for consumer, verdict in verdicts.items() if not consumer.startswith("ms_pangu_quant")} == {REFUSES}
 
@@ -110,14 +112,13 @@ def test_the_graph_of_an_npu_has_the_matrix_in_front_of_down_proj_alone(checkpoi
     """One matmul for each factor, in bfloat16."""
     runtime.start("cpu", "graph")
     from ms_pangu_quant.backends.ascend import BACKEND
-    from ms_pangu_quant.checkpoint import layout
     from ms_pangu_quant.network.graph import exported_operators
 
     raw = json.loads((checkpoint / "config.json").read_text())
     raw = {**raw, "intermediate_size": 384, "quantization_config": {"quant_method": "golden-stick-hadamard"}}
-    kinds = {f"{layout.block_prefix(0)}{site.name}.weight": "W8A8_DYNAMIC" for site in layout.SITES}
     config = ModelConfig.from_dict(raw, where="test")
-    operators = exported_operators(config, BACKEND, phase="decode", kinds=kinds)
+    one_layer = Plan(Plan.uniform(config, PRESETS["w8a8"]).blocks[:1])
+    operators = exported_operators(config, one_layer, BACKEND, phase="decode")
     matmuls = [each for each in operators if "matmul" in each.kind.lower()]
     assert [each.kind for each in matmuls].count("QuantBatchMatmul") == 4
     turns = [each for each in matmuls if each.kind == "MatMul" and "output_layer" not in each.where]
@@ -154,4 +155,4 @@ def test_a_device_that_holds_a_part_of_the_inputs_refuses():
     from ms_pangu_quant.backends.hadamard import RotatedInput
 
     with pytest.raises(BackendError, match="in front of 128 inputs, of which one device holds 64"):
-        RotatedInput(BACKEND.linear_methods["W8A8_DYNAMIC"], 128, ms.float32).create_weights(None, 64, [32], ms.float32)
+        RotatedInput(BACKEND.linear_methods[W8A8], 128, ms.float32).create_weights(None, 64, [32], ms.float32)

@@ -20,6 +20,7 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
+from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import ASSETS, MINI, calibration, token_data
 
@@ -92,7 +93,7 @@ def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, qua
                 raise Stopped
 
         with pytest.raises(Stopped):
-            quantize(reader, chosen, output, data=data, on_block=stop)
+            quantize(reader, chosen, output, data=data, progress=Progress(on_block=stop))
         assert not (output / "config.json").exists()
         result = quantize(reader, chosen, output, data=data, resume=True)
         assert result.resumed_at == stop_after + 1
@@ -136,7 +137,7 @@ def test_a_run_begun_with_other_inputs_is_not_resumed(changed, tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        quantize(CheckpointReader(checkpoint), recipe, tmp_path / "out", data=data, on_block=stop)
+        quantize(CheckpointReader(checkpoint), recipe, tmp_path / "out", data=data, progress=Progress(on_block=stop))
     if changed == "recipe":
         recipe = load_recipe(find_recipe("w4a8_rtn"))
     elif changed == "calibration data":

@@ -98,7 +98,8 @@ def test_two_ranks_calibrate_and_round_as_one(folder):
     one, two = open_checkpoint(folder / "one"), open_checkpoint(folder / "two")
     different = total = 0
     for index in range(SHAPE["num_hidden_layers"]):
-        (block, linears), (block2, linears2) = one.block(index), two.block(index)
+        rounded, rounded2 = one.rounded_block(index), two.rounded_block(index)
+        linears, linears2 = rounded.linears, rounded2.linears
         assert list(linears) == list(linears2)
         for name, linear in linears.items():
             difference = linear.weight.codes.astype(np.int32) - linears2[name].weight.codes
@@ -106,10 +107,9 @@ def test_two_ranks_calibrate_and_round_as_one(folder):
             different, total = different + np.count_nonzero(difference), total + difference.size
             np.testing.assert_allclose(linears2[name].weight.scale, linear.weight.scale, rtol=1e-5)
             assert linears2[name].input_scale == linear.input_scale
-        for name, value in block.tensors.items():
-            np.testing.assert_allclose(block2.tensors[name], value, rtol=1e-5, atol=1e-6)
-        caches = one.cache(index), two.cache(index)
-        for grid, grid2 in zip(vars(caches[0]).values(), vars(caches[1]).values(), strict=True):
+        for name, value in rounded.kept.items():
+            np.testing.assert_allclose(rounded2.kept[name], value, rtol=1e-5, atol=1e-6)
+        for grid, grid2 in zip(vars(rounded.cache).values(), vars(rounded2.cache).values(), strict=True):
             np.testing.assert_allclose(grid2.scale, grid.scale, rtol=2.0**-7)  # a step of bfloat16
             assert np.mean(grid2.scale != grid.scale) < 0.05
     assert different * 1000 <= total

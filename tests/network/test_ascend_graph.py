@@ -14,20 +14,15 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.recipe.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.scheme import PRESETS
 
 SHAPES = {
     "1b": {"hidden_size": 1536, "intermediate_size": 6144, "num_attention_heads": 12, "num_key_value_heads": 6,
            "tie_word_embeddings": True},
     "7b": {"hidden_size": 4096, "intermediate_size": 12800, "num_attention_heads": 32, "num_key_value_heads": 8},
 }  # fmt: skip
-SCHEMES = {  # kind, group size
-    "float": (None, 0),
-    "w8a8": ("W8A8_DYNAMIC", 0),
-    "w8a8_static": ("W8A8", 0),
-    "w4a8": ("W4A8_DYNAMIC", 0),
-    "w4a8_g256": ("W4A8_DYNAMIC", 256),
-    "w4a8_g128": ("W4A8_DYNAMIC", 128),
-}
+SCHEMES = {"float": None, **{name: PRESETS[name] for name in ("w8a8", "w8a8_static", "w4a8", "w4a8_g256", "w4a8_g128")}}
 VOCAB = 1024  # of the exported embedding and head: their size changes no other operator
 
 
@@ -42,10 +37,8 @@ def exported(shape, scheme, phase, layers=1):
     from ms_pangu_quant.backends.ascend import BACKEND
     from ms_pangu_quant.network.graph import exported_operators
 
-    kind, group_size = SCHEMES[scheme]
-    names = [f"{layout.block_prefix(index)}{site.name}.weight" for index in range(layers) for site in layout.SITES]
-    kinds = dict.fromkeys(names, kind) if kind else None
-    return exported_operators(config_of(shape), BACKEND, phase=phase, layers=layers, kinds=kinds, group_size=group_size)
+    plan = Plan((BlockPlan((SCHEMES[scheme],) * len(layout.SITES)),) * layers)
+    return exported_operators(config_of(shape), plan, BACKEND, phase=phase)
 
 
 def linears(config):
@@ -136,10 +129,9 @@ def test_a_mixed_network_has_each_layers_own_operators(group_size, int4):
     from ms_pangu_quant.backends.ascend import BACKEND
     from ms_pangu_quant.network.graph import exported_operators
 
-    kinds = {f"{layout.block_prefix(0)}{site.name}.weight": "W4A8_DYNAMIC" for site in layout.SITES}
-    kinds[f"{layout.block_prefix(0)}mlp.down_proj.weight"] = "W8A8_DYNAMIC"
-    kinds[f"{layout.block_prefix(0)}self_attn.o_proj.weight"] = "FLOAT"
-    operators = exported_operators(config_of("1b"), BACKEND, phase="decode", kinds=kinds, group_size=group_size)
+    other = {layout.DOWN_PROJ: PRESETS["w8a8"], layout.O_PROJ: None}
+    block = BlockPlan(tuple(other.get(site, PRESETS["w4a8"].grouped(group_size)) for site in layout.SITES))
+    operators = exported_operators(config_of("1b"), Plan((block,)), BACKEND, phase="decode")
     matmuls = {each.where: each.kind for each in operators if "matmul" in each.kind.lower()}
     assert matmuls == {
         "decoder.layers.0.self_attention.linear_qkv": int4,
@@ -160,11 +152,10 @@ def test_the_summary_of_a_deep_mixed_network_counts_what_its_whole_graph_holds(p
     raw = {"model_type": "PanguEmbedded", "num_hidden_layers": 5, "vocab_size": 1024, "max_position_embeddings": 512}
     shape = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = ModelConfig.from_dict({**raw, **shape}, where="test")
-    kinds = dict.fromkeys(layout.linear_names(config), "W8A8_DYNAMIC")
-    for index in (1, 4):
-        kinds.update({f"{layout.block_prefix(index)}{site.name}.weight": "W4A8_DYNAMIC" for site in layout.SITES[4:]})
-    found = operator_counts(config, BACKEND, phase=phase, kinds=kinds)
-    whole = exported_operators(config, BACKEND, phase=phase, layers=5, kinds=kinds)
+    plain, mixed = (BlockPlan((PRESETS["w8a8"],) * 4 + (PRESETS[name],) * 3) for name in ("w8a8", "w4a8"))
+    plan = Plan((plain, mixed, plain, plain, mixed))
+    found = operator_counts(config, plan, BACKEND, phase=phase)
+    whole = exported_operators(config, plan, BACKEND, phase=phase)
     wanted = Counter((each.kind, tuple(map(str, each.inputs)), tuple(map(str, each.outputs))) for each in whole)
     assert {(each.kind, each.inputs, each.outputs): each.count for each in found} == dict(wanted)
     grouped = [each for each in found if each.kind == "GroupedMatmulV4"]

@@ -4,13 +4,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe
+from ms_pangu_quant.recipe.plan import Plan
+from ms_pangu_quant.recipe.scheme import PRESETS
 from tests.conftest import MINI
 
 CELLS = {
@@ -39,10 +40,9 @@ def loaded(tmp_path_factory):
             reader = QuantizedReader(folder / "out")
             network = build_network(
                 reader.config,
-                kinds=reader.kinds,
-                group_size=reader.group_size,
+                reader.plan,
                 num_blocks=1,
-                w4a8=w4a8,
+                options={"w4a8": w4a8},
                 backend=BACKEND,
             )
             network.load_tensors(served_tensors(reader, BACKEND))
@@ -61,7 +61,7 @@ def layer_of(network, index, cell):
 
 def weights_of(reader, index, cell):
     """The fused layer's codes times scales [out, in], float64."""
-    _, linears = reader.block(index)
+    linears = reader.rounded_block(index).linears
     parts = [linears[site].weight for site in CELLS[cell]]
     scales = [np.repeat(part.scale, part.codes.shape[1] // part.scale.shape[1], axis=1) for part in parts]
     return np.concatenate([part.codes * scale.astype(np.float64) for part, scale in zip(parts, scales, strict=True)])
@@ -136,10 +136,9 @@ def test_a_layer_too_narrow_for_grouped_matmul_is_named():
 
     raw = {"model_type": "PanguEmbedded", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 1}
     raw |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 64}
-    kinds = {f"{layout.block_prefix(0)}{site.name}.weight": "W4A8_DYNAMIC" for site in layout.SITES}
     config = ModelConfig.from_dict(raw, where="test")
     with pytest.raises(
         BackendError,
         match="a W4A8 layer of 128 inputs and 128 outputs on one device: GroupedMatmulV4 takes a multiple of 256",
     ):
-        build_network(config, kinds=kinds, num_blocks=1, backend=BACKEND)
+        build_network(config, Plan.uniform(config, PRESETS["w4a8"]), num_blocks=1, backend=BACKEND)

@@ -61,7 +61,7 @@ def test_a_device_that_takes_no_pieces_of_prompts_prefills_the_whole_batch_at_on
 
 def test_the_work_of_a_token_is_counted_from_the_weights_in_memory(quantized):
     reader = QuantizedReader(quantized("w4a8_g128"))
-    work = work_of(load(reader.directory, kv_cache_tokens=64), reader.kinds)
+    work = work_of(load(reader.directory, kv_cache_tokens=64), reader.plan)
     sites = reader.config.num_hidden_layers * sum(
         outputs * inputs for outputs, inputs in (layout.site_shape(reader.config, site) for site in layout.SITES)
     )

@@ -72,9 +72,7 @@ def stored(tmp_path_factory, write_checkpoint):
 
 def network_of(reader, monkeypatch, rank, size):
     as_rank(monkeypatch, rank, size)
-    network = build_network(
-        reader.config, kinds=reader.kinds, group_size=reader.group_size, num_blocks=1, backend=BACKEND, layers=1
-    )
+    network = build_network(reader.config, reader.plan, num_blocks=1, backend=BACKEND)
     network.load_tensors(served_tensors(reader, BACKEND))
     return network
 

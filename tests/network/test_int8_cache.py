@@ -4,11 +4,14 @@ nothing depends on batches or pieces; the Ascend graph holds the documented oper
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
+from ms_pangu_quant.calibration.statistics import NOTHING, Needs
+from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import BackendError, CheckpointError
@@ -20,8 +23,11 @@ from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
+from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.quantizers.kv_cache import CacheGrid, Int8Cache, QuantizedCache, grid_of_range
 from ms_pangu_quant.recipe.parse import load_recipe
+from ms_pangu_quant.recipe.plan import BlockPlan, Plan
+from ms_pangu_quant.recipe.scheme import INT8_CACHE
 from tests.conftest import MINI, calibration, golden, rounded_as_told, token_data
 
 
@@ -92,24 +98,24 @@ def test_the_kernel_gives_the_logits_of_the_plain_operators(mode, stored, monkey
 def test_what_lies_behind_the_cache_is_calibrated_behind_its_rounding():
     """Values on a grid so coarse that all of them are 0 make a mean that is 0, and o_proj's input with it."""
     runtime.start("cpu", "graph")
-    from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+    from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 
     reader = CheckpointReader(MINI)
     config, block, lengths = reader.config, reader.block(0), [9, 5]
     states = np.random.default_rng(0).normal(size=(14, config.hidden_size)).astype(np.float32)
     hidden, runner, floats = Hidden(states, lengths), BlockRunner(config, lengths), BlockRunner(config, lengths)
-    keys, values = runner.observe_cache(block, {}, hidden, rows=0, where="test")
+    keys, values = runner.observe_cache(RoundedBlock(block), hidden, NOTHING, "test")
     heads, shape = config.num_key_value_heads, (config.num_key_value_heads, config.head_dim)
     coarse = CacheGrid(np.full(shape, 1e30, np.float32), np.zeros(shape, np.int8))
     fine = Int8Cache().cache(keys, values, heads)
 
     def seen(cache):
-        options = {"rows": 0, "where": "test", "cache": cache}
-        return runner.observe_input("attention_output", block, {}, hidden, floats, hidden, **options).absmax
+        rounded, needs = RoundedBlock(block, cache=cache), Needs(data=True, gram=True, drift=True)
+        return runner.observe_input("attention_output", rounded, hidden, (floats, hidden), needs, "test").absmax
 
     assert (seen(QuantizedCache(fine.key, coarse)) == 0).all()
     assert 0 < np.abs(seen(fine) - seen(None)).max() < 0.05 * seen(None).max()
-    rounded, exact = (runner.advance(block, {}, hidden, cache=cache).states for cache in (fine, None))
+    rounded, exact = (runner.advance(RoundedBlock(block, cache=cache), hidden).states for cache in (fine, None))
     assert 0 < np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
 
@@ -177,7 +183,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(stored, tmp_path):
 
     reader, chosen = CheckpointReader(MINI), load_recipe(stored("float").with_suffix(".yaml"))
     with pytest.raises(Stopped):
-        quantize(reader, chosen, tmp_path / "out", data=calibration(16), on_block=stop)
+        quantize(reader, chosen, tmp_path / "out", data=calibration(16), progress=Progress(on_block=stop))
     assert quantize(reader, chosen, tmp_path / "out", data=calibration(16), resume=True).resumed_at == 2
     for file in stored("float").iterdir():
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
@@ -190,9 +196,9 @@ def test_a_network_with_a_float_cache_passes_over_the_scales_and_one_with_an_int
     from ms_pangu_quant.network.weights import served_tensors
 
     reader = QuantizedReader(stored("w8a8"))
-    options = {"kinds": reader.kinds, "group_size": reader.group_size, "num_blocks": 1}
-    build_network(reader.config, **options).load_weights(str(reader.directory))
-    network = build_network(reader.config, **options, int8_cache=True)
+    in_floats = Plan(tuple(replace(block, cache=None) for block in reader.plan.blocks))
+    build_network(reader.config, in_floats, num_blocks=1).load_weights(str(reader.directory))
+    network = build_network(reader.config, reader.plan, num_blocks=1)
     with pytest.raises(CheckpointError, match=r"core_attention\.cache_grid"):
         network.load_tensors(served_tensors(reader, network.backend))
 
@@ -222,7 +228,7 @@ def test_the_ascend_graph_rounds_on_the_way_in_and_hands_the_scales_to_paged_att
     from tests.network.test_ascend_graph import config_of
 
     config = config_of("1b")
-    operators = exported_operators(config, BACKEND, phase=phase, layers=1, int8_cache=True)
+    operators = exported_operators(config, Plan((BlockPlan(cache=INT8_CACHE),)), BACKEND, phase=phase)
     channels = config.num_key_value_heads * config.head_dim
 
     def of(kind):

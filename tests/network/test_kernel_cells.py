@@ -11,6 +11,7 @@ from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
 from tests.conftest import MINI, golden
 
 if library() is None:
@@ -37,10 +38,10 @@ def test_the_kernels_use_every_cpu_although_mindspore_sets_the_variable_that_say
     assert library().threads == int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
 
 
-def linear_cell(methods, kind, outputs, inputs, group, parameters):
+def linear_cell(methods, arithmetic, outputs, inputs, group, parameters):
     from mindspore import Tensor, nn
 
-    method = methods[kind](type("Config", (), {"full_config": {"group_size": group}, "is_modelslim": False})())
+    method = methods[arithmetic](type("Config", (), {"full_config": {"group_size": group}, "is_modelslim": False})())
     layer = nn.Cell()
     method.create_weights(layer, inputs, [outputs], __import__("mindspore").float32)
     for name, value in parameters.items():
@@ -61,17 +62,17 @@ def linear_cell(methods, kind, outputs, inputs, group, parameters):
     return Cell()
 
 
-def parameters(kind, outputs, inputs, group, rng):
+def parameters(arithmetic, outputs, inputs, group, rng):
     from ms_pangu_quant.formats import packing
 
-    if kind == "W4A8_DYNAMIC":
+    if arithmetic == W4A8:
         codes = rng.integers(-8, 8, (outputs, inputs)).astype(np.int8)
         groups = inputs // group if group else 1
         scale = rng.uniform(0.1, 1, (outputs, groups)).astype(np.float32)
         return {"weight": packing.pack_offset_along_in(codes), "group_scale": scale}
     weight = rng.integers(-128, 128, (outputs, inputs)).astype(np.int8)
     scale = rng.uniform(0.1, 1, outputs).astype(np.float32)
-    if kind == "W8A8_DYNAMIC":
+    if arithmetic == W8A8:
         return {"weight": weight, "w_scale": scale}
     return {
         "weight": weight,
@@ -84,17 +85,17 @@ def parameters(kind, outputs, inputs, group, rng):
 
 @pytest.mark.parametrize("mode", ["graph", "pynative"])
 @pytest.mark.parametrize(
-    ("kind", "group", "inputs"),
+    ("arithmetic", "group", "inputs"),
     [
-        ("W8A8", 0, 1500),
-        ("W8A8_DYNAMIC", 0, 1500),
-        ("W8A8_DYNAMIC", 0, 30),
-        ("W4A8_DYNAMIC", 0, 1500),
-        ("W4A8_DYNAMIC", 128, 1536),
-        ("W4A8_DYNAMIC", 6, 66),
+        (W8A8_STATIC, 0, 1500),
+        (W8A8, 0, 1500),
+        (W8A8, 0, 30),
+        (W4A8, 0, 1500),
+        (W4A8, 128, 1536),
+        (W4A8, 6, 66),
     ],
 )
-def test_a_linear_layer_has_the_bits_of_the_plain_operators(kind, group, inputs, mode):
+def test_a_linear_layer_has_the_bits_of_the_plain_operators(arithmetic, group, inputs, mode):
     runtime.start("cpu", mode)
     import mindspore as ms
     from mindspore import Tensor
@@ -102,8 +103,10 @@ def test_a_linear_layer_has_the_bits_of_the_plain_operators(kind, group, inputs,
     from ms_pangu_quant.backends import cpu, cpu_fused
 
     rng = np.random.default_rng(inputs)
-    values = parameters(kind, 70, inputs, group, rng)
-    cells = [linear_cell(module.BACKEND.linear_methods, kind, 70, inputs, group, values) for module in (cpu, cpu_fused)]
+    values = parameters(arithmetic, 70, inputs, group, rng)
+    cells = [
+        linear_cell(module.BACKEND.linear_methods, arithmetic, 70, inputs, group, values) for module in (cpu, cpu_fused)
+    ]
     if mode == "graph":
         for cell in cells:
             cell.set_inputs(Tensor(shape=[None, inputs], dtype=ms.float32))

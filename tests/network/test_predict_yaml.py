@@ -10,7 +10,6 @@ from mindformers.tools.register.register import MindFormerModuleType, MindFormer
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.network.pangu import PanguConfigConverter
-from ms_pangu_quant.pipeline import planned_kinds
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import ROOT
 from tools.dev.make_checkpoint import make_config
@@ -44,7 +43,7 @@ def test_mindformers_makes_the_models_network_config_of_it(file, tmp_path):
     config = ModelConfig.from_dict(raw, where="test")
     recipe = load_recipe(find_recipe({"w8a8": "w8a8", "w4a8": "w4a8_g256"}[scheme]))
     plan = recipe.plan(config)
-    for name, value in mindformers.metadata(config, planned_kinds(plan), plan.group_size).items():
+    for name, value in mindformers.metadata(config, plan).items():
         (tmp_path / name).write_text(json.dumps(value))
 
     parsed = MindFormerConfig(str(file))

@@ -10,14 +10,19 @@ from mindspore import Tensor
 
 from ms_pangu_quant.backends import current_backend
 from ms_pangu_quant.backends.cpu_kernels.library import library
-from ms_pangu_quant.calibration import stream
-from ms_pangu_quant.calibration.stream import BlockRunner, Hidden
+from ms_pangu_quant.calibration import runner as running
+from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+from ms_pangu_quant.calibration.statistics import NOTHING
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.formats.linear import QuantizedLinear
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.model import load
-from ms_pangu_quant.network.block import BlockKind, block_kind
+from ms_pangu_quant.network.block import is_served
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.kv_cache import CacheGrid, QuantizedCache
+from ms_pangu_quant.recipe.plan import BlockPlan
+from ms_pangu_quant.recipe.scheme import INT8_CACHE, PRESETS
 from tests.conftest import MINI, golden, rounded_as_told
 
 if library() is None:
@@ -51,10 +56,10 @@ def test_the_streamed_blocks_have_the_bits_of_the_served_network(name, stored):
     ids, hidden = begun(reader)
     runner = BlockRunner(reader.config, LENGTHS)
     for index in range(reader.config.num_hidden_layers):
-        block, linears = reader.block(index)
-        hidden = runner.advance(block, linears, hidden, cache=reader.cache(index))
-        again = reader.block(index)[1]
-        for site, linear in linears.items():  # the kernels pack in place, and what is packed must not be these
+        rounded = reader.rounded_block(index)
+        hidden = runner.advance(rounded, hidden)
+        again = reader.rounded_block(index).linears
+        for site, linear in rounded.linears.items():  # the kernels pack in place, and what is packed must not be these
             assert np.array_equal(linear.weight.codes, again[site].weight.codes)
             assert np.array_equal(linear.weight.scale, again[site].weight.scale)
     pieces = np.split(ids, np.cumsum(LENGTHS)[:-1])
@@ -69,11 +74,11 @@ def test_the_streamed_blocks_have_the_bits_of_the_served_network(name, stored):
 def test_integers_and_floats_agree_up_to_rounding(name, stored, monkeypatch):
     reader = QuantizedReader(stored(name))
     _, hidden = begun(reader)
-    (block, linears), cache = reader.block(0), reader.cache(0)
-    integers = BlockRunner(reader.config, LENGTHS).advance(block, linears, hidden, cache=cache).states
-    monkeypatch.setattr(stream, "current_backend", lambda: replace(current_backend(), integer_kernels=False))
+    rounded = reader.rounded_block(0)
+    integers = BlockRunner(reader.config, LENGTHS).advance(rounded, hidden).states
+    monkeypatch.setattr(running, "current_backend", lambda: replace(current_backend(), integer_kernels=False))
     runner = BlockRunner(reader.config, LENGTHS)
-    floats = runner.advance(block, linears, hidden, cache=cache).states
+    floats = runner.advance(rounded, hidden).states
     assert not runner._served
     # A code moves now and then where a float sum in another order crosses the middle of two.
     difference = np.abs(integers - floats)
@@ -82,12 +87,12 @@ def test_integers_and_floats_agree_up_to_rounding(name, stored, monkeypatch):
 
 
 def test_a_block_whose_weights_made_room_for_others_is_computed_again(stored, monkeypatch):
-    monkeypatch.setattr(stream, "_SERVED_BLOCKS", 1)
+    monkeypatch.setattr(running, "_SERVED_BLOCKS", 1)
     readers = [QuantizedReader(stored(name)) for name in ("w8a8", "w4a8")]
     _, hidden = begun(readers[0])
     runner = BlockRunner(readers[0].config, LENGTHS)
     first, second = (
-        [runner.advance(*reader.block(0), hidden).states for reader in readers for _ in range(2)] for _ in range(2)
+        [runner.advance(reader.rounded_block(0), hidden).states for reader in readers for _ in range(2)] for _ in range(2)
     )
     assert len(runner._served) == 1
     assert np.array_equal(first, second)
@@ -95,33 +100,46 @@ def test_a_block_whose_weights_made_room_for_others_is_computed_again(stored, mo
     assert not np.array_equal(first[0], first[2])
 
 
-def linear(kind, inputs, groups=1):
-    return QuantizedLinear(kind, QuantizedWeight(np.zeros((2, inputs), np.int8), np.ones((2, groups), np.float32)))
+def linear(scheme, inputs, groups=1):
+    return QuantizedLinear(scheme, QuantizedWeight(np.zeros((2, inputs), np.int8), np.ones((2, groups), np.float32)))
 
 
-def test_what_no_network_computes_has_no_kind():
-    qkv = {f"self_attn.{name}_proj": linear("W8A8_DYNAMIC", 256) for name in "qkv"}
-    down = {"mlp.down_proj": linear("W4A8_DYNAMIC", 768, 6)}
-    floats = ("FLOAT",) * 4
-    assert block_kind({}, int8_cache=True) is None
-    assert block_kind({"self_attn.q_proj": qkv["self_attn.q_proj"]}, int8_cache=False) is None
-    assert block_kind({**qkv, "self_attn.k_proj": linear("W8A8", 256)}, int8_cache=False) is None
-    assert block_kind(qkv, int8_cache=True) == BlockKind(("W8A8_DYNAMIC",) * 3 + floats, 0, int8_cache=True)
-    mixed = BlockKind(("W8A8_DYNAMIC",) * 3 + floats[1:] + ("W4A8_DYNAMIC",), 128, int8_cache=False)
-    assert block_kind({**qkv, **down}, int8_cache=False) == mixed
-    whole, halves, other = (linear("W4A8_DYNAMIC", 256, groups) for groups in (1, 2, 4))
-    assert block_kind({**down, "self_attn.o_proj": halves}, int8_cache=False).group_size == 128
-    assert block_kind({**down, "self_attn.o_proj": whole}, int8_cache=False) is None
-    assert block_kind({**down, "self_attn.o_proj": other}, int8_cache=False) is None
+def plan_of(linears, *, int8_cache):
+    grid = CacheGrid(np.ones((1, 2), np.float32), np.zeros((1, 2), np.int8))
+    cache = QuantizedCache(grid, grid) if int8_cache else None
+    return RoundedBlock(CheckpointReader(MINI).block(0), linears, cache).plan
+
+
+def test_what_no_network_computes_is_not_served():
+    w8a8, static, w4a8 = PRESETS["w8a8"], PRESETS["w8a8_static"], PRESETS["w4a8"]
+    qkv = {site.name: linear(w8a8, 256) for site in layout.fused(layout.QKV)}
+    down = {"mlp.down_proj": linear(w4a8.grouped(128), 768, 6)}
+    floats = (None,) * 4
+    assert not is_served(plan_of({}, int8_cache=True))
+    assert not is_served(plan_of({"self_attn.q_proj": qkv["self_attn.q_proj"]}, int8_cache=False))
+    assert not is_served(plan_of({**qkv, "self_attn.k_proj": linear(static, 256)}, int8_cache=False))
+    whole = plan_of(qkv, int8_cache=True)
+    assert whole == BlockPlan((w8a8,) * 3 + floats, INT8_CACHE)
+    assert is_served(whole)
+    assert whole.group_sizes == set()
+    mixed = plan_of({**qkv, **down}, int8_cache=False)
+    assert mixed == BlockPlan((w8a8,) * 3 + floats[1:] + (w4a8.grouped(128),))
+    assert is_served(mixed)
+    whole, halves, other = (linear(w4a8.grouped(size), 256, groups) for size, groups in ((0, 1), (128, 2), (64, 4)))
+    same = plan_of({**down, "self_attn.o_proj": halves}, int8_cache=False)
+    assert is_served(same)
+    assert same.group_sizes == {128}
+    assert not is_served(plan_of({**down, "self_attn.o_proj": whole}, int8_cache=False))
+    assert not is_served(plan_of({**down, "self_attn.o_proj": other}, int8_cache=False))
 
 
 def test_plain_operators_run_a_block_in_floats(stored, monkeypatch):
     reader = QuantizedReader(stored("w8a8"))
     _, hidden = begun(reader)
-    kernels = BlockRunner(reader.config, LENGTHS).advance(*reader.block(0), hidden).states
+    kernels = BlockRunner(reader.config, LENGTHS).advance(reader.rounded_block(0), hidden).states
     monkeypatch.setenv("MS_PANGU_QUANT_KERNELS", "off")
     runner = BlockRunner(reader.config, LENGTHS)
-    plain = runner.advance(*reader.block(0), hidden).states
+    plain = runner.advance(reader.rounded_block(0), hidden).states
     assert not runner._served
     assert np.abs(kernels - plain).max() < 1e-2 * np.abs(plain).max()
 
@@ -132,9 +150,9 @@ def test_float_layers_for_many_tokens_are_the_layers(monkeypatch):
     block = reader.block(0)
     before = {name: value.copy() for name, value in block.tensors.items()}
     packed = BlockRunner(reader.config, LENGTHS)
-    ours, seen = packed.advance(block, {}, hidden).states, packed.observe(block, hidden, gram=False, rows=0, where="test")
-    assert np.array_equal(seen[1], ours)
+    ours, seen = packed.advance(RoundedBlock(block), hidden).states, packed.observe(block, hidden, NOTHING, "test")
+    assert np.array_equal(seen[1].states, ours)
     assert all(np.array_equal(block.tensors[name], value) for name, value in before.items())  # nothing packed in place
-    monkeypatch.setattr(stream, "current_backend", lambda: replace(current_backend(), float_method=None))
-    plain = BlockRunner(reader.config, LENGTHS).advance(block, {}, hidden).states
+    monkeypatch.setattr(running, "current_backend", lambda: replace(current_backend(), float_method=None))
+    plain = BlockRunner(reader.config, LENGTHS).advance(RoundedBlock(block), hidden).states
     np.testing.assert_allclose(ours, plain, atol=1e-5 * np.abs(plain).max())

@@ -32,7 +32,7 @@ def numbers(seed=0, tokens=300):
 
 
 def chosen(setting, x):
-    stats = RangeStats.observe(x, rows=setting.needs_rows)
+    stats = RangeStats.observe(x, rows=setting.needs.rows)
     return setting.cache(stats, stats, HEADS).key
 
 

@@ -125,6 +125,6 @@ def test_rounding_is_pure_and_looks_at_the_weight_alone():
     assert (one.codes == other.codes).all()
     assert (one.scale == other.scale).all()
     assert (weight == before).all()
-    assert not rounding.needs_gram
+    assert not rounding.needs.gram
     with pytest.raises(dataclasses.FrozenInstanceError):
         one.scale = other.scale

@@ -157,7 +157,7 @@ def test_smoothing_is_pure_and_needs_no_gram(outlier_block):
     SmoothQuant()(block, {name: InputStats(stat.tokens, stat.absmax) for name, stat in stats.items()})
     assert all((block[name] == tensor).all() for name, tensor in kept.items())
     assert all((stats[name].absmax == absmax).all() for name, absmax in seen.items())
-    assert not SmoothQuant().needs_gram
+    assert not SmoothQuant().needs.gram
 
 
 @pytest.mark.parametrize("alpha", [-0.01, 1.01, 2])

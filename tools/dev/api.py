@@ -33,12 +33,13 @@ PUBLIC = (  # heading, module, and the names shown; a class with its own public 
     ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe", "evaluate", "answer", "score", "report")),
     ("What is asked for", f"{PACKAGE}.api", ("EvaluationRequest", "Judging", "GenerationSettings", "ReportRequest")),
     ("Loading and generating", f"{PACKAGE}.inference.model", ("load", "Model.logits", "Model.generate", "Generation")),
-    ("Results", f"{PACKAGE}.pipeline", ("QuantizeResult", "BlockReport")),
+    ("Results", f"{PACKAGE}.pipeline.report", ("QuantizeResult", "BlockReport", "Progress")),
     ("", f"{PACKAGE}.inference.compare", ("Comparison",)),
-    ("What observe returns", f"{PACKAGE}.checkpoint.reader", ("Block",)),
+    ("What observe returns", f"{PACKAGE}.checkpoint.block", ("Block",)),
     ("", f"{PACKAGE}.calibration.statistics", ("InputStats", "RowSample")),
-    ("Adding an algorithm", f"{PACKAGE}.recipe", ("Transform", "Rewrite", "WeightQuantizer")),
-    ("", f"{PACKAGE}.scheme", ("TensorScheme", "QuantScheme")),
+    ("Adding an algorithm", f"{PACKAGE}.recipe.recipe", ("Transform", "Rewrite", "WeightQuantizer")),
+    ("", f"{PACKAGE}.calibration.statistics", ("Needs",)),
+    ("", f"{PACKAGE}.recipe.scheme", ("TensorScheme", "QuantScheme")),
     ("", f"{PACKAGE}.quantizers.grid", ("QuantizedWeight",)),
     ("", f"{PACKAGE}.checkpoint.layout", ("LinearSite",)),
 )
@@ -101,11 +102,13 @@ def markdown() -> str:
 
 def _signature(entry: Any) -> str:
     if isinstance(entry, pdoc.doc.Function):
-        return _without_modules(f"def {entry.name}{entry.signature}").replace("<function <lambda>>", "...")
+        text = re.sub(r"= \w+\([^()]*<function [^()]*\)", "= ...", f"def {entry.name}{entry.signature}")
+        return _without_modules(text)
+    annotations = inspect.get_annotations(entry.obj)
     fields = [
-        f"    {field.name}: {_annotation(field)}"
+        f"    {field.name}: {_annotation(field) if isinstance(field, pdoc.doc.Variable) else annotations[field.name]}"
         for field in entry.own_members
-        if isinstance(field, pdoc.doc.Variable) and not field.name.startswith("_")
+        if (isinstance(field, pdoc.doc.Variable) or field.name in annotations) and not field.name.startswith("_")
     ]
     call = entry.obj.__dict__.get("__call__")
     if call is not None:  # a protocol's whole point; pdoc leaves it out
