@@ -178,7 +178,7 @@ def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
             continue
         formats = sorted({row.format for row in table()})
         others = [name for name in formats if any(row.verdict in SERVED for row in rows_for(name, each))]
-        reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows)
+        reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows) or "none is known"
         scheme = "an int8 key/value cache" if each.arithmetic is None else each.word
         scheme = f"{each.word} in groups of {each.group_size}" if each.group_size else scheme
         what = f"{scheme}{' with biases' if each.biased else ''} in the {stored_as} format"
