@@ -1,7 +1,7 @@
 """The architectures that are read: what tells one plain decoder from another in its config.json.
 
-All are one network: pre-norm RMSNorm, SwiGLU, rotate-half rope, grouped-query attention. To add one: a row here; what its
-graph has besides goes into network/pangu.py.
+All are one network: pre-norm RMSNorm, SwiGLU, rotate-half rope, grouped-query attention. To add one: a row here
+(docs/extend.md); what its graph has besides goes into network/pangu.py.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from ms_pangu_quant.recipe.scheme import QuantScheme
 
 
 class Format(Protocol):
-    """An on-disk layout: a module of this folder. To add one: the module, FORMATS, goldens, rows in served.yaml."""
+    """An on-disk layout: a module of this folder. To add one: docs/extend.md."""
 
     NAME: str
 

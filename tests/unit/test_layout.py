@@ -11,6 +11,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
     [
         {},
         {"bias": False},
+        {"output_bias": False},
         {"head_dim": 24},
         {"num_key_value_heads": 4},
         {"num_key_value_heads": 1},

@@ -25,6 +25,7 @@ SIZES = {
     "mini": 300,
     "mini_validation": 200,
 }
+JUDGED = ["humaneval", "mbpp", "mbpp_full", "mini", "mini_validation"]  # the others are parts of these, or take long
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +62,7 @@ def test_a_task_holds_so_many_problems(task):
     assert len(load_problems(TASKS[task]).by_id) == SIZES[task]
 
 
-@pytest.mark.parametrize("task", ["humaneval", "mbpp", "mbpp_full", "mini", "mini_validation"])
+@pytest.mark.parametrize("task", JUDGED)
 def test_a_sample_of_the_solutions_passes_and_none_does_when_it_is_changed(judges, task):
     assert not_passed(outcomes(judges, task, step=12)) == {}
     assert len(not_passed(outcomes(judges, task, returning_something_else, step=12))) == len(range(0, SIZES[task], 12))
@@ -80,7 +81,7 @@ def test_every_solution_passes_and_every_changed_one_fails(judges, task):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["humaneval", "mbpp", "mbpp_full", "mini", "mini_validation"])
+@pytest.mark.parametrize("task", JUDGED)
 def test_a_function_that_returns_nothing_passes_nowhere(judges, task):
     found = outcomes(judges, task, first_statement_returns_none)
     assert [task_id for task_id, outcome in found.items() if outcome.verdict == "pass"] == []

@@ -1,4 +1,4 @@
-"""The benchmarks by name. Adding one is a file that defines a Task, and a line here.
+"""The benchmarks by name. Adding one is a file that defines a Task, and a line here (docs/extend.md).
 
 Below calibration, which searches its data for them (calibration/overlap.py).
 """
