@@ -131,7 +131,10 @@ def differences(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
     for key in _ONE_MODEL:
         got, wanted = getattr(config, key), getattr(reference, key)
         if got != wanted:
-            yield f"{key} is {_told(got)}, wanted {_told(wanted)}"
+            yield f"{_TOLD.get(key, key)} is {_told(got)}, wanted {_told(wanted)}"
+
+
+_TOLD = {"biased": "the set of layers with biases"}
 
 
 def _told(value: Any) -> str:

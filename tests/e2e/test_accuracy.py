@@ -14,7 +14,7 @@ from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 from ms_pangu_quant.calibration.statistics import Needs
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.cli.quantize import _block_printer
+from ms_pangu_quant.cli.quantize import Shown
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
@@ -115,14 +115,13 @@ def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(
 def test_a_raised_damping_is_in_the_report_and_on_the_terminal(recipe, tmp_path):
     """One chat has fewer tokens than the layers have inputs: without damping the grams are singular."""
     runtime.start("cpu", "graph")
-    progress = Bars(console=Console(file=StringIO(), width=200))
-    printer = _block_printer(progress, progress.add_task("blocks", total=4), 4)
+    bars = Bars(console=Console(file=StringIO(), width=200))
     chosen = recipe("scheme: w8a8\nrounding: {gptq: {damping: 0}}")
-    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), progress=Progress(on_block=printer))
+    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), progress=Shown(bars).progress)
     report = json.loads((tmp_path / "out/quantization_report.json").read_text())
     for block in report["blocks"]:
         assert block["notes"]["mlp.down_proj"].startswith("damping raised from 0 to ")
-    assert progress.console.file.getvalue().count("mlp.down_proj: damping raised from 0 to ") == 4
+    assert bars.console.file.getvalue().count("mlp.down_proj: damping raised from 0 to ") == 4
 
 
 # --- slow: other outliers, and resumption of the longest path --------------------------------------------------------
