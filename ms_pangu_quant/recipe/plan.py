@@ -93,10 +93,11 @@ class Plan:
 
     @property
     def group_size(self) -> int:
-        """MindFormers has one for the whole network; 0 where no layer is int4. Raises RecipeError where there are several."""
+        """MindFormers has one for the whole network; 0 where no layer is int4. Raises RecipeError for several."""
         sizes = sorted(self.group_sizes) or [0]
         if len(sizes) > 1:
             raise RecipeError(
-                f"int4 group sizes {sizes} (0 is per channel) are mixed; MindFormers has one group_size for the whole network"
+                f"int4 group sizes {sizes} (0 is per channel) are mixed; MindFormers has one group_size for the whole "
+                "network"
             )
         return sizes[0]
