@@ -103,7 +103,7 @@ def _signature(entry: Any) -> str:
     if isinstance(entry, pdoc.doc.Function):
         text = re.sub(r"= \w+\([^()]*<function [^()]*\)", "= ...", f"def {entry.name}{entry.signature}")
         return _without_modules(text)
-    annotations = entry.obj.__dict__.get("__annotations__", {})
+    annotations = inspect.get_annotations(entry.obj)
     fields = [
         f"    {field.name}: {_annotation(field) if isinstance(field, pdoc.doc.Variable) else annotations[field.name]}"
         for field in entry.own_members
