@@ -6,16 +6,20 @@ graph has besides goes into network/pangu.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ms_pangu_quant.checkpoint import layout
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """biased    the layers that have biases where the key `bias_key` of config.json is true.
+    """biased    the layers that have biases where the key `bias_key` of config.json is true: of q, k and v, which are
+              computed as one, all or none.
 
     has_biases, rms_norm_eps, rope_theta  what holds where config.json does not say.
+    output_bias_key  the key that decides over o_proj's alone, where config.json has it.
     """
 
     bias_key: str
@@ -23,10 +27,19 @@ class Architecture:
     has_biases: bool
     rms_norm_eps: float
     rope_theta: float
+    output_bias_key: str | None = None
+
+    def biased_layers(self, raw: Mapping[str, Any]) -> frozenset[layout.LinearSite]:
+        """raw: config.json."""
+        found = self.biased if raw.get(self.bias_key, self.has_biases) else frozenset()
+        output = raw.get(self.output_bias_key) if self.output_bias_key else None
+        if output is None:
+            return found
+        return found | {layout.O_PROJ} if output else found - {layout.O_PROJ}
 
 
 _ATTENTION = frozenset({layout.Q_PROJ, layout.K_PROJ, layout.V_PROJ, layout.O_PROJ})
 ARCHITECTURES = {
-    "PanguEmbedded": Architecture("bias", _ATTENTION, True, 1e-5, 16_000_000.0),
+    "PanguEmbedded": Architecture("bias", _ATTENTION, True, 1e-5, 16_000_000.0, "output_bias"),
     "llama": Architecture("attention_bias", _ATTENTION, False, 1e-6, 10_000.0),
 }

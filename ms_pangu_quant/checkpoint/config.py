@@ -1,8 +1,8 @@
 """config.json of an openPangu-Embedded or plain Llama checkpoint, reduced to what the network needs and checked.
 
-Both families are the same network: pre-norm RMSNorm, SwiGLU, rotate-half rope, grouped-query attention. openPangu calls
-the attention biases `bias`, Llama `attention_bias`. Anything that would change the graph (rope scaling, experts, sliding
-windows, attention sinks, a vision tower) is refused by name rather than loaded wrongly.
+Both families are the same network: pre-norm RMSNorm, SwiGLU, rotate-half rope, grouped-query attention. What differs is in
+checkpoint/architecture.py. Anything that would change the graph (rope scaling, experts, sliding windows, attention sinks, a
+vision tower) is refused by name rather than loaded wrongly.
 """
 
 from __future__ import annotations
@@ -97,7 +97,6 @@ class ModelConfig:
         if head_dim % 2:
             raise CheckpointError(f"{where}: head_dim is {head_dim}, wanted an even number (rope rotates halves)")
         architecture = ARCHITECTURES[raw["model_type"]]
-        has_biases = raw.get(architecture.bias_key, architecture.has_biases)
         return cls(
             hidden_size=hidden,
             intermediate_size=_count(raw, "intermediate_size", where),
@@ -109,7 +108,7 @@ class ModelConfig:
             max_position_embeddings=_count(raw, "max_position_embeddings", where),
             rms_norm_eps=_positive(raw, "rms_norm_eps", where, default=architecture.rms_norm_eps),
             rope_theta=_rope_theta(raw, where, default=architecture.rope_theta),
-            biased=architecture.biased if has_biases else frozenset(),
+            biased=architecture.biased_layers(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             bos_token_id=_token_id(raw, "bos_token_id"),
             eos_token_id=_token_id(raw, "eos_token_id"),
@@ -172,6 +171,8 @@ def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:
     for key, variant in _OTHER_GRAPHS.items():
         value = raw.get(key)
         if key == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+            continue
+        if key == "sliding_window" and raw.get("use_sliding_window") is False:
             continue
         if value:
             raise CheckpointError(

@@ -46,7 +46,7 @@ from ms_pangu_quant.formats.linear import (
 from ms_pangu_quant.formats.words import FLOAT, INT8_CACHE_WORD, WORDS
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.recipe.plan import Plan
-from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC, QuantScheme
+from ms_pangu_quant.recipe.scheme import QuantScheme
 
 NAME = "ascend"
 ROW_COLUMNS = 16  # the largest tensor parallelism a checkpoint is made for
@@ -213,10 +213,9 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     """File name -> JSON value. config.json names no quantization: the loaders find it by the description."""
     refuse_online_hadamard(config, NAME)
     used = {scheme.arithmetic for _, _, scheme in plan if scheme is not None}
-    lowest = next((WORDS[arithmetic] for arithmetic in _LOWEST_BITS_FIRST if arithmetic in used), FLOAT)
     description: dict[str, Any] = {
         "version": "1.0.0",
-        "model_quant_type": lowest,
+        "model_quant_type": WORDS[min(used)] if used else FLOAT,  # the one of the fewest bits
         "group_size": plan.group_size,
         "metadata": {},
         "optional": {},
@@ -227,9 +226,6 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
         description.update(kv_cache.described(config))
     description[layout.HEAD] = FLOAT  # a tied head too: vllm-ascend looks it up, and msModelSlim writes it
     return {ASCEND_FILE: description, "config.json": family_config(config)}
-
-
-_LOWEST_BITS_FIRST = (W4A8, W8A8_STATIC, W8A8)
 
 
 def recognises(directory: Path, config: ModelConfig) -> bool:

@@ -198,9 +198,15 @@ def _scheme(group: Any, where: str) -> QuantScheme:
         (group.get(key) or {}) if isinstance(group, Mapping) else {} for key in ("weights", "input_activations")
     )
     size = weights.get("group_size") or 0
-    shape = (weights.get("num_bits"), weights.get("strategy"), inputs.get("strategy"), bool(inputs.get("dynamic")))
+    shape = (
+        weights.get("num_bits"),
+        weights.get("strategy"),
+        inputs.get("num_bits"),
+        inputs.get("strategy"),
+        bool(inputs.get("dynamic")),
+    )
     scheme = next((preset for preset in PRESETS.values() if _shape(preset) == shape), None)
-    integers = weights.get("type") == inputs.get("type") == "int" and inputs.get("num_bits") == 8
+    integers = weights.get("type") == inputs.get("type") == "int"
     # A static zero point is read from its tensor; per-token ones are computed here without.
     symmetric = weights.get("symmetric", True) and (inputs.get("symmetric", True) or not inputs.get("dynamic"))
     grouped = weights.get("strategy") == "group"
@@ -214,4 +220,5 @@ def _scheme(group: Any, where: str) -> QuantScheme:
 
 
 def _shape(scheme: QuantScheme) -> tuple[Any, ...]:
-    return scheme.weight.bits, scheme.weight.granularity, scheme.activation.granularity, scheme.activation.dynamic
+    weight, activation = scheme.weight, scheme.activation
+    return weight.bits, weight.granularity, activation.bits, activation.granularity, activation.dynamic

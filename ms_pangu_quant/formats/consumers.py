@@ -20,7 +20,7 @@ from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD, WORDS
 from ms_pangu_quant.recipe.plan import Plan
-from ms_pangu_quant.recipe.scheme import ARITHMETICS, W4A8, W8A8, W8A8_STATIC, Arithmetic
+from ms_pangu_quant.recipe.scheme import ARITHMETICS, PRESETS, Arithmetic
 from ms_pangu_quant.suggestion import did_you_mean
 
 INTEGER = "integer GEMM"
@@ -36,9 +36,7 @@ _VERDICTS = (INTEGER, MEMORY, DEQUANTIZED, INT8_CACHE, FLOAT_CACHE, REFUSES, WRO
 
 _FILE = Path(__file__).parent.parent / "assets" / "served.yaml"
 _SCHEMES: dict[str, Arithmetic | None] = {  # by their names in the file; None is the cache of keys and values
-    "w8a8_static": W8A8_STATIC,
-    "w8a8": W8A8,
-    "w4a8": W4A8,
+    **{name: preset.arithmetic for name, preset in PRESETS.items() if not preset.group_size},
     "int8_cache": None,
 }
 
@@ -180,7 +178,7 @@ def check_served(stored_as: str, facts: Iterable[Facts]) -> None:
             continue
         formats = sorted({row.format for row in table()})
         others = [name for name in formats if any(row.verdict in SERVED for row in rows_for(name, each))]
-        reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows)
+        reasons = "; ".join(f"{row.consumer} {row.versions} {row.verdict}: {row.note}" for row in rows) or "none is known"
         scheme = "an int8 key/value cache" if each.arithmetic is None else each.word
         scheme = f"{each.word} in groups of {each.group_size}" if each.group_size else scheme
         what = f"{scheme}{' with biases' if each.biased else ''} in the {stored_as} format"

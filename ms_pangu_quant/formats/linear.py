@@ -77,25 +77,31 @@ def refuse_online_hadamard(config: ModelConfig, stored_as: str) -> None:
 
 
 def pangu_config(config: ModelConfig) -> dict[str, Any]:
-    """config.json by openPangu's names with every default written out, and without any quantization."""
-    dropped = ("auto_map", "attention_bias", "mlp_bias", "quantize", "quantization_config")
+    """config.json by openPangu's names with every default written out, and without any quantization.
+
+    openPangu's o_proj has a bias where q, k and v have them; `output_bias` is said where it is otherwise.
+    """
+    dropped = ("auto_map", "attention_bias", "mlp_bias", "output_bias", "quantize", "quantization_config")
+    bias, output_bias = layout.has_bias(config, layout.Q_PROJ), layout.has_bias(config, layout.O_PROJ)
     raw = {key: value for key, value in config.raw.items() if key not in dropped}
     raw.update(
         architectures=["PanguEmbeddedForCausalLM"],
         model_type="PanguEmbedded",
-        bias=bool(config.biased),
+        bias=bias,
         head_dim=config.head_dim,
         rope_theta=config.rope_theta,
         rms_norm_eps=config.rms_norm_eps,
         num_key_value_heads=config.num_key_value_heads,
         tie_word_embeddings=config.tie_word_embeddings,
     )
+    if output_bias != bias:
+        raw["output_bias"] = output_bias
     return raw
 
 
 def family_config(config: ModelConfig) -> dict[str, Any]:
-    """The same, but a Llama stays one: for programs that know both."""
-    if config.raw.get("model_type") != "llama":
+    """The same, but what is not an openPangu stays what it is: for programs that know both."""
+    if config.raw.get("model_type") == "PanguEmbedded":
         return pangu_config(config)
     return {key: value for key, value in config.raw.items() if key not in ("auto_map", "quantize", "quantization_config")}
 

@@ -140,7 +140,7 @@ def _tensor_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Itera
 def _description_faults(opened: _Directory) -> Iterator[str]:
     """Every tensor is described as what its layer is, and nothing is described that is not there."""
     found = [opened.path / name for name in (QUANTIZATION_FILE, ASCEND_FILE) if (opened.path / name).exists()]
-    if opened.format.NAME == "compressed-tensors":
+    if not {QUANTIZATION_FILE, ASCEND_FILE} & opened.format.metadata(opened.config, opened.plan).keys():
         return
     if len(found) > 1:
         yield f"{opened.path}: has {found[0].name} and {found[1].name}; a loader may take either, remove one"

@@ -111,6 +111,20 @@ def test_each_family_has_its_own_name_for_the_attention_biases(raw, changes, wan
     assert read(raw, **changes).biased == (ATTENTION if wanted else NONE)
 
 
+@pytest.mark.parametrize(
+    ("raw", "changes", "wanted"),
+    [
+        (PANGU_1B, {"output_bias": False}, ATTENTION - {layout.O_PROJ}),
+        (PANGU_1B, {"output_bias": True}, ATTENTION),
+        (PANGU_1B, {"output_bias": None}, ATTENTION),
+        (PANGU_1B, {"bias": False, "output_bias": True}, {layout.O_PROJ}),
+        (LLAMA, {"output_bias": True}, NONE),
+    ],
+)
+def test_openpangu_may_say_of_the_output_layer_alone_whether_it_has_a_bias(raw, changes, wanted):
+    assert read(raw, **changes).biased == wanted
+
+
 def test_openpangus_class_defaults_fill_what_the_file_leaves_out():
     config = read(PANGU_7B, without=("bias", "rms_norm_eps", "rope_theta", "torch_dtype", "tie_word_embeddings"))
     assert (config.biased, config.rms_norm_eps, config.rope_theta) == (ATTENTION, 1e-5, 16e6)
@@ -176,6 +190,7 @@ def test_another_graph_is_refused_by_name(raw, changes, key, variant):
     [
         {"layer_types": ["full_attention"] * 26},
         {"sliding_window": None},
+        {"sliding_window": 128, "use_sliding_window": False},
         {"num_experts": 0},
         {"rope_scaling": None},
         {"rope_scaling": {"rope_type": "default"}},

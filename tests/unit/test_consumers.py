@@ -117,7 +117,7 @@ def test_a_row_of_the_file_calls_schemes_as_recipes_do_and_its_conditions_may_be
         ({"verdikt": INTEGER}, "unknown key 'verdikt'.*did you mean 'verdict'"),
         ({"verdict": "fast"}, "verdict is 'fast', wanted one of: integer GEMM"),
         ({"verdict": None}, "verdict is None"),
-        ({"schemes": ["W8A8"]}, "schemes is .*'W8A8'.*wanted a list of some of w8a8_static, w8a8, w4a8, int8_cache"),
+        ({"schemes": ["W8A8"]}, "schemes is .*'W8A8'.*wanted a list of some of w8a8, w8a8_static, w4a8, int8_cache"),
         ({"schemes": "w8a8"}, "schemes is 'w8a8'"),
         ({"schemes": []}, "schemes is"),
         ({"schemes": [["w8a8"]]}, "schemes is"),

@@ -355,6 +355,9 @@ def test_open_checkpoint_tells_quantized_from_float_by_the_files(quantized):
     [
         {},
         {"bias": False},
+        {"output_bias": False},
+        {"bias": False, "output_bias": True},
+        {"output_bias": True},
         {"head_dim": 24},
         {"tie_word_embeddings": False},
         {"model_type": "llama", "attention_bias": True},
