@@ -70,7 +70,7 @@ def fused(name: str) -> tuple[LinearSite, ...]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the shapes of a model's tensors follow from: counts of features, heads and layers, and the layers with biases."""
+    """What the shapes of tensors follow from: counts of features, heads and layers, and the layers with biases."""
 
     hidden_size: int
     intermediate_size: int
