@@ -38,7 +38,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
+
 import numpy as np
+
+from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES
 
 DTYPES = {"bfloat16": ("BF16", 2), "float16": ("F16", 2), "float32": ("F32", 4)}  # safetensors' name, bytes
 SHARD_BYTES = 4_500_000_000
@@ -148,7 +152,7 @@ def make_config(shape: str, *, layers: int | None = None, dtype: str = "bfloat16
 def plan_tensors(config: dict[str, Any]) -> list[Tensor]:
     """Every tensor of the checkpoint in model order; 12 per layer plus biases, nothing is drawn yet.
 
-    Attention biases (q, k, v, o) follow `bias`, or `attention_bias` where model_type is "llama".
+    The layers that the architecture of model_type says have biases.
     """
     try:
         hidden, inner, layers = config["hidden_size"], config["intermediate_size"], config["num_hidden_layers"]
@@ -156,20 +160,20 @@ def plan_tensors(config: dict[str, Any]) -> list[Tensor]:
     except KeyError as missing:
         raise MakeCheckpointError(f"config: {missing.args[0]} is missing") from None
     head_dim = config.get("head_dim") or hidden // heads
-    bias = config.get("attention_bias", False) if config.get("model_type") == "llama" else config.get("bias", True)
+    biased = ARCHITECTURES[config.get("model_type", EMBEDDED["model_type"])].biased_layers(config)
     depth = 1 / math.sqrt(2 * layers)  # two additions to the residual stream per layer
 
-    def linear(name: str, out: int, fan_in: int, gain: float = 1.0, biased: bool = False) -> Iterator[Tensor]:
+    def linear(name: str, out: int, fan_in: int, gain: float = 1.0) -> Iterator[Tensor]:
         yield Tensor(f"{name}.weight", (out, fan_in), gain / math.sqrt(fan_in))
-        if biased:
+        if any(name.endswith(site.name) for site in biased):
             yield Tensor(f"{name}.bias", (out,), 0.1 * gain)
 
     def layer(at: str) -> Iterator[Tensor]:
         yield Tensor(f"{at}.input_layernorm.weight", (hidden,), 0.2, 1.0)
-        yield from linear(f"{at}.self_attn.q_proj", heads * head_dim, hidden, math.sqrt(2), bias)
-        yield from linear(f"{at}.self_attn.k_proj", kv_heads * head_dim, hidden, math.sqrt(2), bias)
-        yield from linear(f"{at}.self_attn.v_proj", kv_heads * head_dim, hidden, 1.0, bias)
-        yield from linear(f"{at}.self_attn.o_proj", hidden, heads * head_dim, depth, bias)
+        yield from linear(f"{at}.self_attn.q_proj", heads * head_dim, hidden, math.sqrt(2))
+        yield from linear(f"{at}.self_attn.k_proj", kv_heads * head_dim, hidden, math.sqrt(2))
+        yield from linear(f"{at}.self_attn.v_proj", kv_heads * head_dim, hidden)
+        yield from linear(f"{at}.self_attn.o_proj", hidden, heads * head_dim, depth)
         yield Tensor(f"{at}.post_attention_layernorm.weight", (hidden,), 0.2, 1.0)
         yield from linear(f"{at}.mlp.gate_proj", inner, hidden)
         yield from linear(f"{at}.mlp.up_proj", inner, hidden)
@@ -258,7 +262,7 @@ def write_checkpoint(
 ) -> None:
     """Write config and random weights into `output`, which must be empty or absent; all or nothing.
 
-    config    as config.json will say, any sizes; model_type "PanguEmbedded" or "llama". torch_dtype becomes `dtype`.
+    config    as config.json will say, any sizes; model_type one that the package reads. torch_dtype becomes `dtype`.
     on_bytes  called with the bytes of each piece of data written, for a progress bar.
     Files appear under temporary names and are renamed when whole, config.json last. On an error or Ctrl-C what was
     written is removed again.
