@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES
-from ms_pangu_quant.checkpoint.layout import LinearSite
+from ms_pangu_quant.checkpoint.layout import Sizes
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.suggestion import did_you_mean_path
 
@@ -44,26 +44,16 @@ _ONE_MODEL = (  # fields of ModelConfig that no rewrite of a checkpoint changes:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes are counts of features, heads, layers or tokens; ids are None where the file has none.
+class ModelConfig(Sizes):
+    """Sizes, and what else of config.json matters; ids are None where the file has none.
 
-    biased           the layers that have biases.
     online_hadamard  what the MLP's last layer reads is to be multiplied by a Hadamard matrix when the model is run, see
                      transforms/rotate.py; such a checkpoint has HADAMARD_METHOD as its quant_method, which others refuse.
     """
 
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    biased: frozenset[LinearSite]
-    tie_word_embeddings: bool
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
@@ -130,7 +120,10 @@ def differences(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
     for key in _ONE_MODEL:
         got, wanted = getattr(config, key), getattr(reference, key)
         if got != wanted:
-            yield f"{key} is {_told(got)}, wanted {_told(wanted)}"
+            yield f"{_TOLD.get(key, key)} is {_told(got)}, wanted {_told(wanted)}"
+
+
+_TOLD = {"biased": "the set of layers with biases"}
 
 
 def _told(value: Any) -> str:

@@ -6,10 +6,6 @@ Every other module that needs a tensor's name, shape or neighbour asks here; not
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ms_pangu_quant.checkpoint.config import ModelConfig
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -72,7 +68,22 @@ def fused(name: str) -> tuple[LinearSite, ...]:
     return tuple(site for site in SITES if site.fused == name)
 
 
-def site_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Sizes:
+    """What the shapes of tensors follow from: counts of features, heads and layers, and the layers with biases."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    biased: frozenset[LinearSite]
+
+
+def site_shape(config: Sizes, site: LinearSite) -> tuple[int, int]:
     """(out_features, in_features)."""
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
@@ -83,7 +94,7 @@ def site_shape(config: ModelConfig, site: LinearSite) -> tuple[int, int]:
     return outputs, inputs
 
 
-def has_bias(config: ModelConfig, site: LinearSite) -> bool:
+def has_bias(config: Sizes, site: LinearSite) -> bool:
     return site in config.biased
 
 
@@ -91,7 +102,7 @@ def block_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
 
-def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def block_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     """Shapes of a float block's tensors, names without the block's prefix."""
     shapes: dict[str, tuple[int, ...]] = {f"{norm}.weight": (config.hidden_size,) for norm in NORMS}
     for site in SITES:
@@ -102,7 +113,7 @@ def block_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def outer_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors outside the blocks. A tied head has no tensor of its own."""
     vocab = (config.vocab_size, config.hidden_size)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: vocab, FINAL_NORM: (config.hidden_size,)}
@@ -111,6 +122,6 @@ def outer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def linear_names(config: ModelConfig) -> list[str]:
+def linear_names(config: Sizes) -> list[str]:
     """Full names of the weights of all blocks' linear layers, block by block."""
     return [f"{block_prefix(index)}{site.name}.weight" for index in range(config.num_hidden_layers) for site in SITES]

@@ -45,7 +45,7 @@ def bench_command(
     lengths, batches = _numbers("--prompt-lens", prompt_lens), _numbers("--batch-sizes", batch_sizes)
     paths = [directory] if against is None else [against, directory]
     readers = [open_checkpoint(path) for path in paths]
-    if against is not None and not readers[0].plan.is_float:
+    if against is not None and readers[0].format is not None:
         raise CheckpointError(f"--against: {against} is quantized; wanted the float checkpoint")
     if against is not None:  # before minutes of loading
         check_same_model(directory, readers[1].config, against, readers[0].config)
@@ -57,7 +57,7 @@ def bench_command(
     for path, reader in zip(paths, readers, strict=True):
         own_head = "stored" if path == against else head
         model = load(path, device, kv_cache_tokens=cache, head=own_head)
-        subjects.append(Subject("float" if reader.plan.is_float else "quantized", model, work_of(model, reader.plan)))
+        subjects.append(Subject("float" if reader.format is None else "quantized", model, work_of(model, reader.plan)))
     with progress_bars() as progress:
         task = progress.add_task("measure", total=len(lengths) * len(batches) * len(subjects), kind="count")
         rows, limits = bench(

@@ -374,8 +374,9 @@ def build_network(
 
 
 def _quant_config(config: ModelConfig, plan: Plan, options: Mapping[str, str], backend: Backend) -> PanguQuantConfig | None:
-    """None where every layer is MindFormers' own float one."""
-    if plan.is_float and None not in backend.linear_methods:
+    """None where every layer is MindFormers' own float one, nothing stands in front of it, and the head is as stored."""
+    as_it_is = None not in backend.linear_methods and not config.online_hadamard
+    if plan.is_float and as_it_is and options.get("head", "stored") == "stored":
         return None
     described = {
         **{f"{name}.weight": word_of(scheme) for name, _, scheme in plan},

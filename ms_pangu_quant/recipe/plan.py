@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.recipe.scheme import QuantScheme, TensorScheme
 
 
@@ -92,5 +93,11 @@ class Plan:
 
     @property
     def group_size(self) -> int:
-        """MindFormers has one for the whole network; 0 where no layer is int4."""
-        return max(self.group_sizes, default=0)
+        """MindFormers has one for the whole network; 0 where no layer is int4. Raises RecipeError for several."""
+        sizes = sorted(self.group_sizes) or [0]
+        if len(sizes) > 1:
+            raise RecipeError(
+                f"int4 group sizes {sizes} (0 is per channel) are mixed; MindFormers has one group_size for the whole "
+                "network"
+            )
+        return sizes[0]

@@ -223,8 +223,7 @@ class Recipe:
                     f"{self.where}: {site.name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
                     "needs even sizes: keep it float or in w8a8"
                 )
-        if len(plan.group_sizes) > 1:
-            raise RecipeError(
-                f"{self.where}: int4 group sizes {sorted(plan.group_sizes)} (0 is per channel) are mixed; MindFormers "
-                "has one group_size for the whole network"
-            )
+        try:
+            _ = plan.group_size
+        except RecipeError as error:
+            raise RecipeError(f"{self.where}: {error}") from None

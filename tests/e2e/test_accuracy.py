@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.progress import Progress as Bars
 from safetensors.numpy import load_file, save_file
 
+from ms_pangu_quant.calibration import runner as running
 from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 from ms_pangu_quant.calibration.statistics import Needs
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.cli.quantize import _block_printer
+from ms_pangu_quant.cli.quantize import Shown
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
@@ -82,14 +83,20 @@ def test_the_embedded_checkpoint_rotated_has_its_own_logits(recipe, rounded, tmp
     assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
 
 
-def test_each_input_alone_is_seen_as_all_of_them_together(tmp_path):
-    """Nothing quantized and both models the same: the statistics are those of the float block, and nothing drifts."""
+@pytest.fixture
+def begun(tmp_path):
+    """A tiny checkpoint's reader, and embeddings in front of its blocks."""
     runtime.start("cpu", "graph")
     config = make_checkpoint.make_config("tiny", **TINY)
     make_checkpoint.write_checkpoint(tmp_path / "float", config, seed=1, dtype="float32")
     reader = CheckpointReader(tmp_path / "float")
-    lengths = [17, 1, 30]
-    hidden = Hidden(embedding_rows(reader.files, np.arange(48, dtype=np.int32)), lengths)
+    return reader, Hidden(embedding_rows(reader.files, np.arange(48, dtype=np.int32)), [17, 1, 30])
+
+
+def test_each_input_alone_is_seen_as_all_of_them_together(begun):
+    """Nothing quantized and both models the same: the statistics are those of the float block, and nothing drifts."""
+    reader, hidden = begun
+    lengths = hidden.lengths
     served, floats, block = BlockRunner(reader.config, lengths), BlockRunner(reader.config, lengths), reader.block(1)
     together, _ = served.observe(block, hidden, Needs(data=True, gram=True, rows=20), "test")
     for name, wanted in together.items():
@@ -100,6 +107,19 @@ def test_each_input_alone_is_seen_as_all_of_them_together(tmp_path):
         np.testing.assert_allclose(alone.absmax, wanted.absmax, rtol=1e-4)
         np.testing.assert_allclose(alone.sample.rows, wanted.sample.rows, atol=1e-4 * wanted.absmax.max())
         assert np.abs(alone.drift).max() <= 1e-4 * np.abs(wanted.gram).max()
+
+
+def test_without_the_output_the_same_inputs_are_seen_and_nothing_behind_them_is_computed(begun):
+    reader, hidden = begun
+    runner, block, needs = BlockRunner(reader.config, hidden.lengths), reader.block(1), Needs(data=True, gram=True, rows=20)
+    seen, output = runner.observe(block, hidden, needs, "test", output=False)
+    assert output is None
+    assert [until for _, until, _ in runner._cells] == [running._INPUTS]
+    wanted, _ = runner.observe(block, hidden, needs, "test")
+    assert list(seen) == list(wanted)
+    for one, two in zip(seen.values(), wanted.values(), strict=True):
+        assert np.array_equal(one.gram, two.gram)
+        assert np.array_equal(one.sample.rows, two.sample.rows)
 
 
 def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(rounded):
@@ -115,14 +135,13 @@ def test_the_size_of_a_rotated_checkpoint_with_its_new_head_is_known_beforehand(
 def test_a_raised_damping_is_in_the_report_and_on_the_terminal(recipe, tmp_path):
     """One chat has fewer tokens than the layers have inputs: without damping the grams are singular."""
     runtime.start("cpu", "graph")
-    progress = Bars(console=Console(file=StringIO(), width=200))
-    printer = _block_printer(progress, progress.add_task("blocks", total=4), 4)
+    bars = Bars(console=Console(file=StringIO(), width=200))
     chosen = recipe("scheme: w8a8\nrounding: {gptq: {damping: 0}}")
-    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), progress=Progress(on_block=printer))
+    quantize(CheckpointReader(MINI), chosen, tmp_path / "out", data=calibration(1), progress=Shown(bars).progress)
     report = json.loads((tmp_path / "out/quantization_report.json").read_text())
     for block in report["blocks"]:
         assert block["notes"]["mlp.down_proj"].startswith("damping raised from 0 to ")
-    assert progress.console.file.getvalue().count("mlp.down_proj: damping raised from 0 to ") == 4
+    assert bars.console.file.getvalue().count("mlp.down_proj: damping raised from 0 to ") == 4
 
 
 # --- slow: other outliers, and resumption of the longest path --------------------------------------------------------

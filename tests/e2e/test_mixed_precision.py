@@ -17,8 +17,8 @@ from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
-from ms_pangu_quant.mixed.measure import measure, total_steps
-from ms_pangu_quant.mixed.sensitivity import assigned, split
+from ms_pangu_quant.mixed.measure import measure
+from ms_pangu_quant.mixed.sensitivity import assigned, split, total_steps
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
@@ -61,7 +61,6 @@ def found(folder, checkpoint, data):
     made = measure(
         CheckpointReader(checkpoint),
         recipe_of(folder, BUDGET),
-        SCHEMES,
         folder / "partial",
         data=data,
         tokens=60,
@@ -91,7 +90,7 @@ def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folde
     chosen = recipe_of(folder, f'scheme: float\nlayers: {{"{layers}": w4a8_g32}}\n' + METHOD.replace("[smooth]", "[]"))
     output = folder / f"alone-{block}"
     plain = measure(
-        CheckpointReader(checkpoint), recipe_of(folder, BUDGET.replace("[smooth]", "[]"), "plain"), SCHEMES,
+        CheckpointReader(checkpoint), recipe_of(folder, BUDGET.replace("[smooth]", "[]"), "plain"),
         folder / "plain", data=data, tokens=60,
     )  # fmt: skip
     quantize(CheckpointReader(checkpoint), chosen, output, data=part)
@@ -128,7 +127,7 @@ def test_a_killed_measurement_goes_on_and_ends_with_the_same_figures(folder, che
         if next(steps) == 3:  # in the second block
             raise Killed
 
-    arguments = (CheckpointReader(checkpoint), recipe_of(folder, BUDGET), SCHEMES, folder / "killed")
+    arguments = (CheckpointReader(checkpoint), recipe_of(folder, BUDGET), folder / "killed")
     with pytest.raises(Killed):
         measure(*arguments, data=data, tokens=60, on_step=kill)
     with pytest.raises(OutputError, match="holds an unfinished run; go on with --resume"):

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ms_pangu_quant.calibration.runner import BlockRunner
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.reader import QuantizedReader
@@ -23,6 +24,8 @@ from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import ASSETS, MINI, calibration, token_data
+from tests.e2e.msrun_job import random_data
+from tools.dev import make_checkpoint
 
 RECIPES = ("w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128")  # one of each kind on disk
 
@@ -125,6 +128,50 @@ def test_a_killed_process_resumes_to_the_same_bytes(quantized, tmp_path):
     subprocess.run([*command, "--resume"], check=True, capture_output=True, cwd=tmp_path)
     assert contents(output) == contents(quantized("w8a8"))
     assert [path.name for path in tmp_path.iterdir()] == ["killed"], "a stray file was left in the working directory"
+
+
+CORRECTED = "scheme: w8a8\ntransforms: [smooth]\nrounding: {gptq: {correct: true}}\nkv_cache: int8\n"
+ONCE_A_BLOCK = ((CheckpointReader, "block"), (BlockRunner, "observe_cache"), (BlockRunner, "observe"))
+
+
+def recorded(method, calls):
+    def record(self, *arguments, **options):
+        calls.append((arguments, options))
+        return method(self, *arguments, **options)
+
+    return record
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """Of a run that aims at the float model, with an int8 cache: (blocks, method -> arguments of each call of it)."""
+    folder, asked = tmp_path_factory.mktemp("corrected"), {name: [] for _, name in ONCE_A_BLOCK}
+    config = make_checkpoint.make_config("tiny")
+    make_checkpoint.write_checkpoint(folder / "float", config, seed=1, dtype="float32")
+    (folder / "corrected.yaml").write_text(CORRECTED)
+    runtime.start("cpu", "graph")
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ONCE_A_BLOCK:
+            patch.setattr(owner, name, recorded(getattr(owner, name), asked[name]))
+        reader, data = CheckpointReader(folder / "float"), random_data(config["vocab_size"], 4)
+        quantize(reader, load_recipe(folder / "corrected.yaml"), folder / "out", data=data)
+    return config["num_hidden_layers"], asked
+
+
+def test_both_models_are_advanced_with_one_reading_of_each_block(asked):
+    blocks, calls = asked
+    assert [index for (index,), _ in calls["block"]] == list(range(blocks))
+
+
+def test_the_grids_of_the_cache_are_made_once_for_all_inputs_behind_it(asked):
+    blocks, calls = asked
+    assert [where for (*_, where), _ in calls["observe_cache"]] == [f"block {index}" for index in range(blocks)]
+
+
+def test_an_output_that_nobody_wants_is_not_computed(asked):
+    """The float block's output of the quantized stream: the float model's own is what the error is measured against."""
+    blocks, calls = asked
+    assert [options for _, options in calls["observe"]] == [{"output": False}] * blocks
 
 
 @pytest.mark.parametrize("changed", ["recipe", "checkpoint", "calibration data"])

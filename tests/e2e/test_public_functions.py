@@ -16,9 +16,12 @@ from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError, PanguQuantError, RecipeError, RequestError
 from ms_pangu_quant.formats.against import law_of
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.mixed.sensitivity import total_steps
+from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import MINI
+from tools.dev.make_checkpoint import make_config
 
 DATA = pq.ASSETS / "validation.jsonl"
 SMOOTH = {"scheme": "w8a8", "transforms": [{"smooth": {"alpha": 0.5}}]}
@@ -34,6 +37,55 @@ def test_quantize_writes_the_bytes_that_the_command_writes(tmp_path, capsys):
     sums = [(tmp_path / name / "SHA256SUMS").read_bytes() for name in ("function", "command")]
     assert sums[0] == sums[1]
     assert result.output == tmp_path / "function"
+
+
+def test_quantize_refuses_an_int8_cache_that_no_program_reads_as_the_command_does(tmp_path, capsys):
+    asked = {"calibration": DATA, "stored_as": "compressed-tensors"}
+    with pytest.raises(RequestError, match=r"an int8 key/value cache .* no program computes it") as refused:
+        pq.quantize(MINI, "kv8", tmp_path / "function", **asked)
+    command = ["quantize", str(MINI), "--recipe", "kv8", "--calibration", str(DATA), "--format", "compressed-tensors"]
+    assert main([*command, "--output", str(tmp_path / "command")]) == 2
+    assert " ".join(capsys.readouterr().err.split()) == f"pangu-quant: error: {' '.join(str(refused.value).split())}"
+    assert not any(tmp_path.iterdir())
+
+
+def test_quantize_measures_for_a_budget_and_writes_the_bytes_that_the_command_writes(tmp_path, make_small, capsys):
+    """It measured nothing and failed: only the command could."""
+    checkpoint, data, recipe = make_small(tmp_path)
+    seen = {"measuring": [], "streams": [], "budget": [], "blocks": []}
+    progress = Progress(
+        on_measuring=seen["measuring"].append,
+        on_streams=seen["streams"].append,
+        on_budget=seen["budget"].append,
+        on_block=seen["blocks"].append,
+    )
+    pq.quantize(checkpoint, recipe, tmp_path / "function", calibration=data, progress=progress)
+    command = ["quantize", str(checkpoint), "--recipe", str(recipe), "--calibration", str(data)]
+    assert main([*command, "--output", str(tmp_path / "command")]) == 0
+    capsys.readouterr()
+    for name in ("{}.sensitivity.json", "{}/SHA256SUMS"):
+        function, written = ((tmp_path / name.format(run)).read_bytes() for run in ("function", "command"))
+        assert function == written
+    assert seen["measuring"] == [tmp_path / "function.sensitivity.json"]
+    assert sum(seen["streams"]) == total_steps(2)
+    assert [len(seen[name]) for name in ("budget", "blocks")] == [1, 2]
+
+
+@pytest.fixture
+def make_small(write_checkpoint):
+    """A folder -> a tiny checkpoint, rows of tokens, and a recipe with a budget, in it."""
+
+    def make(folder):
+        write_checkpoint(folder / "float", make_config("tiny"), seed=3, dtype="float32")
+        generator = np.random.default_rng(0)
+        lengths = (500, 500, 500, 400, *[512] * 9)
+        rows = [json.dumps({"token_ids": generator.integers(3, 96, length).tolist()}) for length in lengths]
+        (folder / "rows.jsonl").write_text("\n".join(rows))
+        budget = {"budget": {"bits_per_weight": 6.5, "schemes": ["w4a8_g32", "w8a8"]}}
+        (folder / "mixed.yaml").write_text(yaml.safe_dump({"scheme": budget, "transforms": ["smooth"]}))
+        return folder / "float", folder / "rows.jsonl", folder / "mixed.yaml"
+
+    return make
 
 
 @pytest.mark.parametrize("name", ["w8a8", "w4a8_g128", "w4a8_g128_rotated", "w4a8_mixed"])
@@ -111,7 +163,7 @@ def test_mistakes_are_said_before_anything_is_written(tmp_path):
         lambda output: pq.quantize(MINI, {"scheme": "w9a9"}, output),
         lambda output: pq.quantize(MINI, "w8a8_rtn", output, stored_as="gguf"),
         lambda output: pq.quantize(tmp_path / "nowhere", "w8a8_rtn", output),
-        lambda output: pq.quantize(MINI, "w4a8_mixed", output, calibration=DATA),  # a budget without sensitivities
+        lambda output: pq.quantize(MINI, "w4a8_mixed", output),  # a budget, and nothing to measure for it
     ):
         with pytest.raises(PanguQuantError):
             wrong(tmp_path / "out")

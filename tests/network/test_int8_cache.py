@@ -172,6 +172,14 @@ def test_what_is_stored_is_sound_and_has_the_predicted_size(stored):
     assert stored_bytes(reader, chosen, chosen.plan(reader.config)) == QuantizedReader(stored("float")).files.nbytes
 
 
+def test_a_directory_whose_layers_all_stay_float_is_a_quantized_one_all_the_same(stored, capsys):
+    assert main(["bench", str(MINI), "--against", str(stored("float"))]) == 2
+    assert "is quantized; wanted the float checkpoint" in capsys.readouterr().err.replace("\n", " ")
+    if library() is not None:
+        model = load(stored("float"), kv_cache_tokens=64, head="int8")
+        assert str(model.network.model.output_layer.weight.dtype) == "Int8"
+
+
 @pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_bytes(stored, tmp_path):
     class Stopped(Exception):

@@ -297,8 +297,9 @@ def test_every_field_of_a_config_either_makes_another_model_or_does_not():
 def test_another_shape_or_function_is_another_model_and_is_named(field):
     one, other = read(PANGU_1B), read(PANGU_1B, **OTHER[field])
     told = {ATTENTION: "[k o q v]", NONE: "[]"} if field == "biased" else {}
+    called = "the set of layers with biases" if field == "biased" else field
     found, wanted = (told.get(value, value) for value in (getattr(other, field), getattr(one, field)))
-    assert list(differences(one, other)) == [f"{field} is {found}, wanted {wanted}"]
+    assert list(differences(one, other)) == [f"{called} is {found}, wanted {wanted}"]
     assert len(list(differences(other, one))) == 1
 
 

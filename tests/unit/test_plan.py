@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.errors import CheckpointError, RecipeError, RequestError
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.formats.words import FLOAT, WORDS, scheme_of, word_of
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
@@ -101,7 +101,11 @@ def test_a_uniform_plan_has_one_scheme_in_every_layer_of_the_model(small_config,
 def test_group_sizes_are_those_of_the_int4_layers_alone(plan):
     int4 = {scheme.group_size for _, _, scheme in plan if scheme is not None and scheme.weight.bits == 4}
     assert plan.group_sizes == int4 == set().union(*(block.group_sizes for block in plan.blocks))
-    assert plan.group_size == max(int4, default=0)
+    if len(int4) > 1:
+        with pytest.raises(RecipeError, match="are mixed; MindFormers has one group_size"):
+            _ = plan.group_size
+    else:
+        assert plan.group_size == max(int4, default=0)
 
 
 def test_what_is_not_int4_has_no_group_size_and_per_channel_is_one():
