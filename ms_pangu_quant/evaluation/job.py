@@ -221,7 +221,7 @@ def _check_prompts(prompts: Mapping[str, str], tasks: Sequence[str]) -> None:
 
 
 def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[run.Question]:
-    tokenizer = Tokenizer.from_directory(Path(request.checkpoint))
+    tokenizer = Tokenizer(Path(request.checkpoint))
     prompts = {task: PROMPTS[request.prompts.get(task, PROMPT)] for task in tasks}
 
     def encode(chat: list[dict[str, str]], mode: str) -> list[int]:

@@ -156,7 +156,7 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.from_directory(self.directory)
+            self._tokenizer = Tokenizer(self.directory)
         return self._tokenizer
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
