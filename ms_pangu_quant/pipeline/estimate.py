@@ -18,7 +18,6 @@ from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.mixed.sensitivity import split
-from ms_pangu_quant.pipeline.report import calibration_facts
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -63,6 +62,18 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     after = stored_bytes(reader, recipe, plan, stored_as)
     used = None if data is None else calibration_facts(recipe, data)
     return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds)
+
+
+def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
+    """What of the data a run uses."""
+    return {
+        "sequences": len(data.sequences),
+        "tokens": data.tokens,
+        "truncated": data.truncated,
+        "sha256": data.sha256,
+        "seed": recipe.calibration.seed,
+        "max_length": recipe.calibration.max_length,
+    }
 
 
 def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) -> float:

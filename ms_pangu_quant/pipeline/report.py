@@ -13,6 +13,7 @@ from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.mixed.budget import Assignment
+from ms_pangu_quant.pipeline.estimate import calibration_facts
 from ms_pangu_quant.recipe.parse import text_of
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
@@ -91,15 +92,4 @@ def report(
         "schemes": {name: word_of(scheme) for name, _, scheme in plan},
         "files": {},
         "versions": {package: version(package) for package in ("ms_pangu_quant", "mindspore", "mindformers", "numpy")},
-    }
-
-
-def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
-    return {
-        "sequences": len(data.sequences),
-        "tokens": data.tokens,
-        "truncated": data.truncated,
-        "sha256": data.sha256,
-        "seed": recipe.calibration.seed,
-        "max_length": recipe.calibration.max_length,
     }
