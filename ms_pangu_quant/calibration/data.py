@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
-from ms_pangu_quant.errors import DataError, RequestError
+from ms_pangu_quant.errors import DataError, RequestError, located
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], t
         elif form == "text":
             text = value
         else:
-            with _placed(place):
+            with located(f"{place}: ", DataError):
                 text = tokenizer.decode(value)
         name = find_benchmark(text)
         if name is not None:
@@ -314,7 +314,7 @@ def _encode(form: str, value: Any, tokenizer: Tokenizer | None, vocab_size: int,
         ids: Sequence[int] = value
     else:
         assert tokenizer is not None
-        with _placed(place):
+        with located(f"{place}: ", DataError):  # the tokenizer refuses this row
             ids = (
                 tokenizer.encode(value)
                 if form == "text"
@@ -337,14 +337,6 @@ def _sha256(sequences: Sequence[NDArray[np.int32]]) -> str:
     for ids in sequences:
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _placed(place: str) -> Iterator[None]:
-    try:
-        yield
-    except RequestError as error:  # the tokenizer refuses this row
-        raise DataError(f"{place}: {error}") from None
 
 
 @contextmanager

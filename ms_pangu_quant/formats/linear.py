@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.words import FLOAT, scheme_of, word_of
 from ms_pangu_quant.quantizers.grid import is_bfloat16
@@ -30,6 +31,15 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
     optional: bool = False
+
+    def __str__(self) -> str:
+        return f"{' or '.join(dict.fromkeys(self.dtypes))} {list(self.shape)}"
+
+    def fits(self, entry: TensorEntry | ComputedEntry | None) -> bool:
+        """Whether what is stored is so; None: nothing is."""
+        if entry is None:
+            return self.optional
+        return entry.shape == self.shape and entry.dtype.name in self.dtypes
 
     def nbytes(self, *, bfloat16_values: bool) -> int:
         dtype = self.dtypes[0] if self.dtypes[0] != "bfloat16" or bfloat16_values else self.dtypes[1]

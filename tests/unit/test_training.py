@@ -76,8 +76,8 @@ def trained(make_checkpoint, tmp_path):
 
 def assert_same(one, other):
     first, second = CheckpointReader(one), CheckpointReader(other)
-    assert first.shapes() == second.shapes()
-    for name in first.shapes():
+    assert first.plan.float_shapes(first.config) == second.plan.float_shapes(second.config)
+    for name in first.plan.float_shapes(first.config):
         a, b = first.files.entries[name], second.files.entries[name]
         assert a.shape == b.shape
         assert a.dtype == b.dtype
@@ -251,6 +251,10 @@ def test_metadata_that_does_not_fit_the_files_is_refused(trained, change, said):
 def test_the_table_of_names_covers_every_tensor_once(trained):
     source, folder, tensors, _ = trained(tie_word_embeddings=False)
     reader = CheckpointReader(folder)
-    assert set(reader.files.entries) == set(load_file(source / "model.safetensors")) == set(reader.shapes())
+    assert (
+        set(reader.files.entries)
+        == set(load_file(source / "model.safetensors"))
+        == set(reader.plan.float_shapes(reader.config))
+    )
     assert sum(entry.nbytes for entry in reader.files.entries.values()) == sum(value.nbytes for value in tensors.values())
     assert layout.EMBEDDING in reader.files.entries
