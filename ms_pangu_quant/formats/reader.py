@@ -13,7 +13,6 @@ from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
-from ms_pangu_quant.checkpoint.training import RowLayout
 from ms_pangu_quant.errors import CheckpointError, located
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
 from ms_pangu_quant.formats.linear import TensorSpec
@@ -61,25 +60,6 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
     )
 
 
-class Reader(Protocol):
-    """What the readers of float and of quantized directories have in common; plan says what is quantized."""
-
-    directory: Path
-    config: ModelConfig
-    plan: Plan
-    files: TensorFiles
-
-    @property
-    def format(self) -> Format | None:
-        """Of a quantized directory."""
-
-    @property
-    def rows(self) -> RowLayout | None:
-        """Of what MindFormers' training saved."""
-
-    def rounded_block(self, index: int) -> RoundedBlock: ...
-
-
 class QuantizedReader:
     """A quantized directory whose every tensor has been found, with the shape and dtype its description implies."""
 
@@ -101,6 +81,9 @@ class QuantizedReader:
 
     def rounded_block(self, index: int) -> RoundedBlock:
         return read_block(self.format, self.files, self.config, self.plan.blocks[index], index)
+
+
+Reader = CheckpointReader | QuantizedReader  # their plan says what is quantized
 
 
 def quantized_specs(chosen: Format, config: ModelConfig, plan: Plan) -> dict[str, TensorSpec]:
@@ -157,7 +140,7 @@ def check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> N
             raise CheckpointError(f"{listed}; these layers read the same input and need the same scale")
 
 
-def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
+def open_checkpoint(path: Path) -> Reader:
     """The reader of a directory; whether it is quantized, and how, is told by its files, never by its name."""
     if (
         path.is_dir()
