@@ -174,7 +174,7 @@ class Recipe:
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
-        names = [name.removesuffix(".weight") for name in layout.linear_names(config)]
+        names = layout.layer_names(config)
         if self.budget is not None and self.assignment is None:
             raise RecipeError(
                 f"{self.where}: scheme is a budget, and which layers it raises follows from sensitivities: run it with "
