@@ -372,7 +372,7 @@ def read_data(
     """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one."""
     return load_token_data(
         Path(path),
-        tokenizer=Tokenizer.from_directory(checkpoint) if (checkpoint / "tokenizer.model").exists() else None,
+        tokenizer=Tokenizer(checkpoint) if (checkpoint / "tokenizer.model").exists() else None,
         vocab_size=config.vocab_size,
         max_length=max_length,
         samples=samples,

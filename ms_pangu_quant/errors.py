@@ -7,6 +7,8 @@ prints it as one line and exits with 2; anything that is not a PanguQuantError i
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _LONGEST = 400  # characters without a space that a message repeats
 
@@ -23,6 +25,15 @@ class PanguQuantError(Exception):
     def __init__(self, message: str) -> None:
         line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(message.split()))
         super().__init__(re.sub(rf"\S{{{_LONGEST},}}", lambda found: f"{found[0][:200]}...{found[0][-100:]}", line))
+
+
+@contextmanager
+def located(where: str, kind: type[PanguQuantError] | None = None) -> Iterator[None]:
+    """An error from inside says `where` first, and is one of this kind."""
+    try:
+        yield
+    except PanguQuantError as error:
+        raise (kind or type(error))(f"{where}{error}") from None
 
 
 class CheckpointError(PanguQuantError):

@@ -79,7 +79,7 @@ def token_data(name: str, samples: int, seed: int | None = None):
 
     return load_token_data(
         ASSETS / f"{name}.jsonl",
-        tokenizer=Tokenizer.from_directory(MINI),
+        tokenizer=Tokenizer(MINI),
         vocab_size=1024,
         max_length=512,
         samples=samples,

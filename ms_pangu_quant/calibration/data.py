@@ -22,24 +22,26 @@ import json
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from reprlib import repr as short
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
-from ms_pangu_quant.errors import DataError, RequestError
+from ms_pangu_quant.errors import DataError, RequestError, located
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+    from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 
 FORMS = ("token_ids", "messages", "text")
 SHORTEST = 2  # tokens: one to read and one to predict
@@ -52,38 +54,16 @@ _WANTED = (
 _NAMED = 5  # offending rows that a message names
 
 
-class TextEncoder(Protocol):
-    """What messages and text need of a tokenizer."""
-
-    def encode(self, text: str) -> Sequence[int]: ...
-    def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, mode: str = ..., add_generation_prompt: bool = ...
-    ) -> Sequence[int]: ...
-
-
-@runtime_checkable
-class TextDecoder(Protocol):
-    """What a tokenizer needs so that benchmark problems are found in token_ids too."""
-
-    def decode(self, ids: Sequence[int]) -> str: ...
-
-
 @dataclass(frozen=True, eq=False)
 class TokenData:
-    """sequences        each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file is
-    sha256           of all lengths and ids in order: the same for the same tokens from any file format
-    rows_in_file     rows found, used or not
-    truncated        sequences that were cut to max_length
-    overlap_checked  True: searched for benchmark problems, none found. False: not searched, because they were
-                     allowed, or because the rows are token_ids and there is no tokenizer to decode them
+    """sequences  each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file has fewer rows
+    sha256     of all lengths and ids in order: the same for the same tokens from any file format
+    truncated  sequences that were cut to max_length
     """
 
     sequences: tuple[NDArray[np.int32], ...]
     sha256: str
-    source: str
-    rows_in_file: int
     truncated: int
-    overlap_checked: bool
 
     @property
     def tokens(self) -> int:
@@ -106,7 +86,7 @@ class _Table:
 def load_token_data(
     path: Path,
     *,
-    tokenizer: TextEncoder | None,
+    tokenizer: Tokenizer | None,
     vocab_size: int,
     max_length: int,
     samples: int | None = None,
@@ -121,7 +101,8 @@ def load_token_data(
     samples     rows to use, None for all; that there are fewer is no error, see TokenData
     seed        None takes rows in file order (of a folder, by file name); a number shuffles before taking
     Raises      DataError naming file and row, also where a row holds a benchmark's problem (see overlap.py)
-                unless allowed; RequestError for a senseless max_length, samples or seed.
+                unless allowed, of token_ids where there is a tokenizer to decode them; RequestError for a senseless
+                max_length, samples or seed.
     """
     for name, number, least in (("max_length", max_length, SHORTEST), ("samples", samples, 1), ("seed", seed, 0)):
         if number is not None and number < least:
@@ -141,15 +122,11 @@ def load_token_data(
         index = int(position) - (ends[part] - len(table.rows))
         place = table.place(index)
         rows.append((place, _checked(form, table.rows[index][form], vocab_size, place)))
-    decoder = tokenizer if isinstance(tokenizer, TextDecoder) else None
-    overlap_checked = not allow_benchmark_overlap and (form != "token_ids" or decoder is not None)
-    if overlap_checked:
-        _refuse_benchmarks(path, form, rows, decoder)
+    if tokenizer is not None and not allow_benchmark_overlap:
+        _refuse_benchmarks(path, form, rows, tokenizer)
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
     sequences = tuple(ids[:max_length] for ids in whole)
-    return TokenData(
-        sequences, _sha256(sequences), str(path), ends[-1], sum(len(ids) > max_length for ids in whole), overlap_checked
-    )
+    return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
 
 
 def _order(rows: int, seed: int | None) -> Sequence[int] | NDArray[np.int64]:
@@ -310,7 +287,7 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str) and not _SURROGATE.search(value)
 
 
-def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], decoder: TextDecoder | None) -> None:
+def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], tokenizer: Tokenizer) -> None:
     found = []
     for place, value in rows:
         if form == "messages":
@@ -318,9 +295,8 @@ def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], d
         elif form == "text":
             text = value
         else:
-            assert decoder is not None
-            with _placed(place):
-                text = decoder.decode(value)
+            with located(f"{place}: ", DataError):
+                text = tokenizer.decode(value)
         name = find_benchmark(text)
         if name is not None:
             found.append(f"{place.removeprefix(f'{path}: ')}: {name}")
@@ -333,12 +309,12 @@ def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], d
         )
 
 
-def _encode(form: str, value: Any, tokenizer: TextEncoder | None, vocab_size: int, place: str) -> NDArray[np.int32]:
+def _encode(form: str, value: Any, tokenizer: Tokenizer | None, vocab_size: int, place: str) -> NDArray[np.int32]:
     if form == "token_ids":
         ids: Sequence[int] = value
     else:
         assert tokenizer is not None
-        with _placed(place):
+        with located(f"{place}: ", DataError):  # the tokenizer refuses this row
             ids = (
                 tokenizer.encode(value)
                 if form == "text"
@@ -361,14 +337,6 @@ def _sha256(sequences: Sequence[NDArray[np.int32]]) -> str:
     for ids in sequences:
         digest.update(len(ids).to_bytes(8, "little") + ids.astype("<i4").tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _placed(place: str) -> Iterator[None]:
-    try:
-        yield
-    except RequestError as error:  # the tokenizer refuses this row
-        raise DataError(f"{place}: {error}") from None
 
 
 @contextmanager

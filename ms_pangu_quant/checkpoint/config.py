@@ -54,7 +54,6 @@ class ModelConfig(Sizes):
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
-    bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
     torch_dtype: str
@@ -100,7 +99,6 @@ class ModelConfig(Sizes):
             rope_theta=_rope_theta(raw, where, default=architecture.rope_theta),
             biased=architecture.biased_layers(raw),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            bos_token_id=_token_id(raw, "bos_token_id"),
             eos_token_id=_token_id(raw, "eos_token_id"),
             pad_token_id=_token_id(raw, "pad_token_id"),
             torch_dtype=str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16"),

@@ -81,18 +81,6 @@ class TensorEntry:
             raise CheckpointError(f"{self.file}: ends early; wanted {count} elements at byte {self.offset}")
         return data.reshape((max(stop - start, 0), *self.shape[1:]))
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The tensor's bytes, a few MiB at a time."""
-        with open(self.file, "rb") as stream:
-            stream.seek(self.offset)
-            left = self.nbytes
-            while left:
-                piece = stream.read(min(_CHUNK, left))
-                if not piece:
-                    raise CheckpointError(f"{self.file}: ends early, {left} bytes short")
-                left -= len(piece)
-                yield piece
-
 
 @dataclass(frozen=True)
 class ComputedEntry:
@@ -124,15 +112,12 @@ class ComputedEntry:
         """Rows start:stop of the first axis, in the stored dtype."""
         return self.compute(widen(self.source.read(start, stop))).astype(self.dtype)
 
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The tensor's bytes, a few MiB at a time."""
-        return row_chunks(self)
 
-
-def row_chunks(entry: TensorEntry | ComputedEntry) -> Iterator[memoryview]:
+def chunks(entry: TensorEntry | ComputedEntry) -> Iterator[memoryview]:
     """The bytes of entry.read(), a few MiB of rows at a time."""
-    step = max(1, _CHUNK * entry.shape[0] // max(entry.nbytes, 1))
-    for start in range(0, entry.shape[0], step):
+    rows = entry.shape[0] if entry.shape else 1
+    step = max(1, _CHUNK * rows // max(entry.nbytes, 1))
+    for start in range(0, rows, step):
         yield np.ascontiguousarray(entry.read(start, start + step)).reshape(-1).view(np.uint8).data
 
 
@@ -211,7 +196,7 @@ class TensorFiles:
 
         def digest_of(name: str) -> str:
             digest, entry = hashlib.sha256(), self._stored[name]
-            for piece in entry.chunks():
+            for piece in chunks(entry):
                 digest.update(piece)
                 if not _finite(piece, entry.dtype):
                     raise CheckpointError(
@@ -354,7 +339,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
         yield encoded
         for tensor in tensors.values():
             if isinstance(tensor, (TensorEntry, ComputedEntry)):
-                yield from tensor.chunks()
+                yield from chunks(tensor)
             else:
                 yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
 

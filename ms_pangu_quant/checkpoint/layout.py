@@ -94,10 +94,6 @@ def site_shape(config: Sizes, site: LinearSite) -> tuple[int, int]:
     return outputs, inputs
 
 
-def has_bias(config: Sizes, site: LinearSite) -> bool:
-    return site in config.biased
-
-
 def block_prefix(index: int) -> str:
     return f"model.layers.{index}."
 
@@ -108,7 +104,7 @@ def block_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     for site in SITES:
         out_features, in_features = site_shape(config, site)
         shapes[f"{site.name}.weight"] = (out_features, in_features)
-        if has_bias(config, site):
+        if site in config.biased:
             shapes[f"{site.name}.bias"] = (out_features,)
     return shapes
 
@@ -122,6 +118,6 @@ def outer_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def linear_names(config: Sizes) -> list[str]:
-    """Full names of the weights of all blocks' linear layers, block by block."""
-    return [f"{block_prefix(index)}{site.name}.weight" for index in range(config.num_hidden_layers) for site in SITES]
+def layer_names(config: Sizes) -> list[str]:
+    """Full names of all blocks' linear layers, block by block."""
+    return [f"{block_prefix(index)}{site.name}" for index in range(config.num_hidden_layers) for site in SITES]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -43,14 +43,7 @@ class CheckpointReader:
         self.plan, self.format = Plan.uniform(self.config), None
         self._rewrite: Callable[[Block], Block] | None = None
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
-        self.files.check(self.shapes(), optional=optional)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        shapes = layout.outer_shapes(self.config)
-        for index in range(self.config.num_hidden_layers):
-            for name, shape in layout.block_shapes(self.config).items():
-                shapes[layout.block_prefix(index) + name] = shape
-        return shapes
+        self.files.check(self.plan.float_shapes(self.config), optional=optional)
 
     def block(self, index: int) -> Block:
         prefix = layout.block_prefix(index)
@@ -73,10 +66,6 @@ class CheckpointReader:
         reader.config, reader.files = config, self.files.overlaid(outer)
         reader._rewrite = (lambda block: rewrite(earlier(block))) if earlier else rewrite
         return reader
-
-    def blocks(self) -> Iterator[Block]:
-        for index in range(self.config.num_hidden_layers):
-            yield self.block(index)
 
 
 def embedding_rows(files: TensorFiles, token_ids: NDArray[np.int32]) -> NDArray[np.float32]:

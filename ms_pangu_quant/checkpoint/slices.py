@@ -10,7 +10,7 @@ Slices that come with strategy files instead are merged by MindSpore, see networ
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint.config import read_json
-from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles, row_chunks
+from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
 
 METADATA_FILE = "metadata.json"
@@ -46,10 +46,6 @@ class PiecesEntry(TensorEntry):
                 box[0] = slice(begin - start, end - start)
                 rows[tuple(box)] = piece.read(begin - origin[0], end - origin[0])
         return rows
-
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The tensor's bytes, a few MiB at a time."""
-        return row_chunks(self)
 
 
 def put_together(directory: Path) -> TensorFiles | None:

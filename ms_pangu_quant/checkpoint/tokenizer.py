@@ -57,8 +57,8 @@ class Thought:
 
 
 class Tokenizer:
-    """vocab_size is one more than the largest id; ids below it may be unused. bos_id, pad_id, think_start_id and
-    think_end_id are None where the files do not name such a token."""
+    """vocab_size is one more than the largest id; ids below it may be unused. bos_id, think_start_id and think_end_id are
+    None where the files do not name such a token."""
 
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError where a file is missing or malformed, or where two of them contradict each other."""
@@ -83,7 +83,7 @@ class Tokenizer:
         self._added = {text: token_id for token_id, text in self._texts.items()}  # all that sentencepiece never sees
         self._splitter = re.compile("(" + "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) + ")")
         self.vocab_size: int = max(count, 1 + max(self._texts))
-        self.eos_id, self.bos_id, self.pad_id = named["eos_token"], named.get("bos_token"), named.get("pad_token")
+        self.eos_id, self.bos_id = named["eos_token"], named.get("bos_token")
         self.think_start_id = _find("[unused16]", added, pieces)
         self.think_end_id = _find("[unused17]", added, pieces)
         self._add_bos = self.bos_id is not None and str(config.get("add_bos_token", True)).lower() != "false"
@@ -94,12 +94,8 @@ class Tokenizer:
             template = _OPENPANGU_TEMPLATE
         self._template = None if template is None else _compile(template, directory)
 
-    @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer:
-        return cls(directory)
-
-    def encode(self, text: str, *, add_bos: bool | None = None) -> list[int]:
-        """add_bos None means what tokenizer_config.json's add_bos_token says.
+    def encode(self, text: str) -> list[int]:
+        """bos is in front if tokenizer_config.json's add_bos_token says so.
 
         As in the official tokenizer, a control symbol in the text is that token: clean what you do not trust.
         """
@@ -107,11 +103,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"the text is not valid Unicode ({error}); was it read as another encoding?") from None
-        ids: list[int] = []
-        if self._add_bos if add_bos is None else add_bos:
-            if self.bos_id is None:
-                raise RequestError(f"{self._where}: names no bos_token to put in front")
-            ids.append(self.bos_id)
+        ids = [self.bos_id] if self._add_bos and self.bos_id is not None else []
         for index, segment in enumerate(self._splitter.split(text)):
             ids += [self._added[segment]] if index % 2 else self._pieces.Encode(segment)
         return ids

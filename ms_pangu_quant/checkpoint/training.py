@@ -17,7 +17,7 @@ What it does not do: read the names of MindFormers' older ("legacy") models, or 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles, row_chunks
+from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
 
 PREFIX = "decoder.layers."
@@ -35,7 +35,7 @@ OUTER = {
     layout.FINAL_NORM: "decoder.final_layernorm.weight",
     layout.HEAD: "output_layer.weight",
 }
-_NORMS = {"input_layernorm": "input_layernorm", "post_attention_layernorm": "pre_mlp_layernorm"}
+_NORMS = {layout.ATTENTION_NORM: "input_layernorm", layout.MLP_NORM: "pre_mlp_layernorm"}
 _CONTIGUOUS_QKV, _INTERLEAVED_FC1 = "use_contiguous_weight_layout_attention", "use_interleaved_weight_layout_mlp"
 
 
@@ -85,10 +85,6 @@ class RowsEntry(TensorEntry):
         runs = self.whole.read(group * run, -(-stop // count) * run)
         rows = runs.reshape(-1, run, *self.shape[1:])[:, self.first : self.first + count].reshape(-1, *self.shape[1:])
         return rows[start - group * count : stop - group * count]
-
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """The rows' bytes, a few MiB at a time."""
-        return row_chunks(self)
 
 
 def is_trained(files: TensorFiles) -> bool:
@@ -152,14 +148,14 @@ def _block_part(config: ModelConfig, rows: RowLayout, prefix: str, name: str, sh
     stem, _, kind = name.rpartition(".")
     if stem in layout.NORMS:
         return _Part(f"{prefix}{_NORMS[stem]}.{kind}", shape)
-    site = next(site for site in layout.SITES if site.name == stem)
+    site = layout.BY_NAME[stem]
     cell = "self_attention" if stem.startswith("self_attn.") else "mlp"
-    fused = [each for each in layout.SITES if each.fused == site.fused]
+    fused = layout.fused(site.fused)
     heights = [layout.site_shape(config, each)[0] for each in fused]
     groups = 1
-    if site.fused == "linear_qkv" and not rows.contiguous_qkv:
+    if site.fused == layout.QKV and not rows.contiguous_qkv:
         groups = config.num_key_value_heads
-    elif site.fused == "linear_fc1" and rows.interleaved_fc1:
+    elif site.fused == layout.FC1 and rows.interleaved_fc1:
         groups = config.intermediate_size
     position = fused.index(site)
     return _Part(

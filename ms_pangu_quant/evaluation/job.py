@@ -29,6 +29,7 @@ from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import check_tasks, load_tasks
 from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Limits
+from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job import ranks
@@ -221,7 +222,7 @@ def _check_prompts(prompts: Mapping[str, str], tasks: Sequence[str]) -> None:
 
 
 def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[run.Question]:
-    tokenizer = Tokenizer.from_directory(Path(request.checkpoint))
+    tokenizer = Tokenizer(Path(request.checkpoint))
     prompts = {task: PROMPTS[request.prompts.get(task, PROMPT)] for task in tasks}
 
     def encode(chat: list[dict[str, str]], mode: str) -> list[int]:
@@ -248,6 +249,5 @@ def _cache_tokens(request: EvaluationRequest, config: ModelConfig, asked: Sequen
 
     longest = max(len(each.token_ids) for each in asked) + request.generation.max_new_tokens
     answer_tokens = min(longest, config.max_position_embeddings) + 2 * BLOCK_SIZE
-    token_bytes = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    affordable = int(psutil.virtual_memory().available) // 4 // token_bytes
+    affordable = int(psutil.virtual_memory().available) // 4 // kv_cache.bytes_per_token(config, 4)
     return max(answer_tokens, min(min(request.batch_size, len(asked)) * answer_tokens, affordable))

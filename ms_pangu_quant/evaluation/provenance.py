@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 from collections import Counter
@@ -15,6 +13,7 @@ from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD, word_of
+from ms_pangu_quant.pipeline.prepare import checkpoint_hash
 
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
@@ -22,11 +21,9 @@ _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 def of_checkpoint(directory: Path, device: str, head: str = "stored") -> dict[str, Any]:
     """Reads the whole checkpoint once. head as of load(), told where it is not stored."""
     reader = open_checkpoint(directory)
-    config = json.dumps(dict(reader.config.raw), sort_keys=True)
-    digest = hashlib.sha256((reader.files.sha256() + config).encode()).hexdigest()
     return {
         "model": directory.resolve().name,
-        "checkpoint_sha256": digest,
+        "checkpoint_sha256": checkpoint_hash(reader),
         "checkpoint_bytes": reader.files.nbytes,
         "precision": precision(reader),
         "recipe": _recipe(reader),

@@ -300,17 +300,7 @@ def _answer_tokens(generation: Generation) -> int:
     return max(0, tokens - generation.thought_tokens - 2) if generation.thought_closed else 0
 
 
-def _too_long(question: Question) -> dict[str, Any]:
-    return {
-        "completion": "",
-        "answer": "",
-        "closed": True,
-        "finish_reason": "prompt_too_long",
-        "prompt_tokens": len(question.token_ids),
-        "tokens": 0,
-        "thought_tokens": None,
-        "answer_tokens": 0,
-        "tail_period": 0,
-        "tail_copies": 0.0,
-        "repetitive": False,
-    }
+def _too_long(question: Question) -> Record:
+    from ms_pangu_quant.inference.model import Generation
+
+    return _sample(Generation("", None, "", (), len(question.token_ids), "prompt_too_long"))

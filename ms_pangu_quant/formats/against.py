@@ -35,6 +35,7 @@ from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces
+from ms_pangu_quant.transforms.fold import expand_to_input
 
 SCALING_TRANSFORMS = ("smooth", "smooth_search")  # transforms that only multiply input channels and divide producers
 _SLACK = 2.0**-18  # relative: a few float32 roundings of weight, scale and quotient
@@ -160,15 +161,7 @@ def _input_scale(original: Block, stored: Block, site: layout.LinearSite, rows: 
             ratio = np.where((before == 0) & (after == 0), 1.0, before.astype(np.float64) / after)
         return Bounds.exactly(np.where(np.isfinite(ratio) & (ratio > 0), ratio, 1.0))
     bounds = rows[site.producer].inverse()
-    if site.input_name != layout.ATTENTION_OUTPUT:
-        return bounds
-    config = original.config  # one value channel feeds a group of query heads
-    group = config.num_attention_heads // config.num_key_value_heads
-
-    def expand(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.repeat(values.reshape(config.num_key_value_heads, 1, config.head_dim), group, axis=1).reshape(-1)
-
-    return Bounds(expand(bounds.low), expand(bounds.high))
+    return Bounds(*(expand_to_input(original, site.input_name, each) for each in (bounds.low, bounds.high)))
 
 
 def _bias_ratio(original: Block, stored: Block, site: layout.LinearSite) -> Bounds:

@@ -107,8 +107,8 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
         "config_groups": {
             f"group_{number}": {
                 "targets": ["Linear"] if len(used) == 1 else names[scheme],
-                "weights": _weights(scheme.weight),
-                "input_activations": _activations(scheme.activation),
+                "weights": _tensor(scheme.weight, group_size=scheme.group_size or None),
+                "input_activations": _tensor(scheme.activation),
                 "output_activations": None,
             }
             for number, scheme in enumerate(used)
@@ -119,22 +119,12 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     return {"config.json": {**family_config(config), "quantization_config": settings}}
 
 
-def _weights(scheme: TensorScheme) -> dict[str, Any]:
+def _tensor(scheme: TensorScheme, **sizes: int | None) -> dict[str, Any]:
     return {
         "num_bits": scheme.bits,
         "type": "int",
         "strategy": scheme.granularity,
-        "group_size": scheme.group_size or None,
-        "symmetric": True,
-        "dynamic": False,
-    }
-
-
-def _activations(scheme: TensorScheme) -> dict[str, Any]:
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "strategy": scheme.granularity,
+        **sizes,
         "symmetric": True,
         "dynamic": scheme.dynamic,
     }
@@ -162,8 +152,7 @@ def read_plan(directory: Path, config: ModelConfig) -> Plan:
         raise CheckpointError(f"{where}: wanted an object config_groups and a list ignore")
     known = {name: _scheme(group, f"{where}.config_groups.{name}") for name, group in groups.items()}
     schemes = {}
-    for weight_name in layout.linear_names(config):
-        name = weight_name.removesuffix(".weight")
+    for name in layout.layer_names(config):
         found = None if any(_matches(pattern, name) for pattern in ignored) else _group_of(name, groups)
         schemes[name] = None if found is None else known[found]
     plan = Plan.of_layers(schemes, config.num_hidden_layers)
@@ -176,16 +165,10 @@ def read_plan(directory: Path, config: ModelConfig) -> Plan:
 
 def _group_of(name: str, groups: Mapping[str, Any]) -> str | None:
     """The config group of a layer; a name decides before the class does."""
-    for exact in (True, False):
-        for key, group in groups.items():
-            if _targets(group, name, exact=exact):
-                return key
-    return None
-
-
-def _targets(group: Mapping[str, Any], name: str, *, exact: bool) -> bool:
-    targets = group.get("targets") or []
-    return any(_matches(target, name) for target in targets) if exact else "Linear" in targets
+    targets = {key: group.get("targets") or [] for key, group in groups.items()}
+    named = [key for key, patterns in targets.items() if any(_matches(each, name) for each in patterns)]
+    of_class = [key for key, patterns in targets.items() if "Linear" in patterns]
+    return next(iter(named + of_class), None)
 
 
 def _matches(pattern: str, name: str) -> bool:

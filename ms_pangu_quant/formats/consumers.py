@@ -151,7 +151,7 @@ def facts_of(config: ModelConfig, plan: Plan) -> tuple[Facts, ...]:
     for arithmetic in ARITHMETICS:
         layers = [(site, scheme) for _, site, scheme in plan if scheme is not None and scheme.arithmetic == arithmetic]
         if layers:
-            biased = any(layout.has_bias(config, site) for site, _ in layers)
+            biased = any(site in config.biased for site, _ in layers)
             found.append(Facts(arithmetic, layers[0][1].group_size, biased, config.online_hadamard))
     if plan.cache is not None:
         found.append(Facts(None, 0, False, config.online_hadamard))

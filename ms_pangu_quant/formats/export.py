@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ import ml_dtypes
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.block import QuantizedLinear
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.reader import Format, QuantizedReader
+from ms_pangu_quant.formats.stored import block_tensors
 
 
 def export(
@@ -54,31 +54,23 @@ def export(
 def _tensors(
     reader: QuantizedReader, stored_as: Format, index: int
 ) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
-    prefix, rounded = layout.block_prefix(index), reader.rounded_block(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {
-        prefix + name: reader.files.entries[prefix + name] for name in rounded.kept
-    }
-    for site in layout.SITES:
-        if site.name in rounded.linears:
-            linear = rounded.linears[site.name]
-            encoded = stored_as.encode(rounded.floats, site, linear)
-            _check_narrow(reader, stored_as, f"{prefix}{site.name}", linear, encoded)
-            tensors.update({f"{prefix}{site.name}.{key}": value for key, value in encoded.items()})
+    rounded = reader.rounded_block(index)
+    tensors = block_tensors(reader, stored_as, index, rounded)
+    if stored_as.NAME == mindformers.NAME and reader.config.torch_dtype == "bfloat16":
+        for name, linear in rounded.linears.items():
+            if linear.scheme.weight.bits == 8:
+                _check_narrow(f"{layout.block_prefix(index)}{name}", tensors)
     if rounded.cache is not None:
         tensors.update({name: reader.files.entries[name] for name in kv_cache.names(index)})
     return tensors
 
 
-def _check_narrow(
-    reader: QuantizedReader, stored_as: Format, name: str, linear: QuantizedLinear, encoded: dict[str, NDArray[Any]]
-) -> None:
+def _check_narrow(name: str, tensors: Mapping[str, NDArray[Any] | TensorEntry | ComputedEntry]) -> None:
     """MindFormers holds int8 scales of a bfloat16 network in bfloat16 and its loader does not narrow."""
-    if stored_as.NAME != mindformers.NAME or reader.config.torch_dtype != "bfloat16" or linear.scheme.weight.bits == 4:
-        return
-    for key in ("weight_scale", "input_scale"):
-        if key in encoded and encoded[key].dtype != ml_dtypes.bfloat16:
+    for key in (f"{name}.weight_scale", f"{name}.input_scale"):
+        if key in tensors and tensors[key].dtype != ml_dtypes.bfloat16:
             raise RequestError(
-                f"{name}.{key}: is not a bfloat16 value, and MindFormers holds the scales of a bfloat16 network in "
+                f"{key}: is not a bfloat16 value, and MindFormers holds the scales of a bfloat16 network in "
                 "bfloat16: rounding it would change every weight; use --format ascend or compressed-tensors, or quantize "
                 "anew from the float checkpoint"
             )

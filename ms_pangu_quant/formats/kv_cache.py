@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, located
 from ms_pangu_quant.formats.linear import FLOATS, TensorSpec, narrow
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD
 from ms_pangu_quant.quantizers.kv_cache import CODE_MAX, CODE_MIN, CacheGrid, QuantizedCache
@@ -91,10 +91,8 @@ def read_cache(files: TensorFiles, config: ModelConfig, index: int) -> Quantized
     """One block's grids. Raises CheckpointError naming the tensor."""
     prefix = layout.block_prefix(index)
     found = {name.removeprefix(prefix): files.entries[name].read() for name in names(index)}
-    try:
+    with located(prefix):
         return decode(config, found)
-    except CheckpointError as error:
-        raise CheckpointError(f"{prefix}{error}") from None
 
 
 def bytes_per_token(config: ModelConfig, bytes_per_number: int) -> int:

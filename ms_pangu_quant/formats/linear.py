@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.words import FLOAT, scheme_of, word_of
 from ms_pangu_quant.quantizers.grid import is_bfloat16
@@ -30,6 +31,15 @@ class TensorSpec:
     shape: tuple[int, ...]
     dtypes: tuple[str, ...]
     optional: bool = False
+
+    def __str__(self) -> str:
+        return f"{' or '.join(dict.fromkeys(self.dtypes))} {list(self.shape)}"
+
+    def fits(self, entry: TensorEntry | ComputedEntry | None) -> bool:
+        """Whether what is stored is so; None: nothing is."""
+        if entry is None:
+            return self.optional
+        return entry.shape == self.shape and entry.dtype.name in self.dtypes
 
     def nbytes(self, *, bfloat16_values: bool) -> int:
         dtype = self.dtypes[0] if self.dtypes[0] != "bfloat16" or bfloat16_values else self.dtypes[1]
@@ -82,7 +92,7 @@ def pangu_config(config: ModelConfig) -> dict[str, Any]:
     openPangu's o_proj has a bias where q, k and v have them; `output_bias` is said where it is otherwise.
     """
     dropped = ("auto_map", "attention_bias", "mlp_bias", "output_bias", "quantize", "quantization_config")
-    bias, output_bias = layout.has_bias(config, layout.Q_PROJ), layout.has_bias(config, layout.O_PROJ)
+    bias, output_bias = layout.Q_PROJ in config.biased, layout.O_PROJ in config.biased
     raw = {key: value for key, value in config.raw.items() if key not in dropped}
     raw.update(
         architectures=["PanguEmbeddedForCausalLM"],
@@ -123,7 +133,7 @@ def describe(
             stored = {} if scheme is None else specs(config, site, scheme)
             keys = ["weight"] if scheme is None else [key for key, spec in stored.items() if not spec.optional]
             description.update({f"{name}.{key}": word_of(scheme) for key in keys})
-            if layout.has_bias(config, site):
+            if site in config.biased:
                 description[f"{name}.bias"] = FLOAT
         for norm in layout.NORMS:
             description[f"{prefix}{norm}.weight"] = FLOAT
@@ -134,9 +144,9 @@ def read_description(
     config: ModelConfig, description: Mapping[str, Any], group_size: int, cache: TensorScheme | None, where: Path
 ) -> Plan:
     """The inverse of describe. Raises CheckpointError for a word that says nothing."""
-    names = layout.linear_names(config)
     schemes = {
-        name.removesuffix(".weight"): scheme_of(description.get(name), group_size, f"{where}: {name}") for name in names
+        name: scheme_of(description.get(f"{name}.weight"), group_size, f"{where}: {name}.weight")
+        for name in layout.layer_names(config)
     }
     return Plan.of_layers(schemes, config.num_hidden_layers, cache)
 

@@ -13,8 +13,7 @@ from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
-from ms_pangu_quant.checkpoint.training import RowLayout
-from ms_pangu_quant.errors import CheckpointError, RecipeError
+from ms_pangu_quant.errors import CheckpointError, located
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
 from ms_pangu_quant.formats.linear import TensorSpec
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
@@ -61,25 +60,6 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
     )
 
 
-class Reader(Protocol):
-    """What the readers of float and of quantized directories have in common; plan says what is quantized."""
-
-    directory: Path
-    config: ModelConfig
-    plan: Plan
-    files: TensorFiles
-
-    @property
-    def format(self) -> Format | None:
-        """Of a quantized directory."""
-
-    @property
-    def rows(self) -> RowLayout | None:
-        """Of what MindFormers' training saved."""
-
-    def rounded_block(self, index: int) -> RoundedBlock: ...
-
-
 class QuantizedReader:
     """A quantized directory whose every tensor has been found, with the shape and dtype its description implies."""
 
@@ -92,41 +72,18 @@ class QuantizedReader:
         self.files = TensorFiles(directory)
         quantized = quantized_specs(self.format, self.config, self.plan)
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
-        self.files.check(float_shapes(self.config, self.plan), optional=[*optional, *quantized])
+        self.files.check(self.plan.float_shapes(self.config), optional=[*optional, *quantized])
         for name, spec in quantized.items():
-            fault = self.spec_fault(name, spec)
-            if fault:
-                raise CheckpointError(f"{directory}: {fault}")
-
-    def spec_fault(self, name: str, spec: TensorSpec) -> str | None:
-        """What is wrong with a stored tensor's shape or dtype, or None."""
-        entry = self.files.entries.get(name)
-        if entry is None:
-            return None if spec.optional else f"{name}: got nothing, its description implies {_words(spec)}"
-        if entry.shape != spec.shape or entry.dtype.name not in spec.dtypes:
-            return f"{name}: got {entry.dtype} {list(entry.shape)}, its description implies {_words(spec)}"
-        return None
+            entry = self.files.entries.get(name)
+            if not spec.fits(entry):
+                got = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
+                raise CheckpointError(f"{directory}: {name}: got {got}, its description implies {spec}")
 
     def rounded_block(self, index: int) -> RoundedBlock:
         return read_block(self.format, self.files, self.config, self.plan.blocks[index], index)
 
 
-def _words(spec: TensorSpec) -> str:
-    return f"{' or '.join(dict.fromkeys(spec.dtypes))} {list(spec.shape)}"
-
-
-def float_shapes(config: ModelConfig, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Full names and shapes of the tensors that stay float."""
-    shapes = layout.outer_shapes(config)
-    for index, block in enumerate(plan.blocks):
-        shapes.update({layout.block_prefix(index) + name: shape for name, shape in _floats(config, block).items()})
-    return shapes
-
-
-def _floats(config: ModelConfig, plan: BlockPlan) -> dict[str, tuple[int, ...]]:
-    """Of one block."""
-    quantized = {f"{site.name}.weight" for site, _ in plan.quantized}
-    return {name: shape for name, shape in layout.block_shapes(config).items() if name not in quantized}
+Reader = CheckpointReader | QuantizedReader  # their plan says what is quantized
 
 
 def quantized_specs(chosen: Format, config: ModelConfig, plan: Plan) -> dict[str, TensorSpec]:
@@ -134,10 +91,8 @@ def quantized_specs(chosen: Format, config: ModelConfig, plan: Plan) -> dict[str
     found = {}
     for name, site, scheme in plan:
         if scheme is not None:
-            try:
+            with located(f"{name}: ", CheckpointError):
                 specs = chosen.specs(config, site, scheme)
-            except RecipeError as error:
-                raise CheckpointError(f"{name}: {error}") from None
             found.update({f"{name}.{key}": spec for key, spec in specs.items()})
     return {**found, **kv_cache.specs(config)} if plan.cache is not None else found
 
@@ -152,7 +107,7 @@ def layer_bytes(stored_as: Format, config: ModelConfig, site: layout.LinearSite,
 def read_block(chosen: Format, files: TensorFiles, config: ModelConfig, plan: BlockPlan, index: int) -> RoundedBlock:
     """A stored block. Raises CheckpointError naming a tensor whose values no such layer has."""
     prefix = layout.block_prefix(index)
-    block = Block(config, {name: files.read_float32(prefix + name) for name in _floats(config, plan)})
+    block = Block(config, {name: files.read_float32(prefix + name) for name in plan.float_shapes(config)})
     linears = {
         site.name: read_linear(chosen, files, block, f"{prefix}{site.name}", site, scheme)
         for site, scheme in plan.quantized
@@ -168,10 +123,8 @@ def read_linear(
     """One quantized layer, stored under this full name."""
     keys = chosen.specs(block.config, site, scheme)
     found = {key: files.entries[f"{name}.{key}"].read() for key in keys if f"{name}.{key}" in files.entries}
-    try:
+    with located(name.removesuffix(site.name)):
         return chosen.decode(block, site, scheme, found)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name.removesuffix(site.name)}{error}") from None
 
 
 def check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> None:
@@ -187,7 +140,7 @@ def check_fused_inputs(prefix: str, linears: Mapping[str, QuantizedLinear]) -> N
             raise CheckpointError(f"{listed}; these layers read the same input and need the same scale")
 
 
-def open_checkpoint(path: Path) -> CheckpointReader | QuantizedReader:
+def open_checkpoint(path: Path) -> Reader:
     """The reader of a directory; whether it is quantized, and how, is told by its files, never by its name."""
     if (
         path.is_dir()

@@ -1,4 +1,4 @@
-"""What quantize() writes of a block."""
+"""What is stored of a block, by quantize() and by export()."""
 
 from __future__ import annotations
 
@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
-from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache
-from ms_pangu_quant.formats.reader import Format
+from ms_pangu_quant.formats.reader import Format, Reader
 
 
 def block_tensors(
-    reader: CheckpointReader, stored_as: Format, index: int, rounded: RoundedBlock
+    reader: Reader, stored_as: Format, index: int, rounded: RoundedBlock
 ) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from ms_pangu_quant.formats.reader import (
     Format,
     check_fused_inputs,
     find_format,
-    float_shapes,
     quantized_specs,
     read_linear,
 )
@@ -53,7 +52,7 @@ class _Directory:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        floats = {name: TensorSpec(shape, FLOATS) for name, shape in float_shapes(self.config, self.plan).items()}
+        floats = {name: TensorSpec(shape, FLOATS) for name, shape in self.plan.float_shapes(self.config).items()}
         return {**floats, **quantized_specs(self.format, self.config, self.plan)}
 
 
@@ -126,12 +125,8 @@ def _tensor_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Itera
     entries = opened.files.entries
     for name, spec in specs.items():
         entry = entries.get(name)
-        wanted = f"{' or '.join(dict.fromkeys(spec.dtypes))} {list(spec.shape)}"
-        if entry is None:
-            if not spec.optional:
-                yield f"{name}: is missing, wanted {wanted}"
-        elif entry.shape != spec.shape or entry.dtype.name not in spec.dtypes:
-            yield f"{name}: got {entry.dtype} {list(entry.shape)}, wanted {wanted}"
+        if not spec.fits(entry):
+            yield f"{name}: {f'got {entry.dtype} {list(entry.shape)}' if entry else 'is missing'}, wanted {spec}"
     allowed = {layout.HEAD} if opened.config.tie_word_embeddings else set()
     for name in sorted(set(entries) - set(specs) - allowed):
         yield f"{name}: is no tensor of this model in the {opened.format.NAME} format"
@@ -184,10 +179,7 @@ def _read_block(
     prefix, faults = layout.block_prefix(index), []
 
     def sound(name: str) -> bool:
-        entry, spec = opened.files.entries.get(name), specs[name]
-        if entry is None:
-            return spec.optional
-        return entry.shape == spec.shape and entry.dtype.name in spec.dtypes
+        return specs[name].fits(opened.files.entries.get(name))
 
     names = [name for name in layout.block_shapes(opened.config) if prefix + name in specs and sound(prefix + name)]
     block = Block(opened.config, {name: opened.files.read_float32(prefix + name) for name in names})
@@ -201,7 +193,7 @@ def _read_block(
         mine = [key for key in specs if key.startswith(f"{name}.") and not kv_cache.is_cache_tensor(key)]
         if not all(map(sound, mine)):
             continue
-        faults += _scale_faults(opened, specs, name)
+        faults += _scale_faults(opened.files, mine)
         try:
             linears[site.name] = read_linear(opened.format, opened.files, block, name, site, scheme)
         except CheckpointError as error:
@@ -218,11 +210,10 @@ def _read_block(
     return block, linears, faults
 
 
-def _scale_faults(opened: _Directory, specs: Mapping[str, TensorSpec], name: str) -> Iterator[str]:
-    for key in specs:
-        mine = key.startswith(f"{name}.") and not kv_cache.is_cache_tensor(key)
-        if mine and key.endswith(("_scale", "scale_second")) and key in opened.files.entries:
-            value: Any = opened.files.entries[key].read()
+def _scale_faults(files: TensorFiles, names: Sequence[str]) -> Iterator[str]:
+    for key in names:
+        if key.endswith(("_scale", "scale_second")) and key in files.entries:
+            value: Any = files.entries[key].read()
             if value.dtype == np.int64:  # float32 bits
                 value = value.astype(np.int32).view(np.float32)
             value = value.astype(np.float32)
@@ -234,7 +225,7 @@ def _scale_faults(opened: _Directory, specs: Mapping[str, TensorSpec], name: str
 def _outer_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     for name in layout.outer_shapes(opened.config):
         entry = opened.files.entries.get(name)
-        if entry is None or entry.shape != specs[name].shape or entry.dtype.name not in FLOATS:
+        if entry is None or not specs[name].fits(entry):
             continue
         step = max(1, (16 << 20) // max(1, entry.nbytes // max(1, entry.shape[0])))
         rows = range(0, entry.shape[0], step)

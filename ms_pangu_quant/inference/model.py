@@ -15,6 +15,7 @@ from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
+from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Room, Scheduler
 from ms_pangu_quant.inference.sampling import GenerationSettings, Keywords
@@ -74,8 +75,7 @@ def load(
     reader = open_checkpoint(Path(path))
     check_head(head, reader, device)
     runtime.start(device, mode, tensor_parallel=tensor_parallel)
-    config = reader.config
-    cache_bytes = 8 * kv_cache_tokens * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    cache_bytes = kv_cache_tokens * kv_cache.bytes_per_token(reader.config, 4)
     runtime.check_address_space(_GRAPHS + 3 * reader.files.nbytes + cache_bytes)
     return Model(reader, kv_cache_tokens, w4a8, head)
 
@@ -156,7 +156,7 @@ class Model:
     @property
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer.from_directory(self.directory)
+            self._tokenizer = Tokenizer(self.directory)
         return self._tokenizer
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:

@@ -99,7 +99,7 @@ def measure(
         on_step(steps(index))
     for index in range(state.finished, reader.config.num_hidden_layers):
         _measure_block(runner, reader.block(index), recipes, state, lengths, index, on_step)
-    kl = _final_kl(reader, state, measured, on_step)
+    kl = _final_kl(reader, state, on_step)
     ends = np.cumsum(lengths[1])[:-1]
     groups = [
         GroupSensitivity(
@@ -164,9 +164,7 @@ def _measure_block(
     state.finish(index, observed.states, after, records)
 
 
-def _final_kl(
-    reader: CheckpointReader, state: _State, measured: Sequence[NDArray[np.int32]], on_step: Callable[[int], None]
-) -> NDArray[np.float64]:
+def _final_kl(reader: CheckpointReader, state: _State, on_step: Callable[[int], None]) -> NDArray[np.float64]:
     """KL [streams, tokens] to the float model, over tokens as the texts have them; the next token plays no part."""
     streams = state.streams(reader.config.num_hidden_layers)
     rows: list[NDArray[np.float64]] = []

@@ -224,8 +224,8 @@ def _check_fits(recipe: Recipe, config: ModelConfig, found: Sensitivity) -> None
             "this recipe"
         )
     names = {layer for group in found.groups for layer in group.layers}
-    wanted = {name.removesuffix(".weight") for name in layout.linear_names(config)}
-    if names != wanted:
+    wanted = layout.layer_names(config)
+    if names != {*wanted}:
         raise RecipeError(
             f"{recipe.where}: the sensitivities are of {len(names)} layers, the model has {len(wanted)}; they are another "
             "model's"

@@ -60,11 +60,9 @@ def _is_int4(plan: BlockPlan) -> bool:
 def _int4_block(reader: Reader, plan: BlockPlan, index: int, kernels: Library) -> Iterator[tuple[str, ArraySlice]]:
     """What network_tensors gives for a block whose layers are int4 or float."""
     prefix = layout.block_prefix(index)
-    packed = {site.name for site, _ in plan.quantized}
-    for name in layout.block_shapes(reader.config):
-        if name.removesuffix(".weight") not in packed:
-            yield prefix + name, ArraySlice(reader.files.read_float32(prefix + name))
-    for site in packed:
+    for name in plan.float_shapes(reader.config):
+        yield prefix + name, ArraySlice(reader.files.read_float32(prefix + name))
+    for site in (each.name for each, _ in plan.quantized):
         stored = reader.files.entries[f"{prefix}{site}.weight"].read()
         inputs, outputs = stored.shape[0], 2 * stored.shape[1]
         weight = np.empty((outputs, inputs // 2), np.uint8)

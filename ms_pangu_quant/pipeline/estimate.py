@@ -65,7 +65,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
 
 
 def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
-    """What of the data is used, as reports have it."""
+    """What of the data a run uses."""
     return {
         "sequences": len(data.sequences),
         "tokens": data.tokens,
@@ -135,12 +135,10 @@ def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as
     config = reader.config
     total = sum(reader.files.entries[name].nbytes for name in layout.outer_shapes(config))
     for index, block in enumerate(plan.blocks):
-        prefix, quantized = layout.block_prefix(index), {f"{site.name}.weight" for site, _ in block.quantized}
-        for name in layout.block_shapes(config):
-            if name not in quantized:
-                entry = reader.files.entries[prefix + name]
-                width = 4 if recipe.changes(name, block.by_name) else entry.dtype.itemsize
-                total += entry.nbytes // entry.dtype.itemsize * width
+        for name in block.float_shapes(config):
+            entry = reader.files.entries[layout.block_prefix(index) + name]
+            width = 4 if recipe.changes(name, block.by_name) else entry.dtype.itemsize
+            total += entry.nbytes // entry.dtype.itemsize * width
         total += sum(layer_bytes(stored_as, config, site, scheme) for site, scheme in block.quantized)
     if plan.cache is not None:
         total += sum(spec.nbytes(bfloat16_values=True) for spec in kv_cache.specs(config).values())

@@ -13,7 +13,7 @@ from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import DataError, RecipeError
-from ms_pangu_quant.formats.reader import Format
+from ms_pangu_quant.formats.reader import Format, Reader
 from ms_pangu_quant.job.ranks import Ranks
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.report import SILENT, Progress, report
@@ -80,6 +80,7 @@ def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> N
         )
 
 
-def checkpoint_hash(reader: CheckpointReader, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+def checkpoint_hash(reader: Reader, on_bytes: Callable[[int], None] = lambda count: None) -> str:
+    """Of tensors and config.json."""
     config = json.dumps(dict(reader.config.raw), sort_keys=True)
     return hashlib.sha256((reader.files.sha256(on_bytes) + config).encode()).hexdigest()

@@ -40,6 +40,11 @@ class BlockPlan:
             if scheme is not None:
                 yield site, scheme
 
+    def float_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that stay float, names without the block's prefix."""
+        quantized = {f"{site.name}.weight" for site, _ in self.quantized}
+        return {name: shape for name, shape in layout.block_shapes(config).items() if name not in quantized}
+
     @property
     def is_float(self) -> bool:
         return not any(self.schemes)
@@ -77,6 +82,13 @@ class Plan:
         for index, block in enumerate(self.blocks):
             for site, scheme in zip(layout.SITES, block.schemes, strict=True):
                 yield f"{layout.block_prefix(index)}{site.name}", site, scheme
+
+    def float_shapes(self, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+        """Full names and shapes of the tensors that stay float, and of those outside the blocks."""
+        shapes = layout.outer_shapes(config)
+        for index, block in enumerate(self.blocks):
+            shapes |= {layout.block_prefix(index) + name: shape for name, shape in block.float_shapes(config).items()}
+        return shapes
 
     @property
     def is_float(self) -> bool:

@@ -22,7 +22,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.errors import RecipeError, located
 from ms_pangu_quant.mixed.budget import Assignment, Budget
 from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
@@ -174,7 +174,7 @@ class Recipe:
 
     def plan(self, config: ModelConfig) -> Plan:
         """Raises RecipeError if a pattern matches nothing or the schemes do not fit this model."""
-        names = [name.removesuffix(".weight") for name in layout.linear_names(config)]
+        names = layout.layer_names(config)
         if self.budget is not None and self.assignment is None:
             raise RecipeError(
                 f"{self.where}: scheme is a budget, and which layers it raises follows from sensitivities: run it with "
@@ -214,16 +214,12 @@ class Recipe:
             outputs, inputs = layout.site_shape(config, site)
             if scheme is None:
                 continue
-            try:
+            with located(f"{self.where}: {site.name}: "):
                 scheme.weight.groups(inputs)
-            except RecipeError as error:
-                raise RecipeError(f"{self.where}: {site.name}: {error}") from None
             if scheme.weight.bits == 4 and (outputs % 2 or inputs % 2):
                 raise RecipeError(
                     f"{self.where}: {site.name} is [{outputs}, {inputs}]; int4 is stored two a byte and "
                     "needs even sizes: keep it float or in w8a8"
                 )
-        try:
+        with located(f"{self.where}: "):
             _ = plan.group_size
-        except RecipeError as error:
-            raise RecipeError(f"{self.where}: {error}") from None

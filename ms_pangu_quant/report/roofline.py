@@ -117,7 +117,7 @@ def memory_bytes(config: ModelConfig, precision: str, tokens: int) -> float:
     for site in layout.SITES:
         outputs, inputs = layout.site_shape(config, site)
         weights += outputs * (inputs * _weight_bytes(precision) + (0 if precision == "float16" else 4))
-        weights += 2 * outputs * layout.has_bias(config, site)
+        weights += 2 * outputs * (site in config.biased)
     norms = 2 * 4 * config.hidden_size
     tables = (1 if config.tie_word_embeddings else 2) * 2 * config.vocab_size * config.hidden_size
     cache = 2 * 2 * config.num_key_value_heads * config.head_dim * tokens

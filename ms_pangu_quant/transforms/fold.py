@@ -7,6 +7,7 @@ a norm's weight, or the rows (and bias) of the linear layer whose output channel
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,8 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.layout import ATTENTION_OUTPUT, NORMS, sites_reading
 from ms_pangu_quant.quantizers.grid import row_pieces
 from ms_pangu_quant.quantizers.threads import by_element
+
+Real = TypeVar("Real", np.float32, np.float64)
 
 
 def scale_channels(block: Block, input_name: str) -> int:
@@ -32,10 +35,12 @@ def reduce_to_producer(block: Block, input_name: str, values: NDArray[np.float32
     """Max of values [in] over the input channels that share one channel of the producer; [scale_channels]."""
     if input_name != ATTENTION_OUTPUT:
         return values
-    return np.asarray(_by_group(block, values).max(axis=1).reshape(-1), dtype=np.float32)
+    config = block.config
+    grouped = values.reshape(config.num_key_value_heads, -1, config.head_dim)
+    return np.asarray(grouped.max(axis=1).reshape(-1), dtype=np.float32)
 
 
-def expand_to_input(block: Block, input_name: str, s: NDArray[np.float32]) -> NDArray[np.float32]:
+def expand_to_input(block: Block, input_name: str, s: NDArray[Real]) -> NDArray[Real]:
     """A scale for every input channel [in] from the producer's [scale_channels]."""
     if input_name != ATTENTION_OUTPUT:
         return s
@@ -82,9 +87,3 @@ def _times_inputs(weight: NDArray[np.float32], s: NDArray[np.float32]) -> NDArra
 
     by_element(multiply, row_pieces(weight))
     return product
-
-
-def _by_group(block: Block, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    config = block.config
-    group = config.num_attention_heads // config.num_key_value_heads
-    return values.reshape(config.num_key_value_heads, group, config.head_dim)

@@ -40,7 +40,7 @@ def random_data(vocab_size: int, sequences: int = 11):
 
     draw = np.random.default_rng(0)
     made = [draw.integers(5, vocab_size, draw.integers(20, 60)).astype(np.int32) for _ in range(sequences)]
-    return TokenData(tuple(made), "of the test", "drawn", sequences, 0, True)
+    return TokenData(tuple(made), "of the test", 0)
 
 
 def load_cut(directory: Path):

@@ -46,7 +46,7 @@ def data():
     """Texts of tokens; the last two are measured on."""
     generator = np.random.default_rng(0)
     sequences = tuple(generator.integers(3, 96, length).astype(np.int32) for length in (90, 70, 80, 40, 33))
-    return TokenData(sequences, sha256="d", source="", rows_in_file=5, truncated=0, overlap_checked=False)
+    return TokenData(sequences, sha256="d", truncated=0)
 
 
 def recipe_of(folder, text, name="mine"):
@@ -86,7 +86,7 @@ def mixed(folder, checkpoint, data, found):
 def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folder, checkpoint, data, found, block, layers):
     """Written, read back and compared by the ordinary commands' own code; the statistics are of the known texts alone."""
     known, measured = split(data, 60)
-    part = TokenData(tuple(known), sha256="k", source="", rows_in_file=3, truncated=0, overlap_checked=False)
+    part = TokenData(tuple(known), sha256="k", truncated=0)
     chosen = recipe_of(folder, f'scheme: float\nlayers: {{"{layers}": w4a8_g32}}\n' + METHOD.replace("[smooth]", "[]"))
     output = folder / f"alone-{block}"
     plain = measure(

@@ -57,7 +57,7 @@ def made(folder, checkpoint):
 
 @pytest.fixture(scope="module")
 def int4(made):
-    data = TokenData((IDS, IDS[::-1].copy()), sha256="d", source="", rows_in_file=2, truncated=0, overlap_checked=False)
+    data = TokenData((IDS, IDS[::-1].copy()), sha256="d", truncated=0)
     return made("int4", INT4, data=data)
 
 

@@ -107,7 +107,7 @@ def test_the_written_checkpoint_loads_and_its_tokenizer_gives_the_ids_that_were_
 
     reader = CheckpointReader(run.folder / "checkpoint")
     assert reader.config.tie_word_embeddings
-    tokenizer = Tokenizer.from_directory(run.folder / "checkpoint")
+    tokenizer = Tokenizer(run.folder / "checkpoint")
     for row in train.chats(7, 0, "train", 40):
         ids, prompt = run.trained.data.encode(row)
         assert tokenizer.encode(row["text"]) == ids

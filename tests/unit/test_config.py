@@ -80,7 +80,7 @@ def test_the_published_openpangu_configs_are_read_as_they_are(raw, kv_heads, tie
     assert (config.num_key_value_heads, config.head_dim) == (kv_heads, 128)
     assert (config.rope_theta, config.rms_norm_eps) == (theta, 1e-5)
     assert (config.biased, config.tie_word_embeddings) == (ATTENTION, tied)
-    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (1, 45892, 0)
+    assert (config.eos_token_id, config.pad_token_id) == (45892, 0)
     assert config.torch_dtype == "bfloat16"
     assert config.raw == raw
 
@@ -281,7 +281,6 @@ SAME = {  # what may differ between a checkpoint and what was made of it
     "tie_word_embeddings": {"tie_word_embeddings": False},
     "online_hadamard": {"quantization_config": {"quant_method": "golden-stick-hadamard"}},
     "max_position_embeddings": {"max_position_embeddings": 4096},
-    "bos_token_id": {"bos_token_id": 5},
     "eos_token_id": {"eos_token_id": [5, 6]},
     "pad_token_id": {"pad_token_id": None},
     "torch_dtype": {"torch_dtype": "float32"},

@@ -43,7 +43,7 @@ CONFIG = {
 def plan_of(chosen):
     """site name -> preset, for every block; others stay float."""
     config = ModelConfig.from_dict(CONFIG, where="test")
-    names = [name.removesuffix(".weight") for name in layout.linear_names(config)]
+    names = layout.layer_names(config)
     schemes = {name: next((PRESETS[preset] for site, preset in chosen.items() if site in name), None) for name in names}
     return config, Plan.of_layers(schemes, config.num_hidden_layers)
 

@@ -8,7 +8,7 @@ import pytest
 
 from ms_pangu_quant import PanguQuantError, errors
 
-CLASSES = [value for value in vars(errors).values() if inspect.isclass(value)]
+CLASSES = [each for each in vars(errors).values() if inspect.isclass(each) and each.__module__ == errors.__name__]
 
 
 @pytest.mark.parametrize("error", CLASSES)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import files
-from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles, write_atomically, write_json, write_safetensors
+from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles, chunks, write_atomically, write_json, write_safetensors
 from ms_pangu_quant.errors import CheckpointError, OutputError
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -258,8 +258,8 @@ def test_a_file_that_shrinks_after_it_was_opened_is_noticed(make_checkpoint):
         stream.truncate(last.offset + last.nbytes - 2)
     with pytest.raises(CheckpointError, match="ends early"):
         last.read()
-    with pytest.raises(CheckpointError, match="ends early, 2 bytes short"):
-        list(last.chunks())
+    with pytest.raises(CheckpointError, match="ends early"):
+        list(chunks(last))
 
 
 def check(directory, expected, optional=()):
@@ -370,7 +370,9 @@ def test_a_tensor_is_copied_byte_for_byte_in_pieces_of_any_size(make_checkpoint,
     assert read.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (read[name].dtype, read[name].tobytes()) == (tensor.dtype, tensor.tobytes())
-    assert all(len(piece) <= chunk for piece in next(iter(source.entries.values())).chunks())
+    entry = next(iter(source.entries.values()))
+    row = entry.nbytes // entry.shape[0]
+    assert all(len(piece) <= max(chunk, row) for piece in chunks(entry))
 
 
 def test_copying_a_large_tensor_does_not_load_it(tmp_path, monkeypatch):

@@ -147,7 +147,7 @@ def test_the_reciprocal_of_a_reciprocal_is_the_float32_it_was(divisor):
 @pytest.mark.parametrize("name", FORMATS)
 @given(st.lists(st.sampled_from((STATIC, DYNAMIC, INT4.grouped(16), None)), min_size=14, max_size=14))
 def test_the_schemes_are_read_back_from_the_metadata(tmp_path_factory, name, chosen):
-    names = [name.removesuffix(".weight") for name in layout.linear_names(config())]
+    names = layout.layer_names(config())
     plan = Plan.of_layers(dict(zip(names, chosen, strict=True)), 2)
     directory = tmp_path_factory.mktemp("metadata")
     for file, value in FORMATS[name].metadata(config(), plan).items():

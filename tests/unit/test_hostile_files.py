@@ -121,14 +121,14 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
     (base / "data" / "ids.jsonl").write_text('{"token_ids": [1, 2, 3]}\n{"token_ids": [4, 5]}')
     shard = next((base / "float").glob("*.safetensors")).name
     stored = next((base / "quantized").glob("*.safetensors")).name
-    tokenizer = Tokenizer.from_directory(mini)
+    tokenizer = Tokenizer(mini)
 
     def read_checkpoint(folder):
         reader = open_checkpoint(folder)
         reader.rounded_block(0)
 
     def read_tokenizer(folder):
-        found = Tokenizer.from_directory(folder)
+        found = Tokenizer(folder)
         ids = found.encode_chat([{"role": "user", "content": "Write f(x). 中文"}], mode="no_think")
         found.decode(ids, skip_special_tokens=True)
         found.split_thought(ids)

@@ -54,7 +54,7 @@ def stored(make_checkpoint, tmp_path):
         plan, stored_as = Plan((BlockPlan(chosen, INT8_CACHE),) * 2), FORMATS[name]
         caches, output = [], tmp_path / f"out-{name}"
         with QuantizedWriter(output, {}, blocks=2, resume=False) as writer:
-            for index, block in enumerate(source.blocks()):
+            for index, block in enumerate(map(source.block, range(source.config.num_hidden_layers))):
                 tensors, prefix = dict(block.tensors), layout.block_prefix(index)
                 for site, preset in plan.blocks[index].quantized:
                     weight = tensors.pop(f"{site.name}.weight")

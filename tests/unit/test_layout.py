@@ -72,5 +72,5 @@ def test_a_producer_has_an_output_for_every_channel_or_for_every_group_of_heads(
 def test_only_attention_has_biases_and_only_where_the_config_says_so(small_config):
     for bias in (True, False):
         config = small_config(bias=bias)
-        biased = {site.name for site in layout.SITES if layout.has_bias(config, site)}
+        biased = {site.name for site in layout.SITES if site in config.biased}
         assert biased == ({site.name for site in layout.SITES if "self_attn" in site.name} if bias else set())

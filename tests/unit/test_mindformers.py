@@ -244,7 +244,7 @@ def quantized(make_checkpoint, tmp_path):
     reader = CheckpointReader(make_checkpoint("source", vocab_size=64))
     linears = {}
     with QuantizedWriter(tmp_path / "quantized", {}, blocks=2, resume=False) as writer:
-        for index, block in enumerate(reader.blocks()):
+        for index, block in enumerate(map(reader.block, range(reader.config.num_hidden_layers))):
             prefix, tensors = layout.block_prefix(index), dict(block.tensors)
             for site in layout.SITES:
                 scheme = PLAN.blocks[index].scheme(site)
@@ -318,7 +318,7 @@ def test_the_network_gets_every_tensor_once_as_its_linear_methods_hold_it(quanti
     found = list(served_tensors(QuantizedReader(directory), FLOAT32))
     arrays = {name: piece[:] for name, piece in found}
     assert len(arrays) == len(found)
-    wanted = {name: source.files.read_float32(name) for name in source.shapes()}
+    wanted = {name: source.files.read_float32(name) for name in source.plan.float_shapes(source.config)}
     for (index, site), made in linears.items():
         del wanted[f"model.layers.{index}.{site}.weight"]
         held = parameters.runtime_tensors(BLOCK, SITE, made)
@@ -328,7 +328,7 @@ def test_the_network_gets_every_tensor_once_as_its_linear_methods_hold_it(quanti
         assert piece.get_shape() == list(wanted[name].shape)
         assert arrays[name].dtype == wanted[name].dtype
         np.testing.assert_array_equal(arrays[name], wanted[name])
-    assert {name for name, _ in served_tensors(source, FLOAT32)} == set(source.shapes())
+    assert {name for name, _ in served_tensors(source, FLOAT32)} == set(source.plan.float_shapes(source.config))
 
 
 def test_slices_are_contiguous_whatever_is_cut():

@@ -59,7 +59,7 @@ def test_a_plan_is_made_of_what_it_iterates_over(plan):
 @given(plan=plans())
 def test_it_iterates_over_every_layer_once_block_by_block(plan, small_config):
     config = small_config(num_hidden_layers=len(plan.blocks))
-    assert [f"{name}.weight" for name, _, _ in plan] == layout.linear_names(config)
+    assert [name for name, _, _ in plan] == layout.layer_names(config)
     assert all(name.endswith(site.name) for name, site, _ in plan)
 
 

@@ -208,7 +208,7 @@ def test_a_damaged_file_is_named(recipe, tmp_path, change, said):
 
 def test_the_last_texts_are_measured_on_and_the_others_known():
     sequences = tuple(np.arange(length, dtype=np.int32) for length in (5, 7, 3, 4))
-    data = TokenData(sequences, sha256="", source="", rows_in_file=4, truncated=0, overlap_checked=False)
+    data = TokenData(sequences, sha256="", truncated=0)
     assert [list(map(len, part)) for part in split(data, 4)] == [[5, 7, 3], [4]]
     assert [list(map(len, part)) for part in split(data, 5)] == [[5, 7], [3, 4]]
     with pytest.raises(DataError, match="has 19 tokens in 4 texts, and 15 of them are to be measured on"):

@@ -66,7 +66,7 @@ def records(name: str) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def mini() -> Tokenizer:
-    return Tokenizer.from_directory(MINI)
+    return Tokenizer(MINI)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "dummy_prefix"])
@@ -130,7 +130,7 @@ def change(directory: Path, name: str = "tokenizer_config.json", **changes: Any)
     """Load the directory with some keys of one JSON file set, or removed where the value is ...."""
     value = json.loads((directory / name).read_text(encoding="utf-8")) | changes
     write(directory, name, {key: item for key, item in value.items() if item is not ...})
-    return Tokenizer.from_directory(directory)
+    return Tokenizer(directory)
 
 
 # ---- text
@@ -139,17 +139,17 @@ def change(directory: Path, name: str = "tokenizer_config.json", **changes: Any)
 def test_decode_inverts_encode_on_every_embedded_text(mini: Tokenizer) -> None:
     texts = [record["text"] for name in ("calibration.jsonl", "validation.jsonl") for record in records(name)]
     assert len(texts) == 856
-    assert [mini.decode(mini.encode(text, add_bos=False)) for text in texts] == texts
+    assert [mini.decode(mini.encode(text)[1:]) for text in texts] == texts
     assert all(mini.decode(mini.encode(text)) == "<s>" + text for text in texts[:50])
 
 
 @pytest.mark.parametrize("text", AWKWARD, ids=ascii)
 def test_decode_inverts_encode_on_awkward_text(mini: Tokenizer, text: str) -> None:
-    assert mini.decode(mini.encode(text, add_bos=False)) == text
+    assert mini.decode(mini.encode(text)[1:]) == text
 
 
 def test_only_the_sentencepiece_space_symbol_comes_back_as_a_space(mini: Tokenizer) -> None:
-    assert mini.decode(mini.encode("a\u2581b", add_bos=False)) == "a b"
+    assert mini.decode(mini.encode("a\u2581b")[1:]) == "a b"
 
 
 def test_chat_text_has_the_plain_sentencepiece_ids_after_bos(mini: Tokenizer) -> None:
@@ -161,21 +161,19 @@ def test_chat_text_has_the_plain_sentencepiece_ids_after_bos(mini: Tokenizer) ->
 
 
 def test_the_embedded_tokenizer_has_the_ids_of_its_config(mini: Tokenizer) -> None:
-    assert (mini.vocab_size, mini.bos_id, mini.eos_id, mini.pad_id) == (1024, 1, 4, 0)
+    assert (mini.vocab_size, mini.bos_id, mini.eos_id) == (1024, 1, 4)
     assert (mini.think_start_id, mini.think_end_id) == (5, 6)
 
 
-def test_bos_is_added_as_the_config_says_unless_the_caller_decides(copy: Path) -> None:
+def test_bos_is_added_as_the_config_says(copy: Path) -> None:
     for written, added in ((True, 1), (False, 0), ("true", 1), ("False", 0), (..., 1)):
         tokenizer = change(copy, add_bos_token=written)
         assert tokenizer.encode("x").count(1) == tokenizer.encode_chat([USER]).count(1) == added
-        assert tokenizer.encode("x", add_bos=True)[0] == 1
-        assert 1 not in tokenizer.encode("x", add_bos=False)
 
 
 def test_named_special_tokens_become_their_ids_wherever_they_stand(mini: Tokenizer) -> None:
-    a = mini.encode("a", add_bos=False)
-    assert mini.encode("a<s>a[unused10]<unk>a", add_bos=False) == [*a, 1, *a, 4, 0, *a]
+    a = mini.encode("a")[1:]
+    assert mini.encode("a<s>a[unused10]<unk>a")[1:] == [*a, 1, *a, 4, 0, *a]
 
 
 def test_skipping_special_tokens_leaves_the_thinking_markers(mini: Tokenizer) -> None:
@@ -189,7 +187,7 @@ def test_a_control_piece_that_no_text_makes_is_still_shown(mini: Tokenizer) -> N
 
 
 def test_byte_pieces_join_into_characters_and_stray_bytes_into_replacement_characters(mini: Tokenizer) -> None:
-    ids = mini.encode("🙂", add_bos=False)
+    ids = mini.encode("🙂")[1:]
     assert len(ids) == 4
     assert mini.decode(np.array(ids)) == "🙂"
     assert mini.decode(ids[:3]) == "\ufffd" * 3
@@ -210,21 +208,21 @@ def test_a_lone_surrogate_is_refused(mini: Tokenizer) -> None:
 
 
 def test_added_tokens_keep_their_scattered_ids(pangu: Path) -> None:
-    tokenizer = Tokenizer.from_directory(pangu)
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 45892, 0, 144210)
+    tokenizer = Tokenizer(pangu)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 45892, 144210)
     assert (tokenizer.think_start_id, tokenizer.think_end_id) == (45974, 45982)
-    assert tokenizer.encode("".join(OPENPANGU_IDS), add_bos=False) == list(OPENPANGU_IDS.values())
+    assert tokenizer.encode("".join(OPENPANGU_IDS))[1:] == list(OPENPANGU_IDS.values())
     assert tokenizer.decode(list(OPENPANGU_IDS.values())) == "".join(OPENPANGU_IDS)
 
 
 def test_an_added_token_wins_over_the_sentencepiece_piece_of_the_same_text(pangu: Path) -> None:
     inside = SentencePieceProcessor(model_file=str(pangu / "tokenizer.model")).piece_to_id("[unused9]")
     assert 0 < inside < 400
-    assert inside not in Tokenizer.from_directory(pangu).encode("a[unused9]b")
+    assert inside not in Tokenizer(pangu).encode("a[unused9]b")
 
 
 def test_segments_between_added_tokens_are_encoded_one_by_one(pangu: Path) -> None:
-    tokenizer = Tokenizer.from_directory(pangu)
+    tokenizer = Tokenizer(pangu)
     plain = SentencePieceProcessor(model_file=str(pangu / "tokenizer.model"))
     expected = [1, *plain.encode(" x"), 45840, *plain.encode(" def "), 45892]
     assert tokenizer.encode(" x[unused1] def [unused10]") == expected
@@ -232,19 +230,19 @@ def test_segments_between_added_tokens_are_encoded_one_by_one(pangu: Path) -> No
 
 @pytest.mark.parametrize("text", [*AWKWARD, "a[unused1] b [unused16]  c", "[unused1]" * 3], ids=ascii)
 def test_decode_inverts_encode_with_added_tokens_too(pangu: Path, text: str) -> None:
-    tokenizer = Tokenizer.from_directory(pangu)
-    assert tokenizer.decode(tokenizer.encode(text, add_bos=False)) == text
+    tokenizer = Tokenizer(pangu)
+    assert tokenizer.decode(tokenizer.encode(text)[1:]) == text
 
 
 def test_the_longest_added_token_is_matched(pangu: Path) -> None:
     write(pangu, "added_tokens.json", {"[unused1]0": 500, "[unused": 501})
-    tokenizer = Tokenizer.from_directory(pangu)
-    assert tokenizer.encode("[unused1]0[unused1][unused10][unused", add_bos=False) == [500, 45840, 45892, 501]
+    tokenizer = Tokenizer(pangu)
+    assert tokenizer.encode("[unused1]0[unused1][unused10][unused")[1:] == [500, 45840, 45892, 501]
 
 
 def test_an_id_in_the_gap_between_pieces_and_added_tokens_is_refused(pangu: Path) -> None:
     with pytest.raises(RequestError, match=r"no token of .* has the id 45893"):
-        Tokenizer.from_directory(pangu).decode([45892, 45893])
+        Tokenizer(pangu).decode([45892, 45893])
 
 
 def test_eos_falls_back_from_the_tokenizer_files_to_the_model_files(copy: Path) -> None:
@@ -262,7 +260,8 @@ def test_a_pad_id_of_minus_one_means_none(copy: Path) -> None:
     (copy / "special_tokens_map.json").unlink()
     (copy / "generation_config.json").unlink()
     change(copy, "config.json", pad_token_id=-1)
-    assert change(copy, pad_token=...).pad_id is None
+    tokenizer = change(copy, pad_token=...)
+    assert tokenizer.decode([0], skip_special_tokens=True) == ""  # unk, which has pad's id here
 
 
 def test_a_tokenizer_without_bos_and_thinking_tokens_says_so(pangu: Path) -> None:
@@ -271,8 +270,6 @@ def test_a_tokenizer_without_bos_and_thinking_tokens_says_so(pangu: Path) -> Non
     assert (tokenizer.bos_id, tokenizer.think_start_id, tokenizer.think_end_id) == (None, None, None)
     assert tokenizer.decode(tokenizer.encode("a")) == "a"
     assert tokenizer.split_thought([450, 3]) == Thought(None, (), True)
-    with pytest.raises(RequestError, match="names no bos_token"):
-        tokenizer.encode("a", add_bos=True)
 
 
 # ---- chats
@@ -294,7 +291,7 @@ def test_the_default_template_renders_the_calibration_chats_too(copy: Path) -> N
 def test_the_default_template_is_openpangus_for_every_role(pangu: Path) -> None:
     roles = ("user", "assistant", "function", "tool", "system")
     messages = [{"role": role, "content": f"{role} <&>\n"} for role in roles]
-    assert Tokenizer.from_directory(pangu).render_chat(messages) == (
+    assert Tokenizer(pangu).render_chat(messages) == (
         "[unused9]系统：[unused10][unused9]用户：user <&>\n[unused10][unused9]助手：assistant <&>\n[unused10]"
         "[unused9]方法：function <&>\n[unused10][unused9]工具：tool <&>\n[unused10]"
         "[unused9]系统：system <&>\n[unused10][unused9]助手："
@@ -309,7 +306,7 @@ def test_a_mode_is_a_suffix_of_the_last_user_message_and_only_once(mini: Tokeniz
         f"[unused9]用户：3+3?{suffix}[unused10][unused9]助手："
     )
     assert mini.render_chat(messages, mode=mode) == expected
-    assert mini.encode_chat(messages, mode=mode) == mini.encode(expected, add_bos=True)
+    assert mini.encode_chat(messages, mode=mode) == mini.encode(expected)
     assert mini.render_chat([*messages[:2], {"role": "user", "content": "3+3?" + suffix}], mode=mode) == expected
     assert messages[2] == {"role": "user", "content": "3+3?"}
 
@@ -321,7 +318,7 @@ def test_bos_is_not_doubled_when_the_template_writes_it(copy: Path) -> None:
 def test_chat_template_jinja_is_preferred_and_blocks_are_trimmed_as_in_transformers(copy: Path) -> None:
     template = "{% for m in messages %}\n  {% if m %}\n{{ m.content }}{{ eos_token }}\n  {% endif %}\n{% endfor %}\n"
     (copy / "chat_template.jinja").write_text(template, encoding="utf-8")
-    assert Tokenizer.from_directory(copy).render_chat([USER]) == "2+2?[unused10]\n"
+    assert Tokenizer(copy).render_chat([USER]) == "2+2?[unused10]\n"
 
 
 def test_templates_have_the_extensions_that_transformers_gives_them(copy: Path) -> None:
@@ -414,7 +411,7 @@ def test_another_models_chats_are_not_given_the_openpangu_format(pangu: Path) ->
     SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=plain, vocab_size=7, minloglevel=2)
     (pangu / "tokenizer.model").write_bytes(plain.getvalue())
     with pytest.raises(RequestError, match=r"has no chat_template, and openPangu's needs an \[unused9\] token"):
-        Tokenizer.from_directory(pangu).render_chat([USER])
+        Tokenizer(pangu).render_chat([USER])
 
 
 # ---- thoughts: 5 = [unused16], 6 = [unused17], 4 = [unused10] = eos
@@ -448,14 +445,14 @@ def test_a_thought_is_split_off_by_id(
 
 
 def test_text_that_only_looks_like_a_marker_is_no_marker(mini: Tokenizer) -> None:
-    ids = [i for char in "[unused16]a[unused17]b" for i in mini.encode(char, add_bos=False)]
+    ids = [i for char in "[unused16]a[unused17]b" for i in mini.encode(char)[1:]]
     assert mini.split_thought(ids) == Thought(None, tuple(ids), True)
 
 
 def test_the_thought_and_answer_of_every_embedded_chat_are_found(mini: Tokenizer) -> None:
     for record in records("calibration.jsonl"):
         reply = record["messages"][-1]["content"]
-        found = mini.split_thought(mini.encode(reply + "[unused10]", add_bos=False))
+        found = mini.split_thought(mini.encode(reply + "[unused10]")[1:])
         head, marker, tail = reply.partition("[unused17]")
         assert mini.decode(found.answer) == (tail if marker else head)
         assert ("[unused16]" + mini.decode(found.thought) == head) if found.thought is not None else not marker
@@ -486,7 +483,7 @@ def test_a_missing_or_malformed_file_is_named(copy: Path, name: str, content: by
     else:
         (copy / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
-        Tokenizer.from_directory(copy)
+        Tokenizer(copy)
 
 
 def test_a_truncated_sentencepiece_model_is_refused(copy: Path) -> None:
@@ -494,7 +491,7 @@ def test_a_truncated_sentencepiece_model_is_refused(copy: Path) -> None:
     for size in (1, 100, len(whole) // 2, len(whole) - 1):
         (copy / "tokenizer.model").write_bytes(whole[:size])
         with pytest.raises(CheckpointError, match="not a sentencepiece model"):
-            Tokenizer.from_directory(copy)
+            Tokenizer(copy)
 
 
 @pytest.mark.parametrize(
@@ -532,7 +529,7 @@ def test_a_wrong_tokenizer_config_says_what_is_wrong(copy: Path, changes: dict[s
 def test_added_tokens_json_may_not_contradict_the_config(pangu: Path, content: dict[str, Any], message: str) -> None:
     write(pangu, "added_tokens.json", content)
     with pytest.raises(CheckpointError, match=message):
-        Tokenizer.from_directory(pangu)
+        Tokenizer(pangu)
 
 
 def test_a_tokenizer_of_another_checkpoint_is_refused(copy: Path) -> None:

@@ -49,7 +49,7 @@ def quantized(make_checkpoint, tmp_path):
         blocks, errors = [], []
         output = tmp_path / f"out-{name}"
         with QuantizedWriter(output, {}, blocks=2, resume=False) as writer:
-            for index, block in enumerate(source.blocks()):
+            for index, block in enumerate(map(source.block, range(source.config.num_hidden_layers))):
                 if smooth:
                     block, _ = SmoothQuant()(block, stats_of(block, generator))
                 prefix, tensors, linears, error = layout.block_prefix(index), dict(block.tensors), {}, {}

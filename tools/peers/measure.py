@@ -201,7 +201,7 @@ def _calibration(setting: Setting) -> Sequence[Any]:
     has_tokenizer = (setting.checkpoint / "tokenizer.model").exists()
     return load_token_data(
         setting.calibration,
-        tokenizer=Tokenizer.from_directory(setting.checkpoint) if has_tokenizer else None,
+        tokenizer=Tokenizer(setting.checkpoint) if has_tokenizer else None,
         vocab_size=CheckpointReader(setting.checkpoint).config.vocab_size,
         max_length=MAX_LENGTH,
         samples=SAMPLES,
