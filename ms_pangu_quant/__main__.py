@@ -35,13 +35,9 @@ def run(arguments: Sequence[str] | None = None) -> NoReturn:
         message = installation.missing_module(error)
         if message is None:
             raise
-        sys.exit(_refused(f"pangu-quant: error: {message}"))
+        print(f"pangu-quant: error: {message}", file=sys.stderr)
+        sys.exit(2)
     sys.exit(main(arguments))
-
-
-def _refused(message: str) -> int:
-    print(message, file=sys.stderr)
-    return 2
 
 
 def _wait() -> None:

@@ -139,7 +139,11 @@ def _request(
     known = find_layout(stored_as)
     data = None
     if calibration is not None:
-        data = calibration_data(calibration, reader, chosen, allow_benchmark_overlap=allow_benchmark_overlap)
+        used = chosen.calibration
+        data = read_data(
+            calibration, reader.directory, reader.config, used.samples, used.max_length, used.seed,
+            allow_benchmark_overlap=allow_benchmark_overlap,
+        )  # fmt: skip
     return _Request(reader, chosen, data, known)
 
 
@@ -155,7 +159,7 @@ def _budget_spent(
 ) -> _Request:
     """The recipe with the schemes that its budget buys, from the sensitivities in `given`, or in OUTPUT.sensitivity.json,
     which is measured and written first if it is not there; without an output nothing is measured."""
-    recipe, reader = request.recipe, request.reader
+    recipe = request.recipe
     if recipe.budget is None:
         if given is not None:
             raise RequestError(f"--sensitivity: {recipe.where} has no budget to spend on it")
@@ -172,8 +176,8 @@ def _budget_spent(
         raise RequestError(f"{recipe.where}: a budget needs --calibration FILE, or --sensitivity FILE besides")
     else:
         progress.on_measuring(path)
-        found = _measured(reader, recipe, request.data, path, DEFAULT_TOKENS, resume, progress)
-    spent = assigned(recipe, reader.config, found, request.stored_as)
+        found = _measured(request, path, DEFAULT_TOKENS, resume, progress)
+    spent = assigned(recipe, request.reader.config, found, request.stored_as)
     assert spent.assignment is not None
     progress.on_budget(spent.assignment)
     return replace(request, recipe=spent)
@@ -201,9 +205,8 @@ def sensitivity(
     schemes_to_measure(request.recipe)
     if path.is_dir() or not path.parent.is_dir():
         raise RequestError(f"--output: {path} is not a file in a directory that exists")
-    assert request.data is not None
     progress.on_open(request.reader)
-    return _measured(request.reader, request.recipe, request.data, path, tokens, resume, progress)
+    return _measured(request, path, tokens, resume, progress)
 
 
 def sensitivity_cost(
@@ -221,14 +224,20 @@ def sensitivity_cost(
     return measuring_cost(request.reader.config, request.recipe, request.data, tokens)
 
 
-def _measured(
-    reader: CheckpointReader, recipe: Recipe, data: TokenData, path: Path, tokens: int, resume: bool, progress: Progress
-) -> Sensitivity:
+def _measured(request: _Request, path: Path, tokens: int, resume: bool, progress: Progress) -> Sensitivity:
+    assert request.data is not None
     runtime.ensure_started()
     from ms_pangu_quant.mixed.measure import measure
 
-    folder = path.with_name(f"{path.name}.partial")
-    found = measure(reader, recipe, folder, data=data, tokens=tokens, resume=resume, on_step=progress.on_streams)
+    found = measure(
+        request.reader,
+        request.recipe,
+        path.with_name(f"{path.name}.partial"),
+        data=request.data,
+        tokens=tokens,
+        resume=resume,
+        on_step=progress.on_streams,
+    )
     write_atomically(path.with_suffix(".svg"), [sensitivity_plot(found).encode()])
     found.save(path)
     return found
@@ -346,17 +355,6 @@ def find_layout(name: str) -> Format:
     if name not in FORMATS:
         raise RequestError(f"--format: got {name!r}{did_you_mean(name, FORMATS)}, wanted one of {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-def calibration_data(
-    path: str | Path, reader: CheckpointReader, recipe: Recipe, *, allow_benchmark_overlap: bool = False
-) -> TokenData:
-    """As much of the file as the recipe uses."""
-    amount = recipe.calibration
-    return read_data(
-        path, reader.directory, reader.config, amount.samples, amount.max_length, amount.seed,
-        allow_benchmark_overlap=allow_benchmark_overlap,
-    )  # fmt: skip
 
 
 def read_data(

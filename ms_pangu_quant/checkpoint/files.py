@@ -46,9 +46,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_INFINITY: dict[
-    np.dtype[Any], np.unsignedinteger[Any]
-] = {  # dtype -> its infinity's bits: those of a NaN are larger still, of a finite value smaller, but for the sign
+# dtype -> its infinity's bits: those of a NaN are larger still, of a finite value smaller, but for the sign
+_INFINITY: dict[np.dtype[Any], np.unsignedinteger[Any]] = {
     _DTYPES["F64"]: np.uint64(0x7FF << 52),
     _DTYPES["F32"]: np.uint32(0xFF << 23),
     _DTYPES["F16"]: np.uint16(0x1F << 10),
@@ -264,6 +263,11 @@ def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
         by_element(shift, [slice(start, start + _PIECE) for start in range(0, len(bits), _PIECE)])
         return wide.view(np.float32).reshape(raw.shape)
     return raw.astype(np.float32)
+
+
+def size(count: float) -> str:
+    """Bytes as a person reads them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ms_pangu_quant.checkpoint.files import size as size  # for the commands
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.network import runtime
 
@@ -59,7 +60,9 @@ TopK = Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
-def progress_bars() -> Progress:
+def progress_bars(*columns: str) -> Progress:
+    """columns  behind the amount, as rich writes them."""
+
     class Amount(MofNCompleteColumn):
         def render(self, task: Task) -> Text:
             return DownloadColumn().render(task) if task.fields["kind"] == "bytes" else super().render(task)
@@ -68,16 +71,13 @@ def progress_bars() -> Progress:
         TextColumn("{task.description:8}"),
         BarColumn(bar_width=24),
         Amount(),
+        *columns,
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=err,
         transient=True,
         disable=not err.is_terminal,
     )
-
-
-def size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
 def peak_memory() -> str:

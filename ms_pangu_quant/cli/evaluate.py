@@ -10,20 +10,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, answer, score
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out
+from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out, progress_bars
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.evaluation.job import check_some
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.run import SAMPLES_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
-from ms_pangu_quant.evaluation.tasks import TASKS, check_known
+from ms_pangu_quant.evaluation.tasks import TASKS, check_tasks
 from ms_pangu_quant.job import ranks
-from ms_pangu_quant.suggestion import did_you_mean
 
 Directory = Annotated[Path | None, typer.Argument(help="Checkpoint directory, float or quantized; not with --score-only.")]
 PromptName = Annotated[str, typer.Option(help=f"Prompt, or benchmark=prompt with commas between: {', '.join(PROMPTS)}.")]
@@ -75,11 +72,12 @@ def evaluate_command(
         pangu-quant evaluate --score-only --tasks humaneval \\
             --samples samples.jsonl --output results/mine
     """
-    names, own = _tasks(tasks, data or [])
+    names, own = _words(tasks), _own_problems(data or [])
+    check_tasks(names, own)
     _check(directory, samples, samples_only, score_only)
     if directory is not None:
         request = EvaluationRequest(
-            directory, output, names, _modes(modes), _prompts(prompt, names), own, limit,
+            directory, output, names, _words(modes), _prompts(prompt, names), own, limit,
             GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
             device=device, head=head, tensor_parallel=tensor_parallel,
         )  # fmt: skip
@@ -106,25 +104,14 @@ def _check(directory: Path | None, samples: Path | None, samples_only: bool, sco
         raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
 
 
-def _tasks(names: str, data: list[str]) -> tuple[list[str], dict[str, Path]]:
-    """Benchmarks, and the files of those with a user's own problems."""
+def _own_problems(data: list[str]) -> dict[str, Path]:
     own: dict[str, Path] = {}
     for text in data:
         name, equals, file = text.partition("=")
         if not equals:
             raise RequestError(f"--data: got {text!r}, wanted benchmark=FILE")
         own[name] = Path(file)
-    wanted = _words(names)
-    check_known([*wanted, *own])
-    if not wanted or set(own) - set(wanted):
-        raise RequestError(f"--tasks: got {names!r}, wanted some of {', '.join(TASKS)}, and those that --data is for")
-    return wanted, own
-
-
-def _modes(names: str) -> list[str]:
-    modes = _words(names)
-    check_some("--modes", names, modes, THINKING_MODES)
-    return modes
+    return own
 
 
 def _words(text: str) -> list[str]:
@@ -132,12 +119,10 @@ def _words(text: str) -> list[str]:
 
 
 def _prompts(text: str, tasks: list[str]) -> dict[str, str]:
+    """benchmark -> prompt; one without a benchmark is for all of them."""
     named: dict[str, str] = {}
     for part in text.split(","):
         task, equals, name = part.strip().rpartition("=")
-        if (name not in PROMPTS) or (equals and task not in tasks):
-            close = did_you_mean(name, PROMPTS) if name not in PROMPTS else did_you_mean(task, tasks)
-            raise RequestError(f"--prompt: got {part!r}{close}, wanted one of {', '.join(PROMPTS)}, or benchmark=prompt")
         named.update({task: name} if equals else dict.fromkeys(tasks, name))
     return named
 
@@ -149,10 +134,7 @@ class _Bar:
     """A bar that appears when it is known how much there is to do; with the speed of what count() is told, if any."""
 
     def __init__(self, what: str, *columns: str) -> None:
-        self._progress = Progress(
-            "{task.description:8}", BarColumn(bar_width=24), MofNCompleteColumn(), *columns, TimeElapsedColumn(),
-            TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal,
-        )  # fmt: skip
+        self._progress = progress_bars(*columns)
         self._what, self._open = what, ExitStack()
         self.tokens, self._started = 0, 0.0
 
@@ -164,7 +146,7 @@ class _Bar:
 
     def begin(self, total: int) -> None:
         self._open.enter_context(self._progress)
-        self._task = self._progress.add_task(self._what, total=total, speed="")
+        self._task = self._progress.add_task(self._what, total=total, kind="count", speed="")
         self._started = time.monotonic()
 
     def count(self, tokens: int) -> None:

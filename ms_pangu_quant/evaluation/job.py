@@ -7,11 +7,10 @@ of samples, whoever wrote it, and writes results and summary; evaluate() is one 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import psutil
 
@@ -35,9 +34,6 @@ from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.suggestion import did_you_mean
-
-if TYPE_CHECKING:
-    from ms_pangu_quant.inference.model import Model
 
 RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
 PROMPT = "zero_shot_instruct"
@@ -75,7 +71,7 @@ class EvaluationRequest:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.data)
-        check_some("modes", list(self.modes), self.modes, THINKING_MODES)
+        _check_modes(self.modes)
         _check_prompts(self.prompts, self.tasks)
         for name in ("limit", "samples", "batch_size"):
             count = getattr(self, name)
@@ -137,7 +133,7 @@ def answer(
     on_answer  called for each answer of this rank, also for those that an earlier run has written.
     Raises     PanguQuantError, as the command does, before anything is generated where that is possible.
     """
-    from ms_pangu_quant.inference.model import check_head
+    from ms_pangu_quant.inference.model import check_head, load
 
     tasks, directory = load_tasks(request.tasks, request.data), Path(request.checkpoint)
     reader = open_checkpoint(directory)
@@ -147,7 +143,13 @@ def answer(
     job = ranks.current()
     provenance = of_checkpoint(directory, request.device, request.head)
     job.agree("checkpoint", provenance["checkpoint_sha256"])
-    model = _load(request, min(job.gather(_cache_tokens(request, reader.config, asked))))  # ranks of one model batch alike
+    model = load(
+        directory,
+        request.device,
+        kv_cache_tokens=min(job.gather(_cache_tokens(request, reader.config, asked))),  # ranks of one model batch alike
+        head=request.head,
+        tensor_parallel=request.tensor_parallel,
+    )
     on_begin(len(asked))
     run.answer(
         model,
@@ -200,16 +202,15 @@ def score(
     return summary
 
 
-def check_some(what: str, got: object, names: Collection[str], known: Collection[str]) -> None:
-    """Raises RequestError where names has none, or one that is not known."""
-    unknown = [name for name in names if name not in known]
-    if not names or unknown:
-        close = did_you_mean(unknown[0], known) if unknown else ""
-        raise RequestError(f"{what}: got {got!r}{close}, wanted some of {', '.join(known)}")
-
-
 def _settings(request: EvaluationRequest) -> run.Settings:
     return run.Settings(request.generation, request.samples, request.head)
+
+
+def _check_modes(modes: Sequence[str]) -> None:
+    unknown = [mode for mode in modes if mode not in THINKING_MODES]
+    if not modes or unknown:
+        close = did_you_mean(unknown[0], THINKING_MODES) if unknown else ""
+        raise RequestError(f"modes: got {list(modes)}{close}, wanted some of {', '.join(THINKING_MODES)}")
 
 
 def _check_prompts(prompts: Mapping[str, str], tasks: Sequence[str]) -> None:
@@ -229,18 +230,6 @@ def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[ru
         return tokenizer.encode_chat(chat, mode=mode)
 
     return [*run.questions(tasks, request.modes, prompts, encode, _settings(request), request.limit)]
-
-
-def _load(request: EvaluationRequest, cache_tokens: int) -> Model:
-    from ms_pangu_quant.inference.model import load
-
-    return load(
-        request.checkpoint,
-        request.device,
-        kv_cache_tokens=cache_tokens,
-        head=request.head,
-        tensor_parallel=request.tensor_parallel,
-    )
 
 
 def _cache_tokens(request: EvaluationRequest, config: ModelConfig, asked: Sequence[run.Question]) -> int:

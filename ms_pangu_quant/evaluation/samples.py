@@ -33,16 +33,12 @@ def places_of_records(path: Path) -> Iterator[tuple[int, Record]]:
 def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
     """(line number, where it begins, record), one in memory at a time: a file of samples may be larger than the memory."""
     start = 0
-    for number, line in enumerate(_raw_lines(path), 1):
-        if line.strip():
-            yield number, start, _record(line, f"{path}: line {number}")
-        start += len(line)
-
-
-def _raw_lines(path: Path) -> Iterator[bytes]:
     try:
         with open(path, "rb") as file:
-            yield from file
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, start, _record(line, f"{path}: line {number}")
+                start += len(line)
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}){did_you_mean_path(path)}") from None
 
@@ -121,11 +117,8 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     write_pieces(path, [json.dumps(value, indent=1).encode("ascii") + b"\n"])
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    write_pieces(path, [content])
-
-
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:
+    """Replace the file at once."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -158,7 +158,7 @@ class _Pair:
         candidate, tester = self._servers["candidate"], self._servers["tester"]
         cpu, wall = (program.cpu_factor * limit for limit in (self._limits.cpu_seconds, self._limits.wall_seconds))
         job = {
-            **self._limits.job(),
+            **vars(self._limits),
             "cpu_seconds": cpu,
             "wall_seconds": wall,
             "namespaces": self._isolation.kind == BUBBLEWRAP,

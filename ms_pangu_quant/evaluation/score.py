@@ -146,13 +146,9 @@ def _results(path: Path) -> Iterable[Record]:
         yield record
 
 
-def _names(sample: Sample) -> Record:
-    return {name: sample.record[name] for name in COPIED if name in sample.record}
-
-
 def _record(sample: Sample, extraction: Extraction, outcome: Outcome, key: str) -> Record:
     return {
-        **_names(sample),
+        **{name: sample.record[name] for name in COPIED if name in sample.record},
         "verdict": outcome.verdict,
         "rule": extraction.rule,
         "detail": outcome.detail,

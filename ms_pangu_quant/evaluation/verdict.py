@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 PASS = "pass"
 VERDICTS = (  # infra_error says nothing about the sample: it is retried, and never counted as a failure
@@ -57,9 +56,6 @@ class Limits:
     processes: int = 64
     tester_cpu_seconds: int = 120
     tester_memory: int = 4 << 30
-
-    def job(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass(frozen=True)

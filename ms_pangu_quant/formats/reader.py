@@ -63,13 +63,20 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
 class QuantizedReader:
     """A quantized directory whose every tensor has been found, with the shape and dtype its description implies."""
 
-    def __init__(self, directory: Path) -> None:
-        """Raises CheckpointError naming file, tensor, what was found and what was wanted."""
+    def __init__(self, directory: Path, *, checked: bool = True) -> None:
+        """Raises CheckpointError naming file, tensor, what was found and what was wanted.
+
+        checked  False leaves it to verify() to look at the tensors.
+        """
         self.directory = directory
         self.config = ModelConfig.from_file(directory / "config.json")
         self.format = find_format(directory, self.config)
         self.plan, self.rows = self.format.read_plan(directory, self.config), None
         self.files = TensorFiles(directory)
+        if checked:
+            self._check()
+
+    def _check(self) -> None:
         quantized = quantized_specs(self.format, self.config, self.plan)
         optional = [layout.HEAD] if self.config.tie_word_embeddings else []
         self.files.check(self.plan.float_shapes(self.config), optional=[*optional, *quantized])
@@ -77,7 +84,7 @@ class QuantizedReader:
             entry = self.files.entries.get(name)
             if not spec.fits(entry):
                 got = f"{entry.dtype} {list(entry.shape)}" if entry else "nothing"
-                raise CheckpointError(f"{directory}: {name}: got {got}, its description implies {spec}")
+                raise CheckpointError(f"{self.directory}: {name}: got {got}, its description implies {spec}")
 
     def rounded_block(self, index: int) -> RoundedBlock:
         return read_block(self.format, self.files, self.config, self.plan.blocks[index], index)

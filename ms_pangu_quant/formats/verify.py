@@ -19,15 +19,8 @@ from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.against import Law, check_block, law_of
 from ms_pangu_quant.formats.linear import FLOATS, TensorSpec
-from ms_pangu_quant.formats.reader import (
-    Format,
-    check_fused_inputs,
-    find_format,
-    quantized_specs,
-    read_linear,
-)
+from ms_pangu_quant.formats.reader import QuantizedReader, check_fused_inputs, quantized_specs, read_linear
 from ms_pangu_quant.formats.words import FLOAT, INT8_CACHE_WORD, word_of
-from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 _LONGEST_NAME = 255  # of a file, in most file systems
@@ -42,20 +35,6 @@ class Verification:
     layers: int
 
 
-@dataclass(frozen=True)
-class _Directory:
-    path: Path
-    config: ModelConfig
-    format: Format
-    plan: Plan
-    files: TensorFiles
-
-    @property
-    def specs(self) -> dict[str, TensorSpec]:
-        floats = {name: TensorSpec(shape, FLOATS) for name, shape in self.plan.float_shapes(self.config).items()}
-        return {**floats, **quantized_specs(self.format, self.config, self.plan)}
-
-
 def verify(
     directory: Path, against: CheckpointReader | None = None, on_block: Callable[[int], None] = lambda index: None
 ) -> Verification:
@@ -67,8 +46,11 @@ def verify(
     if not (directory / HASHES_FILE).exists():
         notes.append(f"{HASHES_FILE}: not there, so the files' hashes are not checked; pangu-quant writes it")
     try:
-        opened = _open(directory)
-        specs = opened.specs
+        if not directory.is_dir():
+            raise CheckpointError(f"{directory}: no such directory{did_you_mean_path(directory)}")
+        opened = QuantizedReader(directory, checked=False)
+        floats = {name: TensorSpec(shape, FLOATS) for name, shape in opened.plan.float_shapes(opened.config).items()}
+        specs = {**floats, **quantized_specs(opened.format, opened.config, opened.plan)}
     except CheckpointError as error:
         return Verification((*faults, str(error)), tuple(notes), 0)
     structural = [*_tensor_faults(opened, specs)]
@@ -97,14 +79,6 @@ def verify(
     return Verification(tuple(faults), tuple(notes), layers)
 
 
-def _open(directory: Path) -> _Directory:
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory{did_you_mean_path(directory)}")
-    config = ModelConfig.from_file(directory / "config.json")
-    chosen = find_format(directory, config)
-    return _Directory(directory, config, chosen, chosen.read_plan(directory, config), TensorFiles(directory))
-
-
 def hash_faults(directory: Path) -> Iterator[str]:
     """What SHA256SUMS, where there is one, says of the files."""
     path = directory / HASHES_FILE
@@ -121,7 +95,7 @@ def hash_faults(directory: Path) -> Iterator[str]:
             yield f"{file}: is not the file that was written (its sha256 differs from {HASHES_FILE})"
 
 
-def _tensor_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+def _tensor_faults(opened: QuantizedReader, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     entries = opened.files.entries
     for name, spec in specs.items():
         entry = entries.get(name)
@@ -132,13 +106,13 @@ def _tensor_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Itera
         yield f"{name}: is no tensor of this model in the {opened.format.NAME} format"
 
 
-def _description_faults(opened: _Directory) -> Iterator[str]:
+def _description_faults(opened: QuantizedReader) -> Iterator[str]:
     """Every tensor is described as what its layer is, and nothing is described that is not there."""
-    found = [opened.path / name for name in (QUANTIZATION_FILE, ASCEND_FILE) if (opened.path / name).exists()]
+    found = [opened.directory / name for name in (QUANTIZATION_FILE, ASCEND_FILE) if (opened.directory / name).exists()]
     if not {QUANTIZATION_FILE, ASCEND_FILE} & opened.format.metadata(opened.config, opened.plan).keys():
         return
     if len(found) > 1:
-        yield f"{opened.path}: has {found[0].name} and {found[1].name}; a loader may take either, remove one"
+        yield f"{opened.directory}: has {found[0].name} and {found[1].name}; a loader may take either, remove one"
     description = {name: word for name, word in read_json(found[0]).items() if name.endswith(_SUFFIXES)}
     words = {name: word_of(scheme) for name, _, scheme in opened.plan}
     for name in opened.files.entries:
@@ -155,14 +129,12 @@ def _description_faults(opened: _Directory) -> Iterator[str]:
 _SUFFIXES = (".weight", ".bias", "_scale", "_offset", "_bias", "_second")
 
 
-def _fused_faults(opened: _Directory) -> Iterator[str]:
+def _fused_faults(opened: QuantizedReader) -> Iterator[str]:
     for index, plan in enumerate(opened.plan.blocks):
-        for fused in layout.FUSED:
-            sites = layout.fused(fused)
-            if len({plan.scheme(site) for site in sites}) > 1:
-                prefix = layout.block_prefix(index)
-                listed = ", ".join(f"{prefix}{site.name}: {word_of(plan.scheme(site))}" for site in sites)
-                yield f"{listed}; these layers are computed as one and need the same scheme"
+        for sites in plan.split_layers:
+            prefix = layout.block_prefix(index)
+            listed = ", ".join(f"{prefix}{site.name}: {word_of(plan.scheme(site))}" for site in sites)
+            yield f"{listed}; these layers are computed as one and need the same scheme"
 
 
 def _same_model(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
@@ -173,7 +145,7 @@ def _same_model(reference: ModelConfig, config: ModelConfig) -> Iterator[str]:
 
 
 def _read_block(
-    opened: _Directory, specs: Mapping[str, TensorSpec], index: int
+    opened: QuantizedReader, specs: Mapping[str, TensorSpec], index: int
 ) -> tuple[Block, dict[str, QuantizedLinear], list[str]]:
     """What of a block can be read, and the faults of its values."""
     prefix, faults = layout.block_prefix(index), []
@@ -222,7 +194,7 @@ def _scale_faults(files: TensorFiles, names: Sequence[str]) -> Iterator[str]:
                 yield f"{key}: {bad} of {value.size} scales are not positive finite numbers"
 
 
-def _outer_faults(opened: _Directory, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
+def _outer_faults(opened: QuantizedReader, specs: Mapping[str, TensorSpec]) -> Iterator[str]:
     for name in layout.outer_shapes(opened.config):
         entry = opened.files.entries.get(name)
         if entry is None or not specs[name].fits(entry):

@@ -142,12 +142,8 @@ def _measure_block(
             stream = after[FIRST_STREAMS + len(layout.FUSED) * index + number] if place == 0 else None
             errors[group][each.scheme] = error(RoundedBlock(changed, own), stream)
             if place == 0:
-                parts = (
-                    {name: RoundedBlock(changed, {name: linear}) for name, linear in own.items()} if len(own) > 1 else {}
-                )
-                alone[group] = {name: error(part) for name, part in parts.items()} or dict.fromkeys(
-                    own, errors[group][each.scheme]
-                )
+                whole = errors[group][each.scheme] if len(own) == 1 else None
+                alone[group] = {name: whole or error(RoundedBlock(changed, {name: own[name]})) for name in own}
         del changed, rounded
     on_step(FIRST_STREAMS + len(layout.FUSED))
     for start in range(FIRST_STREAMS, len(before), _AT_A_TIME):

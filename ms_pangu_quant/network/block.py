@@ -26,7 +26,7 @@ from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 def is_served(plan: BlockPlan) -> bool:
     """Whether a network computes such a block: not where all is float, one part of a layer that is computed as one is
     rounded and another is not, or group sizes differ."""
-    return not plan.is_float and not plan.splits_a_fused_layer and len(plan.group_sizes) < 2
+    return not plan.is_float and not plan.split_layers and len(plan.group_sizes) < 2
 
 
 class _Layer(nn.Cell):

@@ -114,15 +114,13 @@ class OperatorCount:
     cells: tuple[str, ...]
 
 
-def operator_counts(
-    config: ModelConfig, plan: Plan, backend: Backend, *, phase: str, options: Mapping[str, str] = MappingProxyType({})
-) -> list[OperatorCount]:
+def operator_counts(config: ModelConfig, plan: Plan, backend: Backend, *, phase: str) -> list[OperatorCount]:
     """The operators of a whole network's graph in one phase, equal ones counted, in the order of execution.
 
     Networks of one and of two layers are exported; their difference is a layer's part, and stands for every layer with the
     same schemes. The vocabulary is small while the graph is made and its size is put into the types afterwards.
 
-    phase  "prefill" or "decode".   options  as in build_network.
+    phase  "prefill" or "decode".
     """
     total: Counter[_Key] = Counter()
     cells: dict[_Key, dict[str, None]] = {}
@@ -130,7 +128,7 @@ def operator_counts(
         counts: list[Counter[_Key]] = []
         for depth in (1, 2):
             counts.append(Counter())
-            for key, where in _keys(config, Plan((block,) * depth), backend, phase=phase, options=options):
+            for key, where in _keys(config, Plan((block,) * depth), backend, phase):
                 counts[-1][key] += 1
                 cells.setdefault(key, {})[re.sub(r"layers\.\d+", "layers.*", where)] = None
         once = counts[0] if number == 0 else Counter()
@@ -143,10 +141,10 @@ def operator_counts(
 _Key = tuple[str, tuple[str, ...], tuple[str, ...]]  # kind, types of the inputs, of the outputs
 
 
-def _keys(config: ModelConfig, plan: Plan, backend: Backend, **export: Any) -> Iterator[tuple[_Key, str]]:
+def _keys(config: ModelConfig, plan: Plan, backend: Backend, phase: str) -> Iterator[tuple[_Key, str]]:
     """Each operator as what equal ones have in common, and where it is."""
     small = _unused_size(config)
-    for each in exported_operators(config, plan, backend, vocab_size=small, **export):
+    for each in exported_operators(config, plan, backend, vocab_size=small, phase=phase):
         inputs, outputs = (
             tuple(str(_resized(one, small, config.vocab_size)) for one in side) for side in (each.inputs, each.outputs)
         )

@@ -27,9 +27,7 @@ from ms_pangu_quant.suggestion import did_you_mean
 DEVICES = ("cpu", "ascend")
 MODES = ("graph", "pynative")
 _ADDRESS_SPACE = 3 << 30  # with less, MindSpore fails in its own ways when it allocates; it can hang for ever
-_ONEDNN_KERNELS = (
-    128  # oneDNN keeps 1024, one for each size of each matrix product: 0.5 to 1 MiB for every length of a prompt
-)
+_ONEDNN_KERNELS = 128  # it keeps 1024, one for each size of each matrix product: 0.5 to 1 MiB for every prompt length
 _started: tuple[str, str] | None = None
 _tensor_parallel = 1
 _verbose = False

@@ -5,11 +5,9 @@ Rank 0 writes and reads for all; the other ranks make the same calls and get wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import RoundedBlock
@@ -25,10 +23,8 @@ from ms_pangu_quant.pipeline.report import BlockReport, QuantizeResult
 def finished(run: Run, output: Path) -> QuantizeResult | None:
     """The result of the run that has written all of this directory; None where there is something to do."""
     found = run.ranks.from_first(lambda: finished_report(output, run.fingerprint, run.stored_as))
-    return None if found is None else _as_it_is(output, found)
-
-
-def _as_it_is(output: Path, found: Mapping[str, Any]) -> QuantizeResult:
+    if found is None:
+        return None
     blocks = tuple(BlockReport(**block) for block in found["blocks"])
     return QuantizeResult(output, blocks, found["bytes_before"], stored_bytes(output), len(blocks), was_complete=True)
 

@@ -55,9 +55,9 @@ class BlockPlan:
         return {scheme.group_size for _, scheme in self.quantized if scheme.weight.bits == 4}
 
     @property
-    def splits_a_fused_layer(self) -> bool:
-        """Whether layers that are computed as one have different schemes."""
-        return any(len({self.scheme(site) for site in layout.fused(name)}) > 1 for name in layout.FUSED)
+    def split_layers(self) -> list[tuple[layout.LinearSite, ...]]:
+        """Layers that are computed as one and have different schemes."""
+        return [sites for sites in map(layout.fused, layout.FUSED) if len({self.scheme(site) for site in sites}) > 1]
 
 
 @dataclass(frozen=True)

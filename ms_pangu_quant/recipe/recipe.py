@@ -189,25 +189,23 @@ class Recipe:
                     f"{names[0]} and so on, * matches anything"
                 )
             chosen.update(dict.fromkeys(matched, scheme))
-        self._check_fused(config, chosen)
         schemes = {name: self._scheme(scheme) for name, scheme in chosen.items()}
         plan = Plan.of_layers(schemes, config.num_hidden_layers, None if self.kv_cache is None else INT8_CACHE)
+        self._check_fused(plan, chosen)
         self._check_sizes(config, plan)
         return plan
 
     def _scheme(self, name: str) -> QuantScheme | None:
         return None if name == KEEP_FLOAT else PRESETS[name].with_range(full_range=self.full_range)
 
-    def _check_fused(self, config: ModelConfig, chosen: Mapping[str, str]) -> None:
-        for index in range(config.num_hidden_layers):
-            for fused in layout.FUSED:
-                parts = {site.name: chosen[f"{layout.block_prefix(index)}{site.name}"] for site in layout.fused(fused)}
-                if len(set(parts.values())) > 1:
-                    listed = ", ".join(f"{name}: {scheme}" for name, scheme in parts.items())
-                    raise RecipeError(
-                        f"{self.where}: block {index}: {listed}; MindFormers computes these as one layer "
-                        "and would use the first scheme for all: give them the same"
-                    )
+    def _check_fused(self, plan: Plan, chosen: Mapping[str, str]) -> None:
+        for index, block in enumerate(plan.blocks):
+            for sites in block.split_layers:
+                listed = ", ".join(f"{site.name}: {chosen[f'{layout.block_prefix(index)}{site.name}']}" for site in sites)
+                raise RecipeError(
+                    f"{self.where}: block {index}: {listed}; MindFormers computes these as one layer "
+                    "and would use the first scheme for all: give them the same"
+                )
 
     def _check_sizes(self, config: ModelConfig, plan: Plan) -> None:
         for _, site, scheme in plan:

@@ -34,36 +34,30 @@ class Comparison:
 def compare(runs: Sequence[Run], wanted: float) -> list[Comparison]:
     """The runs after the first against the first, cell by cell; wanted is the retention that is tested for."""
     reference = runs[0]
-    found = [
+    compared = [
         _compare(cell, reference.results[cell], run, wanted)
         for cell in reference.entries
         for run in runs[1:]
-        if cell in run.entries and _shared(reference.results[cell], run.results[cell])
+        if cell in run.entries
     ]
+    found = [each for each in compared if each is not None]
     p_holm = statistics.holm([each.p for each in found])
     tested = [index for index, each in enumerate(found) if each.retention is not None]
     adjusted = dict(zip(tested, statistics.holm([found[index].retention.p for index in tested]), strict=True))  # type: ignore[union-attr]
     return [replace(each, p_holm=p_holm[index], retention_holm=adjusted.get(index)) for index, each in enumerate(found)]
 
 
-def _shared(reference: Sequence[Record], new: Sequence[Record]) -> list[str]:
-    left, right = scores(reference), scores(new)
-    return [task_id for task_id in left if task_id in right]
-
-
-def _compare(cell: Cell, reference: Sequence[Record], run: Run, wanted: float) -> Comparison:
+def _compare(cell: Cell, reference: Sequence[Record], run: Run, wanted: float) -> Comparison | None:
+    """None where the two have no problem in common."""
     new = run.results[cell]
-    shared = _shared(reference, new)
     left, right = scores(reference), scores(new)
+    shared = [task_id for task_id in left if task_id in right]
+    if not shared:
+        return None
     a, b = [left[task_id] for task_id in shared], [right[task_id] for task_id in shared]
     single = all(value in (0.0, 1.0) for value in (*a, *b)) and len(reference) == len(left) and len(new) == len(right)
-    flips = (
-        statistics.flips(
-            {task_id: left[task_id] == 1 for task_id in shared}, {task_id: right[task_id] == 1 for task_id in shared}
-        )
-        if single
-        else None
-    )
+    passed = ({task_id: side[task_id] == 1 for task_id in shared} for side in (left, right))
+    flips = statistics.flips(*passed) if single else None
     return Comparison(
         cell,
         run,

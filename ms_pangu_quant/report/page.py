@@ -10,9 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ms_pangu_quant.checkpoint.files import size
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.extract import Split, split_text
-from ms_pangu_quant.evaluation.samples import write_bytes
+from ms_pangu_quant.evaluation.samples import write_pieces
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
 from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
@@ -70,7 +71,7 @@ def write(report: Report, output: Path) -> list[Path]:
     text = _environment(html=False).get_template("page.md.j2").render(**values)
     paths = [output / "report.html", output / "report.md"]
     for path, content in zip(paths, (page, text), strict=True):
-        write_bytes(path, content.encode("utf-8", "backslashreplace"))
+        write_pieces(path, [content.encode("utf-8", "backslashreplace")])
     return paths
 
 
@@ -194,7 +195,7 @@ def _environment(*, html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "p": _p, "signed": _signed, "size": _size, "cut": _cut}
+    environment.filters |= {"percent": _percent, "points": _points, "p": _p, "signed": _signed, "size": size, "cut": _cut}
     return environment
 
 
@@ -213,10 +214,6 @@ def _signed(value: float, digits: int = 1) -> str:
 
 def _p(value: float) -> str:
     return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0") if value < 1 else "1"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
 def _cut(text: str, most: int = 3000) -> str:

@@ -48,7 +48,7 @@ def retention(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: fl
             _point(axes, groups.index(each.cell), number, len(runs), ratio)
     axes.axhline(100, color=_GRID, linewidth=1)
     axes.axhline(100 * wanted, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
-    return _svg(figure, axes, groups, "retention, %", names, first=1)
+    return _svg(figure, axes, groups, "retention, %", names[1:], range(1, len(names)))
 
 
 def lengths(runs: Sequence[Run]) -> str | None:
@@ -179,8 +179,8 @@ def _svg(
     label: str,
     names: Sequence[str],
     colors: Sequence[int] | None = None,
-    first: int = 0,
 ) -> str:
+    """A legend of names, in the colours of these places or of their own."""
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
@@ -188,8 +188,8 @@ def _svg(
         axes.set_xticks(range(len(groups)), [_plain(f"{task}\n{mode}".strip()) for task, mode in groups])
         axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel(label)
-    numbers = colors if colors is not None else range(first, len(names))
-    shown = [_plain(name) for name in (names if colors is not None else names[first:])]
+    shown = [_plain(name) for name in names]
+    numbers = range(len(names)) if colors is None else colors
     handles = [Line2D([], [], marker="o", linestyle="", color=_SERIES[number]) for number in numbers]
     figure.legend(
         handles,

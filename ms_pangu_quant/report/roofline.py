@@ -20,7 +20,8 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 
-PRECISIONS = ("float16", "w8a8", "w8a8_static", "w4a8", "w4a16")
+_WEIGHT_BYTES = {"float16": 2.0, "w8a8": 1.0, "w8a8_static": 1.0, "w4a8": 0.5, "w4a16": 0.5}
+PRECISIONS = tuple(_WEIGHT_BYTES)
 _PACKAGE = Path(__file__).parent.parent
 _FOLDERS = (_PACKAGE / "configs" / "devices", _PACKAGE.parent / "configs" / "devices")
 
@@ -101,13 +102,13 @@ def prefill_seconds(device: Device, config: ModelConfig, precision: str, batch_s
     """Until the first token of each of batch_size prompts of prompt_len tokens."""
     tokens = batch_size * prompt_len
     pairs = batch_size * prompt_len * (prompt_len + 1) / 2
-    return _total(device, _operators(config, precision, tokens, batch_size, pairs, cached=0.0))
+    return sum(map(device.seconds, _operators(config, precision, tokens, batch_size, pairs, cached=0.0)))
 
 
 def decode_seconds(device: Device, config: ModelConfig, precision: str, batch_size: int, context: int) -> float:
     """One step that gives batch_size sequences, each with `context` tokens in the cache, their next token."""
     pairs = float(batch_size * context)
-    return _total(device, _operators(config, precision, batch_size, batch_size, pairs, cached=pairs))
+    return sum(map(device.seconds, _operators(config, precision, batch_size, batch_size, pairs, cached=pairs)))
 
 
 def memory_bytes(config: ModelConfig, precision: str, tokens: int) -> float:
@@ -124,14 +125,10 @@ def memory_bytes(config: ModelConfig, precision: str, tokens: int) -> float:
     return config.num_hidden_layers * (weights + norms + cache) + tables + 4 * config.hidden_size
 
 
-def _total(device: Device, operators: Iterator[Operator]) -> float:
-    return sum(device.seconds(operator) for operator in operators)
-
-
 def _weight_bytes(precision: str) -> float:
     if precision not in PRECISIONS:
         raise RequestError(f"precision: got {precision!r}, wanted one of {', '.join(PRECISIONS)}")
-    return {"float16": 2.0, "w8a8": 1.0, "w8a8_static": 1.0, "w4a8": 0.5, "w4a16": 0.5}[precision]
+    return _WEIGHT_BYTES[precision]
 
 
 def _operators(

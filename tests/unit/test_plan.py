@@ -94,7 +94,7 @@ def test_a_uniform_plan_has_one_scheme_in_every_layer_of_the_model(small_config,
     assert [found for _, _, found in plan] == [scheme] * 3 * len(layout.SITES)
     assert [block.cache for block in plan.blocks] == [cache] * 3
     assert plan.is_float == (scheme is None)
-    assert not any(block.splits_a_fused_layer for block in plan.blocks)
+    assert not any(block.split_layers for block in plan.blocks)
 
 
 @given(plans())
@@ -117,14 +117,14 @@ def test_what_is_not_int4_has_no_group_size_and_per_channel_is_one():
 @given(block_plans())
 def test_a_fused_layer_is_split_where_its_parts_disagree(plan):
     q, k, v, _, gate, up, _ = plan.schemes
-    assert plan.splits_a_fused_layer == (not q == k == v or gate != up)
+    assert bool(plan.split_layers) == (not q == k == v or gate != up)
 
 
 @pytest.mark.parametrize("site", layout.SITES, ids=lambda site: site.short)
 @pytest.mark.parametrize(("all_but_one", "one"), [(INT8, STATIC), (INT8, None), (None, INT4), (INT4, INT4.grouped(8))])
 def test_one_layer_that_differs_splits_what_it_is_a_part_of_and_nothing_else(site, all_but_one, one):
     plan = BlockPlan(tuple(one if each is site else all_but_one for each in layout.SITES))
-    assert plan.splits_a_fused_layer == (site not in (layout.O_PROJ, layout.DOWN_PROJ))
+    assert plan.split_layers == ([layout.fused(site.fused)] if site not in (layout.O_PROJ, layout.DOWN_PROJ) else [])
 
 
 # --- words and formats ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ import yaml
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import PanguQuantError
-from ms_pangu_quant.evaluation.samples import write_bytes
+from ms_pangu_quant.evaluation.samples import write_pieces
 from ms_pangu_quant.evaluation.statistics import Interval, retention, wilson
 from ms_pangu_quant.evaluation.summary import scores
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
@@ -321,7 +321,7 @@ def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
         texts, limit = work / "texts.jsonl", 150
         if not texts.exists():
             rows = (ASSETS / "validation.jsonl").read_bytes().splitlines(keepends=True)
-            write_bytes(texts, b"".join(rows[300 : 300 + limit]))
+            write_pieces(texts, [b"".join(rows[300 : 300 + limit])])
     setting = peers.setting_of(chosen, checkpoint, calibration, texts, work)
     return replace(setting, modes=table.modes, limit=limit)
 
@@ -337,7 +337,7 @@ def random_checkpoint(work: Path) -> tuple[Path, Path, Path]:
         draw = np.random.default_rng(0)
         for path, rows, length in ((calibration, 128, 128), (texts, 32, 128)):
             ids = draw.integers(3, vocabulary, (rows, length))
-            write_bytes(path, b"".join(json.dumps({"token_ids": row.tolist()}).encode() + b"\n" for row in ids))
+            write_pieces(path, [b"".join(json.dumps({"token_ids": row.tolist()}).encode() + b"\n" for row in ids)])
     return checkpoint, calibration, texts
 
 
@@ -353,7 +353,7 @@ def replaced(page: str, name: str, text: str) -> str:
 
 
 def write(page: Path, name: str, text: str) -> None:
-    write_bytes(page, replaced(page.read_text(encoding="utf-8"), name, text).encode())
+    write_pieces(page, [replaced(page.read_text(encoding="utf-8"), name, text).encode()])
 
 
 def page_of(page: Path, into: Path | None) -> Path:
@@ -363,7 +363,7 @@ def page_of(page: Path, into: Path | None) -> Path:
     copy = into / page.relative_to(ROOT)
     if not copy.exists():
         copy.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(copy, page.read_bytes())
+        write_pieces(copy, [page.read_bytes()])
     return copy
 
 

@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
 from ms_pangu_quant.errors import PanguQuantError
-from ms_pangu_quant.evaluation.samples import write_bytes, write_json
+from ms_pangu_quant.evaluation.samples import write_json, write_pieces
 from ms_pangu_quant.job.arguments import Parser
 from tools.peers.measure import LLM_COMPRESSOR, MSMODELSLIM, OURS, ROOT, Record, Row, Setting, measure
 from tools.peers.quantizers import linear_quant
@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     def write(records: Sequence[Record]) -> None:
         write_json(chosen.work / "peers.json", {"provenance": provenance(records), "rows": list(records)})
         text = "\n\n".join([table(records, modes), ratios(records), provenance(records)])
-        write_bytes(chosen.work / "peers.md", text.encode() + b"\n")
+        write_pieces(chosen.work / "peers.md", [text.encode() + b"\n"])
 
     try:
         records = measure_all(rows, setting, write)

@@ -34,7 +34,6 @@ __all__ = [
     "Problems",
     "Statement",
     "Task",
-    "check_known",
     "check_tasks",
     "find_problem",
     "load_problems",
@@ -50,13 +49,8 @@ def load_tasks(names: Sequence[str], own_files: Mapping[str, str | Path]) -> dic
 
 def check_tasks(names: Sequence[str], own_files: Collection[str]) -> None:
     """Raises RequestError where a benchmark does not exist, none is asked for, or own problems are for another."""
-    check_known([*names, *own_files])
-    if not names or set(own_files) - set(names):
-        raise RequestError(f"tasks: got {', '.join(names) or 'none'}, wanted some of {', '.join(TASKS)}, and those of data")
-
-
-def check_known(names: Sequence[str]) -> None:
-    """Raises RequestError where a benchmark does not exist."""
-    for name in names:
+    for name in (*names, *own_files):
         if name not in TASKS:
             raise RequestError(f"unknown benchmark {name!r}{did_you_mean(name, TASKS)}, wanted some of {', '.join(TASKS)}")
+    if not names or set(own_files) - set(names):
+        raise RequestError(f"tasks: got {', '.join(names) or 'none'}, wanted some of {', '.join(TASKS)}, and those of data")

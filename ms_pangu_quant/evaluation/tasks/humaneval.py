@@ -10,6 +10,7 @@ import ast
 import re
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 
 from ms_pangu_quant.evaluation.tasks.task import Row, Statement, Task
 from ms_pangu_quant.evaluation.verdict import Program
@@ -17,11 +18,6 @@ from ms_pangu_quant.evaluation.verdict import Program
 
 def statement(row: Row) -> Statement:
     return Statement(text=row["prompt"], stub=row["prompt"])
-
-
-def entry_point(row: Row) -> str:
-    name: str = row["entry_point"]
-    return name
 
 
 def program(row: Row, code: str) -> Program:
@@ -75,7 +71,7 @@ HUMANEVAL = Task(
     sha256="b796127e635a67f93fb35c04f4cb03cf06f38c8072ee7cee8833d7bee06979ef",
     fields=("prompt", "entry_point", "test"),
     statement=statement,
-    entry_point=entry_point,
+    entry_point=itemgetter("entry_point"),
     program=program,
     reference=reference,
     solution=solution,

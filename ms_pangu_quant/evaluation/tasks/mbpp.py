@@ -14,6 +14,7 @@ import ast
 import builtins
 from dataclasses import replace
 from functools import lru_cache
+from operator import itemgetter
 from typing import TypeGuard
 
 from ms_pangu_quant.evaluation.tasks.task import Row, Statement, Task
@@ -40,15 +41,6 @@ def program(row: Row, code: str) -> Program:
         names=(entry, *functions),
         in_process=in_process,
     )
-
-
-def reference(row: Row) -> str | None:
-    code: str = row["code"]
-    return code
-
-
-def solution(row: Row) -> tuple[str, str] | None:
-    return down_to_def(row["code"])
 
 
 def down_to_def(code: str) -> tuple[str, str]:
@@ -102,8 +94,8 @@ MBPP_FULL = Task(
     statement=statement,
     entry_point=entry_point,
     program=program,
-    reference=reference,
-    solution=solution,
+    reference=itemgetter("code"),
+    solution=lambda row: down_to_def(row["code"]),
     prefix="MBPP/",
 )
 MBPP_TEST = replace(MBPP_FULL, name="mbpp_test", title="MBPP (test)", ids=TEST_PART)

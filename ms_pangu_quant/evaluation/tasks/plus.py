@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from functools import lru_cache
 from importlib.resources import files
+from operator import itemgetter
 from typing import Any
 
 from ms_pangu_quant.evaluation.tasks import humaneval, mbpp
@@ -23,23 +24,10 @@ def humaneval_program(row: Row, code: str) -> Program:
     return _program(row, humaneval.after_prompt(row["prompt"], code), row["prompt"] + row["canonical_solution"])
 
 
-def mbpp_program(row: Row, code: str) -> Program:
-    return _program(row, code, row["canonical_solution"])
-
-
 def mbpp_statement(row: Row) -> Statement:
     lines = row["prompt"].strip().strip('"').strip().splitlines()
     tests = tuple(line for line in lines if line.startswith("assert "))
     return Statement(text="\n".join(line for line in lines if not line.startswith("assert ")), tests=tests)
-
-
-def mbpp_reference(row: Row) -> str | None:
-    code: str = row["canonical_solution"]
-    return code
-
-
-def mbpp_solution(row: Row) -> tuple[str, str] | None:
-    return mbpp.down_to_def(row["canonical_solution"])
 
 
 def _program(row: Row, source: str, canonical: str) -> Program:
@@ -72,7 +60,7 @@ HUMANEVAL_PLUS = Task(
     sha256="272720b90ac375502c8ed23cd791c2a93dfb22a911641a494da74a426c09f101",
     fields=("prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol"),
     statement=humaneval.statement,
-    entry_point=humaneval.entry_point,
+    entry_point=itemgetter("entry_point"),
     program=humaneval_program,
     reference=humaneval.reference,
     solution=humaneval.solution,
@@ -85,9 +73,9 @@ MBPP_PLUS = Task(
     sha256="af43697e8791c4c149bdfd6b489d8b5412507551ac20e28a439f650b8225db63",
     fields=("prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol"),
     statement=mbpp_statement,
-    entry_point=humaneval.entry_point,
-    program=mbpp_program,
-    reference=mbpp_reference,
-    solution=mbpp_solution,
+    entry_point=itemgetter("entry_point"),
+    program=lambda row, code: _program(row, code, row["canonical_solution"]),
+    reference=itemgetter("canonical_solution"),
+    solution=lambda row: mbpp.down_to_def(row["canonical_solution"]),
     prefix="Mbpp/",
 )
