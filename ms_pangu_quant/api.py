@@ -164,7 +164,7 @@ def _budget_spent(
         if given is not None:
             raise RequestError(f"--sensitivity: {recipe.where} has no budget to spend on it")
         return request
-    path = Path(given) if given else output and output.with_name(f"{output.name}.sensitivity.json")
+    path = Path(given) if given else output and sensitivities_of(output)
     if path is None:
         raise RequestError(
             f"--dry-run: {recipe.where} has a budget, and what it buys follows from sensitivities: pass --sensitivity FILE "
@@ -181,6 +181,11 @@ def _budget_spent(
     assert spent.assignment is not None
     progress.on_budget(spent.assignment)
     return replace(request, recipe=spent)
+
+
+def sensitivities_of(output: str | Path) -> Path:
+    """Where quantize() measures them for a recipe with a budget."""
+    return Path(output).with_name(f"{Path(output).name}.sensitivity.json")
 
 
 def sensitivity(

@@ -79,6 +79,8 @@ def quantize_command(
         "allow_unserved": allow_unserved,
     }
     if dry_run:
+        if api.as_recipe(recipe).budget and sensitivity is None and api.sensitivities_of(output).exists():
+            asked["sensitivity"] = api.sensitivities_of(output)  # of an earlier run
         _print_estimate(api.estimate(checkpoint, recipe, **asked))
         return
     started = time.monotonic()
