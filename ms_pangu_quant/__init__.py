@@ -5,6 +5,7 @@ evaluate  a checkpoint on benchmarks in its thinking modes: answers, verdicts, s
 compare   how far two checkpoints' next-token distributions are apart
 observe   the weights of a block and what enters its layers, after any transforms
 load      a checkpoint to compute logits and generate text with
+Progress  what quantize() calls while it is under way
 ASSETS    folder of the embedded checkpoint, openpangu-mini, and its data
 """
 
@@ -16,12 +17,22 @@ from typing import TYPE_CHECKING, Any
 from ms_pangu_quant.errors import PanguQuantError
 
 if TYPE_CHECKING:
-    from ms_pangu_quant.api import EvaluationRequest, compare, evaluate, observe, quantize
+    from ms_pangu_quant.api import EvaluationRequest, Progress, compare, evaluate, observe, quantize
     from ms_pangu_quant.inference.model import load
 
 ASSETS = Path(__file__).parent / "assets"
 
-__all__ = ["ASSETS", "EvaluationRequest", "PanguQuantError", "compare", "evaluate", "load", "observe", "quantize"]
+__all__ = [
+    "ASSETS",
+    "EvaluationRequest",
+    "PanguQuantError",
+    "Progress",
+    "compare",
+    "evaluate",
+    "load",
+    "observe",
+    "quantize",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,7 +41,7 @@ def __getattr__(name: str) -> Any:
         from ms_pangu_quant.inference.model import load
 
         return load
-    if name in ("EvaluationRequest", "compare", "evaluate", "observe", "quantize"):
+    if name in ("EvaluationRequest", "Progress", "compare", "evaluate", "observe", "quantize"):
         from ms_pangu_quant import api
 
         return getattr(api, name)

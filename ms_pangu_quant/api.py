@@ -50,16 +50,21 @@ __all__ = [
     "EvaluationRequest",
     "GenerationSettings",
     "Judging",
+    "Progress",
     "ReportRequest",
     "answer",
     "as_recipe",
     "compare",
+    "estimate",
     "evaluate",
+    "export",
     "observe",
     "quantize",
     "read_data",
     "report",
     "score",
+    "sensitivity",
+    "sensitivity_cost",
 ]
 
 AnyRecipe = str | Path | Mapping[str, Any] | Recipe
