@@ -29,15 +29,19 @@ from ms_pangu_quant.network import runtime
 ROOT = Path(__file__).parents[2]
 PACKAGE = "ms_pangu_quant"
 GUEST = f"{PACKAGE}.evaluation.guest"  # scripts for the sandbox, which run when they are imported
+_FUNCTIONS = (
+    *("quantize", "estimate", "sensitivity", "sensitivity_cost", "export", "compare", "observe"),
+    *("evaluate", "answer", "score", "report"),
+)
 PUBLIC = (  # heading, module, and the names shown; a class with its own public members
-    ("Functions", f"{PACKAGE}.api", ("quantize", "compare", "observe", "evaluate", "answer", "score", "report")),
+    ("Functions", f"{PACKAGE}.api", _FUNCTIONS),
     ("What is asked for", f"{PACKAGE}.api", ("EvaluationRequest", "Judging", "GenerationSettings", "ReportRequest")),
     ("Loading and generating", f"{PACKAGE}.inference.model", ("load", "Model.logits", "Model.generate", "Generation")),
     ("Results", f"{PACKAGE}.pipeline.report", ("QuantizeResult", "BlockReport", "Progress")),
     ("", f"{PACKAGE}.inference.compare", ("Comparison",)),
     ("What observe returns", f"{PACKAGE}.checkpoint.block", ("Block",)),
     ("", f"{PACKAGE}.calibration.statistics", ("InputStats", "RowSample")),
-    ("Adding an algorithm", f"{PACKAGE}.recipe.recipe", ("Transform", "Rewrite", "WeightQuantizer")),
+    ("Extending it", f"{PACKAGE}.recipe.recipe", ("Transform", "Rewrite", "WeightQuantizer")),
     ("", f"{PACKAGE}.calibration.statistics", ("Needs",)),
     ("", f"{PACKAGE}.recipe.scheme", ("TensorScheme", "QuantScheme")),
     ("", f"{PACKAGE}.quantizers.grid", ("QuantizedWeight",)),
