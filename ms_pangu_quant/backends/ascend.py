@@ -268,10 +268,6 @@ class Int8CacheAttention(FlashAttention):
         )
 
 
-def _core_attention(*, num_blocks: int, block_size: int, cache: TensorScheme | None):
-    return Int8CacheAttention if cache else FlashAttention
-
-
 def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
     return Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16)
 
@@ -288,7 +284,7 @@ def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, he
 BACKEND = Backend(
     norm=RMSNorm,
     mlp=None,
-    core_attention=_core_attention,
+    core_attention=lambda *, cache, **sizes: Int8CacheAttention if cache else FlashAttention,
     rope_name="rope",
     gpt_model=AscendGPTModel,
     linear_methods={W8A8_STATIC: A8W8LinearMethod, W8A8: A8W8DynamicLinearMethod, W4A8: int4_method},
