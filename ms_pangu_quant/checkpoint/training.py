@@ -109,7 +109,6 @@ def as_hugging_face(files: TensorFiles, config: ModelConfig) -> tuple[TensorFile
             raise CheckpointError(
                 f"{files.directory}: {part.fused} is missing; config.json implies a tensor of shape {list(part.shape)}"
             )
-        assert isinstance(source, TensorEntry)
         if source.shape != part.shape:
             raise CheckpointError(
                 f"{source.file}: {part.fused}: got {list(source.shape)}, config.json implies {list(part.shape)}; is "

@@ -119,9 +119,9 @@ class Rotate:
         return reader.rewritten(
             dataclasses.replace(config, tie_word_embeddings=False, online_hadamard=self.online),
             {
-                layout.EMBEDDING: ComputedEntry(embedding, stream.of_rows),
-                layout.HEAD: ComputedEntry(head_source, lambda rows: stream.of_rows(rows, norm)),
-                layout.FINAL_NORM: ComputedEntry(reader.files.entries[layout.FINAL_NORM], np.ones_like),
+                layout.EMBEDDING: ComputedEntry.of(embedding, stream.of_rows),
+                layout.HEAD: ComputedEntry.of(head_source, lambda rows: stream.of_rows(rows, norm)),
+                layout.FINAL_NORM: ComputedEntry.of(reader.files.entries[layout.FINAL_NORM], np.ones_like),
             },
             lambda block: rotate_block(block, stream, head, inner),
         )
