@@ -19,8 +19,7 @@ from ms_pangu_quant.evaluation.extract import Extraction, extract, split_text
 from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
 from ms_pangu_quant.evaluation.sandbox import Sandbox
-from ms_pangu_quant.evaluation.tasks import Problem, find_problem
-from ms_pangu_quant.evaluation.tasks.task import Problems
+from ms_pangu_quant.evaluation.tasks.task import Problem, Problems, find_problem
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits, Outcome
 
 COPIED = ("task", "mode", "task_id", "sample_id")

@@ -15,7 +15,8 @@ from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.extract import Split, split_text
 from ms_pangu_quant.evaluation.samples import write_pieces
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
-from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
+from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.tasks.task import find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report import plots
