@@ -96,7 +96,6 @@ class ComputedEntry(TensorEntry):
         return cls(source.file, source.offset, source.shape, source.dtype, source, compute)
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows start:stop of the first axis, in the stored dtype."""
         return self.compute(widen(self.source.read(start, stop))).astype(self.dtype)
 
 

@@ -36,7 +36,6 @@ class PiecesEntry(TensorEntry):
     pieces: tuple[tuple[tuple[int, ...], TensorEntry], ...]
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows start:stop, in the stored dtype."""
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         rows = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype)
         for origin, piece in self.pieces:

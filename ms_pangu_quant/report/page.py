@@ -196,16 +196,13 @@ def _environment(*, html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "p": _p, "signed": _signed, "size": size, "cut": _cut}
+    environment.filters |= {"percent": _percent, "p": _p, "signed": _signed, "size": size, "cut": _cut}
+    environment.filters["points"] = lambda share: _signed(100 * share)
     return environment
 
 
 def _percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
-
-
-def _points(value: float) -> str:
-    return _signed(100 * value)
 
 
 def _signed(value: float, digits: int = 1) -> str:
