@@ -35,10 +35,10 @@ class Package:
     fits: bool
 
 
-def version() -> str | None:
-    """Of this program; None where it runs from a folder without being installed."""
+def version(name: str = DISTRIBUTION) -> str | None:
+    """Of a package; None where it is not installed, as this program may run from a folder."""
     try:
-        return metadata.version(DISTRIBUTION)
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
 
@@ -52,10 +52,7 @@ def packages() -> list[Package]:
         wanted = Requirement(text)
         if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
             continue
-        try:
-            installed: str | None = metadata.version(wanted.name)
-        except metadata.PackageNotFoundError:
-            installed = None
+        installed = version(wanted.name)
         fits = installed is not None and wanted.specifier.contains(installed, prereleases=True)
         found.append(Package(wanted.name, f"{wanted.name}{wanted.specifier}", installed, fits))
     return found

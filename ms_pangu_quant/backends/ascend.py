@@ -12,7 +12,6 @@ shapes are checked, and the tensors handed to the operators are checked against 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import mindspore as ms
 import numpy as np
@@ -268,14 +267,6 @@ class Int8CacheAttention(FlashAttention):
         )
 
 
-def _core_attention(*, num_blocks: int, block_size: int, cache: TensorScheme | None):
-    return Int8CacheAttention if cache else FlashAttention
-
-
-def _causal_mask(lengths: Sequence[int], contexts: Sequence[int], kv_tokens: int) -> Tensor:
-    return Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16)
-
-
 def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, head_dim: int, *, cache: TensorScheme | None):
     shape, dtype = (num_blocks, block_size, kv_heads, head_dim), ms.int8 if cache else ms.bfloat16
 
@@ -288,7 +279,7 @@ def _new_caches(layers: int, num_blocks: int, block_size: int, kv_heads: int, he
 BACKEND = Backend(
     norm=RMSNorm,
     mlp=None,
-    core_attention=_core_attention,
+    core_attention=lambda *, cache, **sizes: Int8CacheAttention if cache else FlashAttention,
     rope_name="rope",
     gpt_model=AscendGPTModel,
     linear_methods={W8A8_STATIC: A8W8LinearMethod, W8A8: A8W8DynamicLinearMethod, W4A8: int4_method},
@@ -299,7 +290,7 @@ BACKEND = Backend(
         "rotary_dtype": "bfloat16",
     },
     chunked_prefill=False,
-    attention_mask=_causal_mask,
+    attention_mask=lambda *lengths: Tensor(np.triu(np.ones((_MASK, _MASK), np.float32), 1), ms.bfloat16),
     new_caches=_new_caches,
     dynamic_mask=([None, None], ms.bfloat16),
 )

@@ -152,15 +152,22 @@ def _prepare(method, layer, name: str) -> None:
     method.no_scale, method.no_sum = Tensor(np.ones((outputs, 1), np.float32)), Tensor(np.zeros(outputs, np.int32))
 
 
-class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
+class _Kernel:
+    """In front of a linear method of cpu.py: an int8 one, as far as packing goes. name: of its kernel."""
+
+    name: str
+
     def create_weights(self, layer, *arguments, **keywords):
         weight = super().create_weights(layer, *arguments, **keywords)
-        _prepare(self, layer, "PanguW8A8Dynamic")
+        _prepare(self, layer, self.name)
         return weight
 
     def process_weights_after_loading(self, layer):
-        outputs, inputs = layer.weight.shape
-        kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, outputs, inputs)
+        kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, *layer.weight.shape)
+
+
+class W8A8DynamicLinear(_Kernel, cpu.W8A8DynamicLinear):
+    name = "PanguW8A8Dynamic"
 
     def apply(self, layer, x, weight=None, bias=None, group_list=None, **kwargs):
         if self.meeting.size > 1:
@@ -177,15 +184,8 @@ class W8A8DynamicLinear(cpu.W8A8DynamicLinear):
         return self.code_kernel(codes, layer.weight, one, self.no_factor, self.no_offset, zero, self.none)
 
 
-class W8A8StaticLinear(cpu.W8A8StaticLinear):
-    def create_weights(self, layer, *arguments, **keywords):
-        weight = super().create_weights(layer, *arguments, **keywords)
-        _prepare(self, layer, "PanguW8A8Static")
-        return weight
-
-    def process_weights_after_loading(self, layer):
-        outputs, inputs = layer.weight.shape
-        kernels().functions.pangu_pack_w8(layer.weight.asnumpy().ctypes.data, outputs, inputs)
+class W8A8StaticLinear(_Kernel, cpu.W8A8StaticLinear):
+    name = "PanguW8A8Static"
 
     def apply(self, layer, x, weight=None, bias=None):
         if self.meeting.size > 1:
@@ -211,10 +211,8 @@ class W8A8StaticLinear(cpu.W8A8StaticLinear):
         return layer.weight, layer.deq_scale, layer.input_scale, layer.input_offset, layer.quant_bias, bias
 
 
-class W4A8DynamicLinear(cpu.W4A8DynamicLinear):
-    def create_weights(self, layer, *arguments, **keywords):
-        super().create_weights(layer, *arguments, **keywords)
-        _prepare(self, layer, "PanguW4A8Dynamic")
+class W4A8DynamicLinear(_Kernel, cpu.W4A8DynamicLinear):
+    name = "PanguW4A8Dynamic"
 
     def process_weights_after_loading(self, layer):
         outputs, inputs = layer.weight.shape[0], self.input_size_per_partition
@@ -252,15 +250,8 @@ class FloatLinear(UnquantizedLinearMethod):
         return self.kernel(x, layer.weight, self.none if bias is None else bias)
 
 
-def _rope(**arguments):
-    return cpu.rope(Rope, arguments)
-
-
-def _no_mask(lengths, contexts, kv_tokens):
-    return Tensor(np.zeros((1, 1, 1), np.float32))
-
-
-rope_utils.ROPE_FUNCTION["pangu_cpu_fused_rope"] = _rope  # MindFormers' own table of rope kinds
+# MindFormers' own table of rope kinds
+rope_utils.ROPE_FUNCTION["pangu_cpu_fused_rope"] = lambda **arguments: cpu.rope(Rope, arguments)
 
 BACKEND: Backend = replace(
     cpu.BACKEND,
@@ -276,7 +267,7 @@ BACKEND: Backend = replace(
         W8A8: W8A8DynamicLinear,
         W4A8: W4A8DynamicLinear,
     },
-    attention_mask=_no_mask,
+    attention_mask=lambda *lengths: Tensor(np.zeros((1, 1, 1), np.float32)),  # none is looked at
     bfloat16_tables=True,
     integer_kernels=True,
     float_method=FloatLinear,

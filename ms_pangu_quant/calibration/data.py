@@ -116,7 +116,8 @@ def load_token_data(
         )
     ends = list(accumulate(len(table.rows) for table in tables))
     rows = []
-    for position in _order(ends[-1], seed)[:samples]:
+    order = range(ends[-1]) if seed is None else np.random.Generator(np.random.PCG64(seed)).permutation(ends[-1])
+    for position in order[:samples]:
         part = bisect_right(ends, position)
         table = tables[part]
         index = int(position) - (ends[part] - len(table.rows))
@@ -127,10 +128,6 @@ def load_token_data(
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
     sequences = tuple(ids[:max_length] for ids in whole)
     return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
-
-
-def _order(rows: int, seed: int | None) -> Sequence[int] | NDArray[np.int64]:
-    return range(rows) if seed is None else np.random.Generator(np.random.PCG64(seed)).permutation(rows)
 
 
 def _read(path: Path, vocab_size: int) -> list[_Table]:

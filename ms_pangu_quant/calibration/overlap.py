@@ -20,7 +20,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
-from ms_pangu_quant.evaluation.tasks import TASKS, Problem, Task, load_problems
+from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.tasks.task import Problem, Task, load_problems
 
 PROMPT_RUN = 13
 SOLUTION_RUN = 40

@@ -5,7 +5,6 @@ Both are handed from room to room and never changed; what changes one returns an
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -99,7 +98,3 @@ class RoundedBlock:
         """The tensors that stay float."""
         rounded = {f"{name}.weight" for name in self.linears}
         return {name: value for name, value in self.floats.tensors.items() if name not in rounded}
-
-    def without_rounded_weights(self) -> RoundedBlock:
-        """Frees the float weights of what is rounded."""
-        return dataclasses.replace(self, floats=Block(self.config, self.kept))

@@ -14,12 +14,8 @@ from ms_pangu_quant.recipe.plan import Plan
 
 def check_cut(config: ModelConfig, ranks: int, plan: Plan) -> None:
     """Raises BackendError naming what `ranks` ranks cannot share."""
-    whole = {
-        "num_attention_heads": config.num_attention_heads,
-        "intermediate_size": config.intermediate_size,
-        "vocab_size": config.vocab_size,
-    }
-    for name, count in whole.items():
+    for name in ("num_attention_heads", "intermediate_size", "vocab_size"):
+        count = getattr(config, name)
         if count % ranks:
             raise BackendError(f"tensor_parallel {ranks}: {name} is {count}, wanted a multiple of it; use fewer ranks")
     heads = config.num_key_value_heads

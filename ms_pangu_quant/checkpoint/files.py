@@ -82,37 +82,24 @@ class TensorEntry:
 
 
 @dataclass(frozen=True)
-class ComputedEntry:
+class ComputedEntry(TensorEntry):
     """A tensor made from another while it is read, in that one's shape and dtype, a slice of rows at a time.
 
     compute  float32 rows [count, ...] -> float32 rows, each from the same row alone.
     """
 
-    source: TensorEntry | ComputedEntry
+    source: TensorEntry
     compute: Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return self.source.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.source.nbytes
-
-    @property
-    def file(self) -> Path:
-        return self.source.file
+    @classmethod
+    def of(cls, source: TensorEntry, compute: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> ComputedEntry:
+        return cls(source.file, source.offset, source.shape, source.dtype, source, compute)
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows start:stop of the first axis, in the stored dtype."""
         return self.compute(widen(self.source.read(start, stop))).astype(self.dtype)
 
 
-def chunks(entry: TensorEntry | ComputedEntry) -> Iterator[memoryview]:
+def chunks(entry: TensorEntry) -> Iterator[memoryview]:
     """The bytes of entry.read(), a few MiB of rows at a time."""
     rows = entry.shape[0] if entry.shape else 1
     step = max(1, _CHUNK * rows // max(entry.nbytes, 1))
@@ -155,7 +142,7 @@ class TensorFiles:
             self.files = sorted(directory.glob("*.safetensors"))
         if not self.files:
             raise CheckpointError(f"{directory}: no *.safetensors file here; wanted a Hugging Face checkpoint directory")
-        self.entries: dict[str, TensorEntry | ComputedEntry] = {}
+        self.entries: dict[str, TensorEntry] = {}
         for file in self.files:
             for name, entry in _read_header(file).items():
                 if name in self.entries:
@@ -174,7 +161,7 @@ class TensorFiles:
         """Rows of a floating-point tensor, widened exactly to float32."""
         return widen(self.entries[name].read(start, stop))
 
-    def overlaid(self, entries: Mapping[str, TensorEntry | ComputedEntry]) -> TensorFiles:
+    def overlaid(self, entries: Mapping[str, TensorEntry]) -> TensorFiles:
         """The same files with some tensors replaced or added."""
         files = copy.copy(self)
         files.entries = {**self.entries, **entries}
@@ -284,7 +271,7 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry | ComputedEntry]) -> None:
+def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         entry = entries.get(name)
         if entry is None or entry.file.name != file:
@@ -321,7 +308,7 @@ class WrittenFile:
     nbytes: int
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEntry | ComputedEntry]) -> WrittenFile:
+def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEntry]) -> WrittenFile:
     """Write one file atomically; an entry is copied from its own file, or computed, without being loaded whole.
 
     Raises OutputError when the disk is full or not writable; nothing is left behind then.
@@ -342,7 +329,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
         yield len(encoded).to_bytes(8, "little")
         yield encoded
         for tensor in tensors.values():
-            if isinstance(tensor, (TensorEntry, ComputedEntry)):
+            if isinstance(tensor, TensorEntry):
                 yield from chunks(tensor)
             else:
                 yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data

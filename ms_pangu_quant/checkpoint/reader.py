@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout, slices, training
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry, TensorFiles
+from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
@@ -56,7 +56,7 @@ class CheckpointReader:
         return RoundedBlock(self.block(index))
 
     def rewritten(
-        self, config: ModelConfig, outer: Mapping[str, TensorEntry | ComputedEntry], rewrite: Callable[[Block], Block]
+        self, config: ModelConfig, outer: Mapping[str, TensorEntry], rewrite: Callable[[Block], Block]
     ) -> CheckpointReader:
         """A reader of the same checkpoint with other tensors outside the blocks, and every block rewritten as it is read.
 

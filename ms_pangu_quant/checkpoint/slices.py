@@ -36,7 +36,6 @@ class PiecesEntry(TensorEntry):
     pieces: tuple[tuple[tuple[int, ...], TensorEntry], ...]
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows start:stop, in the stored dtype."""
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         rows = np.empty((max(stop - start, 0), *self.shape[1:]), self.dtype)
         for origin, piece in self.pieces:
@@ -84,7 +83,7 @@ def _piece(path: Path, name: str, held: str, shape: tuple[int, ...], files: dict
             raise CheckpointError(f"{path}: names {held!r} for {name}, which is not a file beside it; copy it here")
         files[held] = TensorFiles(path.parent, only=path.parent / held)
     piece = files[held].entries.get(name)
-    if not isinstance(piece, TensorEntry):
+    if piece is None:
         raise CheckpointError(f"{path}: says that {held} holds {name}, which it does not")
     if piece.shape != shape:
         raise CheckpointError(f"{piece.file}: {name}: got {list(piece.shape)}, {path.name} says {list(shape)}")

@@ -71,12 +71,7 @@ class RowsEntry(TensorEntry):
     groups: int
     first: int
 
-    @classmethod
-    def of(cls, whole: TensorEntry, groups: int, first: int, count: int) -> RowsEntry:
-        return cls(whole.file, whole.offset, (groups * count, *whole.shape[1:]), whole.dtype, whole, groups, first)
-
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows start:stop, in the stored dtype."""
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
         if self.groups == 1:
             return self.whole.read(self.first + start, self.first + stop)
@@ -109,14 +104,15 @@ def as_hugging_face(files: TensorFiles, config: ModelConfig) -> tuple[TensorFile
             raise CheckpointError(
                 f"{files.directory}: {part.fused} is missing; config.json implies a tensor of shape {list(part.shape)}"
             )
-        assert isinstance(source, TensorEntry)
         if source.shape != part.shape:
             raise CheckpointError(
                 f"{source.file}: {part.fused}: got {list(source.shape)}, config.json implies {list(part.shape)}; is "
                 "config.json from another checkpoint?"
             )
         used.add(part.fused)
-        found[name] = source if part.shape == shape else RowsEntry.of(source, part.groups, part.first, part.count)
+        if part.shape != shape:
+            source = RowsEntry(source.file, source.offset, shape, source.dtype, source, part.groups, part.first)
+        found[name] = source
     _refuse_others(files, used)
     raw = {key: value for key, value in config.raw.items() if key not in (_CONTIGUOUS_QKV, _INTERLEAVED_FC1)}
     return files.renamed(found), dataclasses.replace(config, raw=raw), rows
@@ -124,13 +120,12 @@ def as_hugging_face(files: TensorFiles, config: ModelConfig) -> tuple[TensorFile
 
 @dataclass(frozen=True)
 class _Part:
-    """Of each of `groups` equal runs of rows of the tensor `fused`, which has this shape: `count` rows from `first`."""
+    """Of each of `groups` equal runs of rows of the tensor `fused`, which has this shape: some rows, from `first` on."""
 
     fused: str
     shape: tuple[int, ...]
     groups: int = 1
     first: int = 0
-    count: int = 0
 
 
 def _parts(config: ModelConfig, rows: RowLayout) -> list[tuple[str, tuple[int, ...], _Part]]:
@@ -157,14 +152,8 @@ def _block_part(config: ModelConfig, rows: RowLayout, prefix: str, name: str, sh
         groups = config.num_key_value_heads
     elif site.fused == layout.FC1 and rows.interleaved_fc1:
         groups = config.intermediate_size
-    position = fused.index(site)
-    return _Part(
-        f"{prefix}{cell}.{site.fused}.{kind}",
-        (sum(heights), *shape[1:]),
-        groups,
-        sum(heights[:position]) // groups,
-        heights[position] // groups,
-    )
+    first = sum(heights[: fused.index(site)]) // groups
+    return _Part(f"{prefix}{cell}.{site.fused}.{kind}", (sum(heights), *shape[1:]), groups, first)
 
 
 def _refuse_others(files: TensorFiles, used: set[str]) -> None:

@@ -25,7 +25,6 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint.files import (
     INDEX_FILE,
-    ComputedEntry,
     TensorEntry,
     json_bytes,
     write_atomically,
@@ -137,9 +136,7 @@ class QuantizedWriter:
     def block_file(self, index: int) -> Path:
         return self.output / self._file_name(index)
 
-    def write_block(
-        self, tensors: Mapping[str, NDArray[Any] | TensorEntry | ComputedEntry], report: Mapping[str, Any]
-    ) -> None:
+    def write_block(self, tensors: Mapping[str, NDArray[Any] | TensorEntry], report: Mapping[str, Any]) -> None:
         """Write the next block's tensors; when this returns, a resumed run will not do it again."""
         name = self._file_name(self.finished)
         written = write_safetensors(self.output / name, tensors)
@@ -154,7 +151,7 @@ class QuantizedWriter:
         )
         self._save()
 
-    def finish(self, outer: Mapping[str, TensorEntry | ComputedEntry], source: Path, json_files: Mapping[str, Any]) -> int:
+    def finish(self, outer: Mapping[str, TensorEntry], source: Path, json_files: Mapping[str, Any]) -> int:
         """Copy the tensors outside the blocks and the tokenizer, then write json_files in order, config.json last.
 
         Returns the total size of the weight files in bytes.
@@ -218,9 +215,9 @@ def carry_over(source: Path, output: Path) -> list[str]:
     return names
 
 
-def _shards(tensors: Mapping[str, TensorEntry | ComputedEntry]) -> list[dict[str, TensorEntry | ComputedEntry]]:
+def _shards(tensors: Mapping[str, TensorEntry]) -> list[dict[str, TensorEntry]]:
     """The tensors in their order, in pieces of at most SHARD_BYTES; at least one piece."""
-    shards: list[dict[str, TensorEntry | ComputedEntry]] = [{}]
+    shards: list[dict[str, TensorEntry]] = [{}]
     for name, entry in tensors.items():
         held = sum(each.nbytes for each in shards[-1].values())
         if shards[-1] and held + entry.nbytes > SHARD_BYTES:

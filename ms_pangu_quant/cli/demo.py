@@ -32,7 +32,8 @@ from ms_pangu_quant.cli.doctor import sandbox_fault
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.evaluation.job import SUMMARY_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
-from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.tasks.task import load_problems
 from ms_pangu_quant.report.inspection import inspection
 
 _MARK = "demo.json"  # makes a folder a demo's, and says which demo's

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def diagnosis() -> dict[str, Any]:
         "ms_pangu_quant": installation.version(),
         "python": platform.python_version(),
         "packages": _packages(missing),
-        "cpu": _cpu_name(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
         "cpu_features": _cpu_features(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory": {"total": memory.total, "available": memory.available},
@@ -222,27 +223,18 @@ def ascend_remedy(has_npu: bool, set_env: tuple[Path, ...] = _SET_ENV) -> str:
     return "install CANN as https://www.mindspore.cn/install says for MindSpore 2.9.0, then source its set_env.sh"
 
 
-def _cpu_name() -> str:
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _cpu_features() -> list[str]:
-    for line in _cpuinfo():
-        if line.startswith(("flags", "Features")):
-            flags = set(line.split(":", 1)[1].split())
-            return [feature for feature in _FEATURES if feature in flags]
-    return []
+    flags = set(_cpuinfo("flags", "Features").split())
+    return [feature for feature in _FEATURES if feature in flags]
 
 
-def _cpuinfo() -> list[str]:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as stream:
-            return stream.read().splitlines()
-    except OSError:
-        return []
+def _cpuinfo(*keys: str) -> str:
+    """Value of the first line that begins with one of these; "" where the kernel tells none."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as stream:
+        for line in stream:
+            if line.startswith(keys):
+                return line.split(":", 1)[1].strip()
+    return ""
 
 
 def _text(value: Any) -> str:

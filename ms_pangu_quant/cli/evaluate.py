@@ -130,22 +130,16 @@ def _prompts(text: str, tasks: list[str]) -> dict[str, str]:
 # --- what is shown --------------------------------------------------------------------------------------------------
 
 
-class _Bar:
+class _Bar(ExitStack):
     """A bar that appears when it is known how much there is to do; with the speed of what count() is told, if any."""
 
     def __init__(self, what: str, *columns: str) -> None:
-        self._progress = progress_bars(*columns)
-        self._what, self._open = what, ExitStack()
+        super().__init__()
+        self._progress, self._what = progress_bars(*columns), what
         self.tokens, self._started = 0, 0.0
 
-    def __enter__(self) -> _Bar:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._open.__exit__(*exception)
-
     def begin(self, total: int) -> None:
-        self._open.enter_context(self._progress)
+        self.enter_context(self._progress)
         self._task = self._progress.add_task(self._what, total=total, kind="count", speed="")
         self._started = time.monotonic()
 

@@ -184,15 +184,8 @@ def score(
     limits = Limits(cpu_seconds=judging.cpu_seconds, wall_seconds=3.0 * judging.cpu_seconds)
     isolation = find_isolation(judging.sandbox)
     on_begin(len(answers))
-    workers = min(judging.workers or os.cpu_count() or 1, len(answers))
-    results = judge(
-        answers,
-        folder / RESULTS_FILE,
-        lambda: Sandbox(isolation, limits, workers),
-        isolation,
-        limits,
-        on_result=on_verdict,
-    )
+    judges = Sandbox(isolation, limits, min(judging.workers or os.cpu_count() or 1, len(answers)))
+    results = judge(answers, folder / RESULTS_FILE, judges, on_result=on_verdict)
     summary = {
         "entries": summarize(results, [sample.record for sample in answers], problems),
         "sandbox": {**vars(isolation), "rules_version": VERSION, "limits": vars(limits)},

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.evaluation.tasks import TASKS, Problem, Statement, load_problems
+from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.tasks.task import Problem, Statement, load_problems
 
 Messages = list[dict[str, str]]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD, word_of
+from ms_pangu_quant.installation import version
 from ms_pangu_quant.pipeline.prepare import checkpoint_hash
 
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
@@ -34,12 +34,7 @@ def of_checkpoint(directory: Path, device: str, head: str = "stored") -> dict[st
 
 
 def environment() -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions = {package: found for package in _PACKAGES if (found := version(package)) is not None}
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}"
     return {"versions": versions, "python": platform.python_version(), "machine": machine}
 

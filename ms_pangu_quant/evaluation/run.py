@@ -24,8 +24,7 @@ from ms_pangu_quant.errors import OutputError, RequestError
 from ms_pangu_quant.evaluation.lengths import periodic_tail
 from ms_pangu_quant.evaluation.prompts import Prompt
 from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange, write_json
-from ms_pangu_quant.evaluation.tasks import Problem
-from ms_pangu_quant.evaluation.tasks.task import Problems
+from ms_pangu_quant.evaluation.tasks.task import Problem, Problems
 from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job.ranks import ALONE, Ranks
 

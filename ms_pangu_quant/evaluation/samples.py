@@ -37,13 +37,14 @@ def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield number, start, _record(line, f"{path}: line {number}")
+                    yield number, start, parse_record(line, f"{path}: line {number}")
                 start += len(line)
     except OSError as error:
         raise DataError(f"{path}: cannot read ({error.strerror}){did_you_mean_path(path)}") from None
 
 
-def _record(line: bytes, where: str) -> Record:
+def parse_record(line: bytes, where: str) -> Record:
+    """Raises DataError."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:

@@ -19,9 +19,8 @@ from ms_pangu_quant.evaluation.extract import Extraction, extract, split_text
 from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
 from ms_pangu_quant.evaluation.sandbox import Sandbox
-from ms_pangu_quant.evaluation.tasks import Problem, find_problem
-from ms_pangu_quant.evaluation.tasks.task import Problems
-from ms_pangu_quant.evaluation.verdict import Isolation, Limits, Outcome
+from ms_pangu_quant.evaluation.tasks.task import Problem, Problems, find_problem
+from ms_pangu_quant.evaluation.verdict import Outcome
 
 COPIED = ("task", "mode", "task_id", "sample_id")
 
@@ -35,7 +34,8 @@ class Sample:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        return sample_key(self.problem, self.record)
+        record = self.record
+        return self.problem.task.name, str(record.get("mode", "")), self.problem.task_id, str(record["sample_id"])
 
     def extraction(self) -> Extraction:
         if isinstance(self.record.get("answer"), str):  # cut at the think-end token's id when it was generated
@@ -44,10 +44,6 @@ class Sample:
             split = split_text(self.record["completion"])
             text, closed = split.answer, split.closed
         return extract(text, self.problem.entry_point, self.problem.statement.stub, closed=closed)
-
-
-def sample_key(problem: Problem, record: Record) -> tuple[str, str, str, str]:
-    return problem.task.name, str(record.get("mode", "")), problem.task_id, str(record["sample_id"])
 
 
 def load_samples(path: Path, tasks: Mapping[str, Problems]) -> list[Sample]:
@@ -96,14 +92,12 @@ def load_samples(path: Path, tasks: Mapping[str, Problems]) -> list[Sample]:
 def score(
     samples: Sequence[Sample],
     results: Path,
-    judges: Callable[[], Sandbox],
-    isolation: Isolation,
-    limits: Limits,
+    judges: Sandbox,
     on_result: Callable[[str], None] = lambda verdict: None,
 ) -> list[Record]:
     """The results of samples, in their order; also in the file `results`, in which earlier ones are found again.
 
-    judges     opens the sandbox; called only if there is something to judge.
+    judges     is opened only if there is something to judge.
     on_result  called with each verdict.
     """
     known = {} if not results.exists() else {record["key"]: record for record in _results(results)}
@@ -111,7 +105,7 @@ def score(
     waiting: list[tuple[int, Extraction, str]] = []
     for index, sample in enumerate(samples):
         extraction = sample.extraction()
-        key = _hash(sample, extraction, isolation, limits)
+        key = _hash(sample, extraction, judges)
         earlier = known.get(key)
         if earlier is not None and earlier["verdict"] != "infra_error":
             kept = Outcome(earlier["verdict"], earlier["detail"], earlier["oracle"])
@@ -123,10 +117,10 @@ def score(
         else:
             waiting.append((index, extraction, key))
     if waiting:
-        with Journal(results) as journal, judges() as judging:
+        with Journal(results) as journal, judges:
             programs = ((number, samples[number].problem.program(found.code or "")) for number, found, _ in waiting)
             rest = {index: (extraction, key) for index, extraction, key in waiting}
-            for index, outcome in judging.judge_all(programs):
+            for index, outcome in judges.judge_all(programs):
                 extraction, key = rest[index]
                 done[index] = _record(samples[index], extraction, outcome, key)
                 journal.append(done[index])
@@ -158,7 +152,7 @@ def _record(sample: Sample, extraction: Extraction, outcome: Outcome, key: str) 
     }
 
 
-def _hash(sample: Sample, extraction: Extraction, isolation: Isolation, limits: Limits) -> str:
+def _hash(sample: Sample, extraction: Extraction, judges: Sandbox) -> str:
     program = vars(sample.problem.program(extraction.code or ""))
-    depends = [sample.key, extraction.rule, program, isolation.kind, vars(limits), sandbox.VERSION]
+    depends = [sample.key, extraction.rule, program, judges.isolation.kind, vars(judges.limits), sandbox.VERSION]
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -65,7 +65,9 @@ def _entry(
         "passed": verdicts[PASS],
         "pass@1": asdict(_pass_at_1(list(counts.values()))) if counts else None,
         "pass@k": {
-            str(k): _mean([pass_at_k(total, passed, k) for passed, total in counts.values()]) for k in KS if k <= least
+            str(k): sum(pass_at_k(total, passed, k) for passed, total in counts.values()) / len(counts)
+            for k in KS
+            if k <= least
         },
         "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]},
         "complete": not verdicts["infra_error"],
@@ -84,7 +86,3 @@ def _pass_at_1(counts: Sequence[tuple[int, int]]) -> Interval:
     if len(counts) == 1:  # nothing is known about other problems
         return Interval(counts[0][0] / counts[0][1], 0.0, 1.0)
     return mean_interval([passed / total for passed, total in counts])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -54,10 +54,6 @@ class Bounds:
         wide = values.astype(np.float64)
         return cls(wide * (1 - _SLACK), wide * (1 + _SLACK))
 
-    @classmethod
-    def anything(cls, count: int) -> Bounds:
-        return cls(np.full(count, 0.0), np.full(count, np.inf))
-
     def inverse(self) -> Bounds:
         with np.errstate(divide="ignore"):
             return Bounds(1 / self.high, 1 / self.low)
@@ -140,7 +136,8 @@ def check_block(
                     "than half a step from what was rounded; is --against another checkpoint, or were they changed?"
                 )
         elif row.known and inputs.known:
-            error = relative_weight_error(linear.weight, _scaled(weight, row, inputs))
+            scaled = np.asarray(weight * row.middle[:, None] * inputs.middle, np.float32)
+            error = relative_weight_error(linear.weight, scaled)
             if law.near and error > _UNRELATED:
                 yield f"{name}: relative error {error:.3g}; this is not the rounding of the --against checkpoint's weight"
             recorded = law.errors[index].get(site.name) if index < len(law.errors) else None
@@ -148,10 +145,6 @@ def check_block(
                 yield f"{name}: relative error {error:.4g}, but {REPORT_FILE} has {recorded:.4g}; was it changed?"
         if produces:
             rows[site.name] = row
-
-
-def _scaled(weight: NDArray[np.float32], rows: Bounds, inputs: Bounds) -> NDArray[np.float32]:
-    return np.asarray(weight * rows.middle[:, None] * inputs.middle, np.float32)
 
 
 def _input_scale(original: Block, stored: Block, site: layout.LinearSite, rows: Mapping[str, Bounds]) -> Bounds:
@@ -167,7 +160,7 @@ def _input_scale(original: Block, stored: Block, site: layout.LinearSite, rows: 
 def _bias_ratio(original: Block, stored: Block, site: layout.LinearSite) -> Bounds:
     """t of each row, from the bias that was scaled with it; anything where there is none."""
     before, after = original.bias(site), stored.bias(site)
-    free = Bounds.anything(len(original.weight(site)))
+    free = Bounds(np.zeros(len(original.weight(site))), np.full(len(original.weight(site)), np.inf))
     if before is None or after is None:
         return free
     known = (before != 0) & (after != 0) & (np.sign(before) == np.sign(after))

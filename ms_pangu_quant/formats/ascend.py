@@ -223,7 +223,7 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     description.update(describe(config, plan, specs))
     if plan.cache is not None:
         description[kv_cache.TYPE_KEY] = INT8_CACHE_WORD
-        description.update(kv_cache.described(config))
+        description.update(dict.fromkeys(kv_cache.specs(config), INT8_CACHE_WORD))
     description[layout.HEAD] = FLOAT  # a tied head too: vllm-ascend looks it up, and msModelSlim writes it
     return {ASCEND_FILE: description, "config.json": family_config(config)}
 

@@ -121,17 +121,13 @@ def _row(stored_as: str, raw: Any, where: str) -> Row:
     )
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
 def _is_list(value: Any, lawful: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and bool(value) and all(map(lawful, value))
 
 
 _TEXTS = ("consumer", "versions", "note", "source")
 _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row in the file: whether a value is lawful, and what is
-    **dict.fromkeys(_TEXTS, (_is_text, "a text (a number in quotes)")),
+    **dict.fromkeys(_TEXTS, (lambda value: isinstance(value, str) and value != "", "a text (a number in quotes)")),
     "schemes": (
         lambda value: _is_list(value, lambda each: each in [*_SCHEMES]),
         f"a list of some of {', '.join(_SCHEMES)}",

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
+from ms_pangu_quant.checkpoint.files import TensorEntry
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import kv_cache, mindformers
@@ -51,9 +51,7 @@ def export(
         return writer.finish(outer, reader.directory, files)
 
 
-def _tensors(
-    reader: QuantizedReader, stored_as: Format, index: int
-) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
+def _tensors(reader: QuantizedReader, stored_as: Format, index: int) -> dict[str, NDArray[Any] | TensorEntry]:
     rounded = reader.rounded_block(index)
     tensors = block_tensors(reader, stored_as, index, rounded)
     if stored_as.NAME == mindformers.NAME and reader.config.torch_dtype == "bfloat16":
@@ -65,7 +63,7 @@ def _tensors(
     return tensors
 
 
-def _check_narrow(name: str, tensors: Mapping[str, NDArray[Any] | TensorEntry | ComputedEntry]) -> None:
+def _check_narrow(name: str, tensors: Mapping[str, NDArray[Any] | TensorEntry]) -> None:
     """MindFormers holds int8 scales of a bfloat16 network in bfloat16 and its loader does not narrow."""
     for key in (f"{name}.weight_scale", f"{name}.input_scale"):
         if key in tensors and tensors[key].dtype != ml_dtypes.bfloat16:

@@ -70,11 +70,6 @@ def names(index: int) -> list[str]:
     return [f"{layout.block_prefix(index)}{site.name}.{key}" for site in layout.CACHED for key in (_SCALE, _OFFSET)]
 
 
-def described(config: ModelConfig) -> dict[str, str]:
-    """What a description says of them."""
-    return dict.fromkeys(specs(config), INT8_CACHE_WORD)
-
-
 def is_cache_tensor(name: str) -> bool:
     """Whether a tensor of this name holds scales or offsets of a cache."""
     return name.endswith((f".{_SCALE}", f".{_OFFSET}"))

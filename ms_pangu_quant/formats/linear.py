@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
+from ms_pangu_quant.checkpoint.files import TensorEntry
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.words import FLOAT, scheme_of, word_of
 from ms_pangu_quant.quantizers.grid import is_bfloat16
@@ -35,7 +35,7 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{' or '.join(dict.fromkeys(self.dtypes))} {list(self.shape)}"
 
-    def fits(self, entry: TensorEntry | ComputedEntry | None) -> bool:
+    def fits(self, entry: TensorEntry | None) -> bool:
         """Whether what is stored is so; None: nothing is."""
         if entry is None:
             return self.optional

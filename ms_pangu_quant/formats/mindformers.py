@@ -125,7 +125,7 @@ def metadata(config: ModelConfig, plan: Plan) -> dict[str, Any]:
     description = describe(config, plan, specs)
     if plan.cache is not None:
         settings[kv_cache.TYPE_KEY] = INT8_CACHE_WORD
-        description.update(kv_cache.described(config))
+        description.update(dict.fromkeys(kv_cache.specs(config), INT8_CACHE_WORD))
     return {QUANTIZATION_FILE: description, "config.json": {**pangu_config(config), "quantization_config": settings}}
 
 

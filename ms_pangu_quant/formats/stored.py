@@ -9,17 +9,17 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import RoundedBlock
-from ms_pangu_quant.checkpoint.files import ComputedEntry, TensorEntry
+from ms_pangu_quant.checkpoint.files import TensorEntry
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import Format, Reader
 
 
 def block_tensors(
     reader: Reader, stored_as: Format, index: int, rounded: RoundedBlock
-) -> dict[str, NDArray[Any] | TensorEntry | ComputedEntry]:
+) -> dict[str, NDArray[Any] | TensorEntry]:
     """A block's tensors under their full names; what no transform has changed is copied in its own dtype."""
     prefix = layout.block_prefix(index)
-    tensors: dict[str, NDArray[Any] | TensorEntry | ComputedEntry] = {}
+    tensors: dict[str, NDArray[Any] | TensorEntry] = {}
     for name, value in rounded.kept.items():
         entry = reader.files.entries[prefix + name]
         unchanged = np.array_equal(reader.files.read_float32(prefix + name), value)

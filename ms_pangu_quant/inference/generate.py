@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.inference.sampling import GenerationSettings
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.inference.model import Model
 
 MAX_BATCH = 64
 
@@ -34,21 +37,6 @@ class Completion:
     token_ids: tuple[int, ...]
     finish_reason: str
     stopped_by: str | None = None
-
-
-class Forward(Protocol):
-    """What the scheduler needs of a model."""
-
-    def forward(
-        self, pieces: Sequence[Sequence[int]], contexts: Sequence[int], tables: Sequence[Sequence[int]], *, phase: str
-    ) -> NDArray[np.float32]: ...
-
-    @property
-    def tokenizer(self) -> TextDecoder: ...
-
-
-class TextDecoder(Protocol):
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -86,7 +74,7 @@ class Scheduler:
 
     def __init__(
         self,
-        model: Forward,
+        model: Model,
         room: Room,
         settings: GenerationSettings,
         stop_ids: frozenset[int],

@@ -97,13 +97,7 @@ def check_head(head: str, reader: Reader, device: str) -> None:
 class Model:
     """A network with its weights and its key/value cache; made by load()."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        kv_cache_tokens: int,
-        w4a8: str = "auto",
-        head: str = "stored",
-    ) -> None:
+    def __init__(self, reader: Reader, kv_cache_tokens: int, w4a8: str, head: str) -> None:
         from ms_pangu_quant.network.pangu import build_network
         from ms_pangu_quant.network.weights import served_tensors
 

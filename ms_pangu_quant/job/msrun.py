@@ -204,11 +204,12 @@ class _Running:
     def _find_workers(self) -> None:
         if len(self._workers) == self._job.local:
             return
-        for child in _children(self._msrun.pid):
-            with suppress(psutil.Error, OSError, KeyError):  # it has ended, or has not begun
-                variables = child.environ()
-                if variables["MS_ROLE"] == "MS_WORKER":
-                    self._workers[int(variables["RANK_ID"])] = child.pid
+        with suppress(psutil.Error):
+            for child in psutil.Process(self._msrun.pid).children():
+                with suppress(psutil.Error, OSError, KeyError):  # it has ended, or has not begun
+                    variables = child.environ()
+                    if variables["MS_ROLE"] == "MS_WORKER":
+                        self._workers[int(variables["RANK_ID"])] = child.pid
 
     def _first_failure(self) -> tuple[int, int] | None:
         """(rank, wait status) of a worker that has ended badly."""
@@ -300,13 +301,6 @@ def _print_end(path: Path, lines: int = 8) -> None:
     said = [line for line in path.read_bytes().splitlines() if line.strip() and not _NOISE.match(line)]
     for line in said[-lines:]:
         print(f"  {path.name}: {line.decode(errors='replace')}", file=sys.stderr)
-
-
-def _children(process: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(process).children()  # type: ignore[no-any-return]
-    except psutil.Error:
-        return []
 
 
 def _wait_status(process: int) -> int | None:

@@ -77,7 +77,12 @@ def _unified(source: Path, strategy: Path, folder: Path, suffix: str | None) -> 
                 ms.merge_pipeline_strategys(str(strategy), str(folder / "strategy.ckpt"))
                 strategy = folder / "strategy.ckpt"
             ms.unified_safetensors(
-                str(source), str(strategy), str(merged), file_suffix=suffix, max_process_num=1, choice_func=_is_models
+                str(source),
+                str(strategy),
+                str(merged),
+                file_suffix=suffix,
+                max_process_num=1,
+                choice_func=lambda name: name.startswith(("decoder.", "embedding.", "output_layer.")),
             )
     except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
         raise CheckpointError(f"{source}: MindSpore cannot merge it with {strategy} ({error})") from None
@@ -99,10 +104,6 @@ def _not_waiting_for_memory() -> Iterator[None]:
         yield
     finally:
         transform_safetensors.psutil = asked
-
-
-def _is_models(name: str) -> bool:
-    return name.startswith(("decoder.", "embedding.", "output_layer."))
 
 
 def _with_config(weights: Path, start: Path, folder: Path) -> Path:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.cpu_kernels.library import Library, library
@@ -40,21 +38,20 @@ def served_tensors(
             # A few rows of an embedding are used at a time, and a rank's rows of a head: mapped, only those are in memory.
             mapped = runtime.tensor_parallel() > 1 or (name == layout.EMBEDDING and not tied)
             mapped = mapped and type(entry) is TensorEntry  # not one made of slices
-            yield name, ArraySlice(_map(entry) if mapped else entry.read())
+            if mapped:
+                bits = np.memmap(entry.file, np.uint16, "r", entry.offset, entry.shape)
+            yield name, ArraySlice(bits.view(ml_dtypes.bfloat16) if mapped else entry.read())
         else:
             yield name, ArraySlice(reader.files.read_float32(name))
     kernels = library() if backend.bfloat16_tables else None
     for index, plan in enumerate(reader.plan.blocks):
         if plan.cache is not None and cache is not None:
             yield cache_tensor(layout.block_prefix(index), kv_cache.read_cache(reader.files, reader.config, index))
-        if kernels is not None and reader.format is mindformers and not plan.is_float and _is_int4(plan):
+        int4 = not plan.is_float and all(scheme.weight.bits == 4 for _, scheme in plan.quantized)
+        if kernels is not None and reader.format is mindformers and int4:
             yield from _int4_block(reader, plan, index, kernels)
         else:
             yield from network_tensors(layout.block_prefix(index), replace(reader.rounded_block(index), cache=None))
-
-
-def _is_int4(plan: BlockPlan) -> bool:
-    return all(scheme.weight.bits == 4 for _, scheme in plan.quantized)
 
 
 def _int4_block(reader: Reader, plan: BlockPlan, index: int, kernels: Library) -> Iterator[tuple[str, ArraySlice]]:
@@ -70,8 +67,3 @@ def _int4_block(reader: Reader, plan: BlockPlan, index: int, kernels: Library) -
         yield f"{prefix}{site}.weight", ArraySlice(weight)
         scale = reader.files.read_float32(f"{prefix}{site}.weight_scale")
         yield f"{prefix}{site}.group_scale", ArraySlice(np.ascontiguousarray(scale.T))
-
-
-def _map(entry: TensorEntry) -> NDArray[Any]:
-    bits = np.memmap(entry.file, np.uint16, "r", entry.offset, entry.shape)
-    return bits.view(ml_dtypes.bfloat16)

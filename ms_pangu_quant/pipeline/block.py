@@ -39,7 +39,7 @@ def round_block(
         rounded = _round_layers(rounded, input_names, stats, recipe, plan, stream)
         if recipe.kv_cache is not None and rounded.cache is None:  # keys and values follow from what the first input feeds
             rounded = replace(rounded, cache=stream.round_cache(recipe.kv_cache, rounded))
-    return rounded.without_rounded_weights()
+    return replace(rounded, floats=Block(block.config, rounded.kept))  # frees the float weights of what is rounded
 
 
 def _round_layers(

@@ -115,19 +115,15 @@ class SensitivityCost:
 def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens: int) -> SensitivityCost:
     """What mixed.measure takes on this machine. Raises DataError where the data is too little."""
     statistics, measured = (sum(map(len, texts)) for texts in split(data, tokens))
-    disk = 2 * (4 * config.num_hidden_layers + 3) * measured * config.hidden_size * 4
-    return SensitivityCost(statistics, measured, _measuring_seconds(config, recipe, statistics, measured), disk)
-
-
-def _measuring_seconds(config: ModelConfig, recipe: Recipe, statistics: int, measured: int) -> float:
-    """The copies' way to the head is most of it."""
     blocks = config.num_hidden_layers
     weights = sum(map(math.prod, (layout.site_shape(config, site) for site in layout.SITES)))
+    # The copies' way to the head is most of it.
     passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
     products: float = 2 * weights * (passes * measured + blocks * statistics)
     products += 2 * (4 * blocks + 3) * 1.1 * measured * config.vocab_size * config.hidden_size
     products += 2 * blocks * _gram_products(config, recipe, statistics)
-    return 5 + blocks * 2 * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
+    seconds = 5 + blocks * 2 * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
+    return SensitivityCost(statistics, measured, seconds, disk=2 * (4 * blocks + 3) * measured * config.hidden_size * 4)
 
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:

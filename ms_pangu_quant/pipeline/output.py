@@ -62,7 +62,7 @@ class Output(ExitStack):
     def add(self, rounded: RoundedBlock, output_error: float | None) -> BlockReport:
         """Write the next block; when this returns, a resumed run will not do it again."""
         index = len(self.reports)
-        self.reports.append(BlockReport.of(index, rounded, output_error))
+        self.reports.append(BlockReport(index, output_error, rounded.errors, rounded.notes))
         if self._writer:
             tensors = block_tensors(self.run.reader, self.run.stored_as, index, rounded)
             self._writer.write_block(tensors, asdict(self.reports[-1]))

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.calibration.data import TokenData
-from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.mixed.budget import Assignment
@@ -34,10 +33,6 @@ class BlockReport:
     output_error: float | None
     weight_error: Mapping[str, float]
     notes: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, index: int, rounded: RoundedBlock, output_error: float | None) -> BlockReport:
-        return cls(index, output_error, rounded.errors, rounded.notes)
 
 
 @dataclass(frozen=True)

@@ -70,6 +70,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
             f"{where}: weight_range is {weight_range!r}, wanted narrow (max/127, max/7) or full (max/127.5, max/7.5)"
         )
     budget, scheme = _scheme_or_budget(raw["scheme"], f"{where}: scheme")
+    cache = raw.get("kv_cache", KEEP_FLOAT)  # or int8, or {int8: {keys: head}}
     rewrites, transforms = _transforms(raw.get("transforms") or [], f"{where}: transforms")
     return Recipe(
         why=str(raw.get("why", "")),
@@ -86,7 +87,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         text=text,
         where=where,
         budget=budget,
-        kv_cache=_kv_cache(raw.get("kv_cache", KEEP_FLOAT), f"{where}: kv_cache"),
+        kv_cache=None if cache == KEEP_FLOAT else _build(cache, {"int8": Int8Cache}, f"{where}: kv_cache"),
     )
 
 
@@ -128,12 +129,6 @@ def _named(part: Any) -> dict[str, Any]:
     return {name: {each: canonical(getattr(part, each), f"{name}.{each}") for each in setting_names(part)}}
 
 
-def _kv_cache(raw: Any, where: str) -> Int8Cache | None:
-    """float, int8 or {int8: {keys: head}}."""
-    cache: Int8Cache | None = None if raw == KEEP_FLOAT else _build(raw, {"int8": Int8Cache}, where)
-    return cache
-
-
 def _scheme_or_budget(raw: Any, where: str) -> tuple[Budget | None, str]:
     """(budget, the scheme that layers start from)."""
     if not isinstance(raw, dict):
@@ -153,7 +148,9 @@ def _scheme_name(name: Any, where: str) -> str:
 
 def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transform, ...]]:
     """What is done to the checkpoint and, after it, to each block."""
-    built: list[Any] = [_build(item, {**REWRITES, **TRANSFORMS}, where) for item in _sequence(raw, where)]
+    if not isinstance(raw, list):
+        raise RecipeError(f"{where}: got {type(raw).__name__}, wanted a list")
+    built: list[Any] = [_build(item, {**REWRITES, **TRANSFORMS}, where) for item in raw]
     names = [item if isinstance(item, str) else next(iter(item)) for item in raw]
     count = sum(name in REWRITES for name in names)
     if count > 1 or (count and names[0] not in REWRITES):
@@ -190,12 +187,6 @@ def _build(item: Any, known: Mapping[str, Callable[..., Any]], where: str) -> An
 def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecipeError(f"{where}: got {type(value).__name__}, wanted a mapping of keys to values")
-    return value
-
-
-def _sequence(value: Any, where: str) -> Sequence[Any]:
-    if not isinstance(value, list):
-        raise RecipeError(f"{where}: got {type(value).__name__}, wanted a list")
     return value
 
 

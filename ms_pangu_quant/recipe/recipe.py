@@ -57,7 +57,6 @@ class Rewrite(Protocol):
 
     def changes(self, name: str) -> bool:
         """Whether it rewrites this tensor of a block."""
-        ...
 
     def __call__(self, reader: CheckpointReader) -> CheckpointReader: ...
 
@@ -68,11 +67,9 @@ class WeightQuantizer(Protocol):
     @property
     def needs(self) -> Needs:
         """What it wants to know of the input."""
-        ...
 
     def operations(self, outputs: int, inputs: int) -> float:
         """What rounding a weight [outputs, inputs] takes, roughly: for estimates, and for dividing the work."""
-        ...
 
     def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
 

@@ -15,7 +15,6 @@ from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.consumers import facts_of, rows_for
 from ms_pangu_quant.formats.reader import FORMATS, Reader, open_checkpoint
 from ms_pangu_quant.formats.words import word_of
-from ms_pangu_quant.quantizers.kv_cache import CacheGrid
 from ms_pangu_quant.suggestion import did_you_mean
 
 
@@ -68,15 +67,12 @@ def cache_of(reader: Reader) -> dict[str, Any]:
         "bytes_per_token_bfloat16": kv_cache.bytes_per_token(reader.config, 2),
     }
     if int8:
-        grids = [grid for index in range(reader.config.num_hidden_layers) for grid in _grids(reader, index)]
+        blocks = range(reader.config.num_hidden_layers)
+        caches = [kv_cache.read_cache(reader.files, reader.config, index) for index in blocks]
+        grids = [grid for cache in caches for grid in (cache.key, cache.value)]
         found["zero_points"] = any(grid.offset.any() for grid in grids)
         found["scales_per_head"] = max(len(set(row.tolist())) for grid in grids for row in grid.scale)
     return found
-
-
-def _grids(reader: Reader, index: int) -> tuple[CacheGrid, CacheGrid]:
-    cache = kv_cache.read_cache(reader.files, reader.config, index)
-    return cache.key, cache.value
 
 
 def graphs(directory: Path, device: str) -> dict[str, Any]:

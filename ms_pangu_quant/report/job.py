@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
-from ms_pangu_quant.report.prediction import Prediction, predict
+from ms_pangu_quant.report.prediction import predict
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds
 
@@ -46,14 +46,9 @@ def report(request: ReportRequest, output: str | Path) -> list[Path]:
 
     found = None if request.sensitivity is None else Sensitivity.load(Path(request.sensitivity))
     runs, speeds = load_runs([Path(each) for each in request.results], request.names), load_speeds(request.benches)
-    about = Report(
-        runs, speeds, found, _predicted(request), wanted=request.retention, title=request.title, examples=request.examples
-    )
+    predicted = None
+    if request.predict is not None:
+        directory = Path(request.predict)
+        predicted = predict(directory.resolve().name, ModelConfig.from_file(directory / "config.json"), request.device)
+    about = Report(runs, speeds, found, predicted, request.retention, request.title, request.examples)
     return write(about, Path(output))
-
-
-def _predicted(request: ReportRequest) -> Prediction | None:
-    if request.predict is None:
-        return None
-    directory = Path(request.predict)
-    return predict(directory.resolve().name, ModelConfig.from_file(directory / "config.json"), request.device)

@@ -15,7 +15,8 @@ from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.extract import Split, split_text
 from ms_pangu_quant.evaluation.samples import write_pieces
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
-from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
+from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.tasks.task import find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report import plots
@@ -195,16 +196,13 @@ def _environment(*, html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "points": _points, "p": _p, "signed": _signed, "size": size, "cut": _cut}
+    environment.filters |= {"percent": _percent, "p": _p, "signed": _signed, "size": size, "cut": _cut}
+    environment.filters["points"] = lambda share: _signed(100 * share)
     return environment
 
 
 def _percent(value: float, digits: int = 1) -> str:
     return f"{100 * value:.{digits}f}"
-
-
-def _points(value: float) -> str:
-    return _signed(100 * value)
 
 
 def _signed(value: float, digits: int = 1) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.errors import DataError
-from ms_pangu_quant.evaluation.samples import Record, read_records
+from ms_pangu_quant.evaluation.samples import Record, parse_record, read_records
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 _COUNTS = ("problems", "of", "samples", "passed", "judged_in_process", "truncated", "prompt_too_long", "repetitive")
@@ -124,15 +123,7 @@ def _distinct(names: Sequence[str]) -> list[str]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}: got a JSON {type(value).__name__}, wanted an object")
-    return value
+    return parse_record(path.read_bytes(), str(path)) if path.exists() else None
 
 
 def cells(runs: Sequence[Run]) -> Iterator[Cell]:

@@ -64,13 +64,11 @@ class Rotation:
     def signs(self) -> NDArray[np.float64]:
         return np.random.default_rng([self.seed, self.size]).choice([-1.0, 1.0], self.size)
 
-    @cached_property
-    def factors(self) -> tuple[NDArray[np.int8], ...]:
-        return hadamard_factors(self.size)
-
     def forward(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
         """rows [count, n] times Q."""
-        return rows @ self.matrix if self.kind == "orthogonal" else multiply(rows * self.signs, self.factors)
+        if self.kind == "orthogonal":
+            return rows @ self.matrix
+        return multiply(rows * self.signs, hadamard_factors(self.size))
 
     def of_rows(self, matrix: NDArray[np.float32], scale: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """matrix [out, n], its columns times scale [n] first, times Q; computed in float64."""
@@ -109,19 +107,19 @@ class Rotate:
         config = reader.config
         stream = Rotation(config.hidden_size, self.seed, self.kind)
         head = Rotation(config.head_dim, self.seed, self.kind) if self.heads else None
-        if self.kind == "hadamard":
-            _ = stream.factors, head and head.factors  # fail before anything is written
         inner = Rotation(config.intermediate_size, self.seed) if self.online else None
-        _ = inner and inner.factors
+        for each in (stream, head, inner):
+            if each is not None and each.kind == "hadamard":
+                hadamard_factors(each.size)  # fails before anything is written
         norm = reader.files.read_float32(layout.FINAL_NORM)
         embedding = reader.files.entries[layout.EMBEDDING]
         head_source = embedding if config.tie_word_embeddings else reader.files.entries[layout.HEAD]
         return reader.rewritten(
             dataclasses.replace(config, tie_word_embeddings=False, online_hadamard=self.online),
             {
-                layout.EMBEDDING: ComputedEntry(embedding, stream.of_rows),
-                layout.HEAD: ComputedEntry(head_source, lambda rows: stream.of_rows(rows, norm)),
-                layout.FINAL_NORM: ComputedEntry(reader.files.entries[layout.FINAL_NORM], np.ones_like),
+                layout.EMBEDDING: ComputedEntry.of(embedding, stream.of_rows),
+                layout.HEAD: ComputedEntry.of(head_source, lambda rows: stream.of_rows(rows, norm)),
+                layout.FINAL_NORM: ComputedEntry.of(reader.files.entries[layout.FINAL_NORM], np.ones_like),
             },
             lambda block: rotate_block(block, stream, head, inner),
         )

@@ -11,7 +11,8 @@ import pytest
 from ms_pangu_quant.errors import DataError, RequestError
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.sandbox import RLIMITS, Sandbox, find_isolation
-from ms_pangu_quant.evaluation.tasks import TASKS, find_problem, load_problems
+from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.evaluation.tasks.task import find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import Outcome
 
 SIZES = {

@@ -126,11 +126,8 @@ def failure() -> str | None:
 
 def compiler() -> str | None:
     """Path of the C++ compiler, or None."""
-    for name in [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]:
-        found = shutil.which(name)
-        if found:
-            return found
-    return None
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 def compiler_version(command: str) -> str:

@@ -24,7 +24,7 @@ def run(job, channel, slow):
     """{"verdict", "detail"} of a test. slow(seconds) is called whenever the candidate has made us wait that long."""
     link = _Link(channel, job["wall_seconds"], slow)
     try:
-        link.ready()
+        link.reply()  # that it is ready
         if job["in_process"]:
             link.run_test("\n".join((job["preamble"], job["test"])))
         else:
@@ -55,17 +55,14 @@ class _Link:
         self._channel, self._wall, self._slow = channel, wall, slow
         self._waited, self._warned = 0.0, 0.0
 
-    def ready(self):
-        self._reply()
-
     def run_test(self, test):
         self._request(("test", test, (), {}))
-        self._reply()
+        self.reply()
 
     def proxy(self, name):
         def call(*arguments, **keywords):
             self._request(("call", name, arguments, keywords))
-            return self._reply()
+            return self.reply()
 
         call.__name__ = name
         return call
@@ -77,7 +74,7 @@ class _Link:
         except OSError:
             raise Ended("gone") from None
 
-    def _reply(self):
+    def reply(self):
         try:
             payload = wire.receive(self._channel, self._wait)
         except OverflowError as error:

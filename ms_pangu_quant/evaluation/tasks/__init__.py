@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.tasks import humaneval, mbpp, plus
-from ms_pangu_quant.evaluation.tasks.task import Problem, Problems, Statement, Task, find_problem, load_problems
+from ms_pangu_quant.evaluation.tasks.task import Problems, Task, load_problems
 from ms_pangu_quant.suggestion import did_you_mean
 
 TASKS: dict[str, Task] = {
@@ -27,18 +27,6 @@ TASKS: dict[str, Task] = {
         humaneval.MINI_VALIDATION,
     )
 }
-
-__all__ = [
-    "TASKS",
-    "Problem",
-    "Problems",
-    "Statement",
-    "Task",
-    "check_tasks",
-    "find_problem",
-    "load_problems",
-    "load_tasks",
-]
 
 
 def load_tasks(names: Sequence[str], own_files: Mapping[str, str | Path]) -> dict[str, Problems]:
