@@ -99,7 +99,6 @@ class Mine:
     limit: float | None = None
     mode: Literal["one", "two", "three"] = "one"
     names: Sequence[str] = ()
-    needs_rows: str = "not a setting"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +111,7 @@ class Mine:
     ],
 )
 def test_annotations_of_every_kind_are_understood(values, said):
-    check_types(Mine(needs_rows=3), "mine")
+    check_types(Mine(), "mine")
     check_types(Mine(sizes=[1, 2], limit=3, mode="two", names=["a"]), "mine")
     with pytest.raises(RecipeError) as raised:
         check_types(Mine(**values), "mine")
