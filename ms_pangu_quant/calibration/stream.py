@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,40 +26,8 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
 
 
-class BlockStream(Protocol):
-    """What the loop asks of the calibration data, block after block in this order; ranks are those of the job.
-
-    one_by_one  whether layers must be rounded one input after another, each seen as those before it make it.
-    """
-
-    ranks: Ranks
-
-    @property
-    def one_by_one(self) -> bool: ...
-
-    def observe(self, block: Block, index: int) -> dict[str, InputStats]:
-        """What enters the linear layers of a float block, by input name."""
-
-    def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
-        """What is known of one input when its layers' turn comes. stats are those of observe, as transforms left them;
-        each is handed out once and not kept, for a gram may be 1.3 GB."""
-
-    def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
-        """The grids of an int8 cache, from the keys and values that the layers, as they are rounded, make."""
-
-    def advance(self, block: RoundedBlock) -> float | None:
-        """Go behind the block as it will be served; its relative output error.
-
-        It is measured against what the float block makes of the quantized block's input; where the rounding aims at the
-        float model, against that model's hidden states: then the error is that of all blocks so far.
-        """
-
-    def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
-        """Go behind a block that an earlier run has rounded; read gives it."""
-
-
 class NoStream:
-    """Of no data. Statistics that were made elsewhere are handed on."""
+    """As Stream, of no data. Statistics that were made elsewhere are handed on."""
 
     one_by_one = False
 
@@ -108,6 +75,7 @@ class Stream:
 
     @property
     def one_by_one(self) -> bool:
+        """Whether layers must be rounded one input after another, each seen as those before it make it."""
         return self._floats is not None
 
     @property
@@ -115,6 +83,7 @@ class Stream:
         return f"block {self._index}"
 
     def observe(self, block: Block, index: int) -> dict[str, InputStats]:
+        """What enters the linear layers of a float block, by input name."""
         self._index = index
         if self._floats is None:
             stats, output = self._runner.observe(block, self._hidden, self._observed, self._where)
@@ -128,6 +97,8 @@ class Stream:
         return {name: self.ranks.fold(stats.pop(name), InputStats.merge) for name in list(stats)}
 
     def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
+        """What is known of one input when its layers' turn comes. stats are those of observe, as transforms left them;
+        each is handed out once and not kept, for a gram may be 1.3 GB."""
         if self._floats is None or self._seen is None:
             return stats.pop(input_name)
         stats.pop(input_name, None)
@@ -136,18 +107,28 @@ class Stream:
         return self.ranks.fold(seen, InputStats.merge)
 
     def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
+        """The grids of an int8 cache, from the keys and values that the layers, as they are rounded, make."""
         seen = self._runner.observe_cache(block, self._hidden, settings.needs, self._where)
         keys, values = (self.ranks.fold(each, RangeStats.merge) for each in seen)
         return settings.cache(keys, values, block.config.num_key_value_heads)
 
     def advance(self, block: RoundedBlock) -> float | None:
+        """Go behind the block as it will be served; its relative output error.
+
+        It is measured against what the float block makes of the quantized block's input; where the rounding aims at the
+        float model, against that model's hidden states: then the error is that of all blocks so far.
+        """
         self._hidden = self._runner.advance(block, self._hidden)
         return relative_error(self._hidden.states, self._target.states, self.ranks)
 
     def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
+        """Go behind a block that an earlier run has rounded; read gives it."""
         self._hidden = self._runner.advance(read(index), self._hidden)
         if self._floats is not None:
             self._target = self._floats.advance(RoundedBlock(reader.block(index)), self._target)
+
+
+BlockStream = Stream | NoStream  # what the loop asks of the calibration data, block after block
 
 
 def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32], ranks: Ranks = ALONE) -> float:
