@@ -86,9 +86,10 @@ class Sandbox:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._closing = True
+        self._pool.shutdown(wait=False, cancel_futures=True)  # first: a worker that is interrupted takes what waits
         for pair in self._pairs:
             pair.interrupt()
-        self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown()
         for pair in self._pairs:
             pair.close()
 
@@ -126,9 +127,11 @@ class _Pair:
         self._isolation, self._limits = isolation, limits
         self._uid = None if isolation.uid is None else isolation.uid + number
         self._servers: dict[str, _Server] = {}
+        self._interrupted = False
 
     def interrupt(self) -> None:
-        """From another thread: whatever is being judged ends as an infra_error."""
+        """From another thread: whatever is being judged, or was about to be, ends as an infra_error."""
+        self._interrupted = True
         for server in [*self._servers.values()]:
             server.hang_up()
 
@@ -142,6 +145,8 @@ class _Pair:
             for role in ("candidate", "tester"):
                 if role not in self._servers:
                     self._servers[role] = _Server(role, self._isolation, self._uid)
+            if self._interrupted:  # before the servers were there to hang up
+                raise _Lost("interrupted")
             result, ended = self._run(program)
         except (OSError, ValueError, _Lost) as error:
             detail = "; ".join(filter(None, [str(error), *(server.complaint() for server in self._servers.values())]))

@@ -19,7 +19,7 @@ import pytest
 
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.evaluation import sandbox
-from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, find_isolation
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, _Pair, find_isolation
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.verdict import Limits, Program
 
@@ -299,6 +299,17 @@ def test_an_interruption_does_not_wait_for_what_is_being_judged():
         pass
     assert time.monotonic() - started < 20
     assert servers() == before
+
+
+def test_a_program_that_a_worker_takes_while_the_sandbox_closes_is_not_judged():
+    pair = _Pair(find_isolation(RLIMITS), Limits(wall_seconds=60.0), 0)
+    pair.interrupt()  # its servers are not there yet
+    started = time.monotonic()
+    try:
+        assert pair.judge(add_program(SUITE["cases"]["38_sleep"]["code"])).verdict == "infra_error"
+    finally:
+        pair.close()
+    assert time.monotonic() - started < 20
 
 
 def test_without_bubblewrap_it_refuses_and_says_what_to_do(monkeypatch):
