@@ -38,7 +38,6 @@ class Device:
     fp16_tflops: float
     int8_tops: float
     bandwidth_gbytes: float
-    memory_gib: float
     cache_mib: float
     cache_speedup: float
     float_efficiency: float
