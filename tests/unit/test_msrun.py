@@ -135,7 +135,7 @@ def test_a_job_that_is_stopped_takes_all_its_processes_with_it(root, tmp_path):
     script.write_text(PROGRAM.format("pass", "wait") + "print('slept', flush=True)\n")
     scratch.mkdir()
     code = (
-        "import sys; from ms_pangu_quant import msrun; "
+        "import sys; from ms_pangu_quant.job import msrun; "
         f"sys.exit(msrun.run(msrun.Job(workers=2), 'evaluate', [{str(script)!r}]))"
     )
     environment = {**os.environ, "TMPDIR": str(scratch), "PYTHONPATH": str(root), "PYTHONUNBUFFERED": "1"}
