@@ -96,5 +96,4 @@ class RoundedBlock:
     @property
     def kept(self) -> dict[str, NDArray[np.float32]]:
         """The tensors that stay float."""
-        rounded = {f"{name}.weight" for name in self.linears}
-        return {name: value for name, value in self.floats.tensors.items() if name not in rounded}
+        return {name: self.floats[name] for name in self.plan.float_shapes(self.config)}
