@@ -5,6 +5,8 @@ Every other module that needs a tensor's name, shape or neighbour asks here; not
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -92,6 +94,11 @@ def site_shape(config: Sizes, site: LinearSite) -> tuple[int, int]:
     outputs = hidden if site.writes_stream else narrow[site]
     inputs = {ATTENTION_INPUT: hidden, ATTENTION_OUTPUT: queries, MLP_INPUT: hidden, MLP_HIDDEN: inner}[site.input_name]
     return outputs, inputs
+
+
+def weight_count(config: Sizes, sites: Iterable[LinearSite] = SITES) -> int:
+    """Weights of these linear layers of one block."""
+    return sum(math.prod(site_shape(config, site)) for site in sites)
 
 
 def block_prefix(index: int) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,7 +197,7 @@ def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as:
                 f"{recipe.where}: layers: {group.layers[0]} is {scheme}; beside a budget of {' and '.join(budget.schemes)} "
                 f"layers can be one of these or {KEEP_FLOAT}, since the cost of others was not measured"
             )
-    weights = sum(_weights(config, group) for group in found.groups)
+    weights = sum(layout.weight_count(config, layout.fused(group.group)) for group in found.groups)
     try:
         raised = choose(choices, budget, weights=weights, bits=bits, kl=kl)
     except RecipeError as error:
@@ -232,16 +231,12 @@ def _check_fits(recipe: Recipe, config: ModelConfig, found: Sensitivity) -> None
         )
 
 
-def _weights(config: ModelConfig, group: GroupSensitivity) -> int:
-    return sum(math.prod(layout.site_shape(config, site)) for site in layout.fused(group.group))
-
-
 def _float_bits(recipe: Recipe, config: ModelConfig, group: GroupSensitivity, named: Mapping[str, str]) -> int:
     """Of a group that stays float: float32 where the recipe changes a weight, else as wide as the checkpoint has it."""
     prefix, own = layout.block_prefix(group.block), 32 if config.torch_dtype == "float32" else 16
     schemes = {site.name: PRESETS.get(named.get(f"{prefix}{site.name}", recipe.scheme)) for site in layout.SITES}
     return sum(
-        math.prod(layout.site_shape(config, site)) * (32 if recipe.changes(f"{site.name}.weight", schemes) else own)
+        layout.weight_count(config, [site]) * (32 if recipe.changes(f"{site.name}.weight", schemes) else own)
         for site in layout.fused(group.group)
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -48,7 +47,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     """Raises RecipeError if the recipe does not fit the checkpoint."""
     reader = recipe.rewritten(reader)
     plan = recipe.plan(reader.config)
-    weights = sum(map(math.prod, (layout.site_shape(reader.config, site) for site in layout.SITES)))
+    weights = layout.weight_count(reader.config)
     tokens = data.tokens if data else 0
     streams = 3 * 4 * tokens * reader.config.hidden_size  # hidden states in, out, and the float yardstick
     # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
@@ -116,7 +115,7 @@ def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens:
     """What mixed.measure takes on this machine. Raises DataError where the data is too little."""
     statistics, measured = (sum(map(len, texts)) for texts in split(data, tokens))
     blocks = config.num_hidden_layers
-    weights = sum(map(math.prod, (layout.site_shape(config, site) for site in layout.SITES)))
+    weights = layout.weight_count(config)
     # The copies' way to the head is most of it.
     passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
     products: float = 2 * weights * (passes * measured + blocks * statistics)
