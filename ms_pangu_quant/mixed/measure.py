@@ -49,6 +49,7 @@ from ms_pangu_quant.mixed.sensitivity import (
 from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.prepare import check_data, checkpoint_hash
 from ms_pangu_quant.recipe.parse import text_of
+from ms_pangu_quant.recipe.plan import BlockPlan
 from ms_pangu_quant.recipe.recipe import Recipe
 
 _AT_A_TIME = 16  # streams that go through a block between two calls of on_step
@@ -76,8 +77,7 @@ def measure(
     schemes = schemes_to_measure(recipe)
     reader = recipe.rewritten(reader)
     recipes = [recipe.uniform(name) for name in schemes]
-    for each in recipes:
-        each.plan(reader.config)  # what does not fit the model is said before hours have passed
+    plans = [each.plan(reader.config) for each in recipes]  # what does not fit is said before hours have passed
     known, measured = split(data, tokens)
     origin = {
         "checkpoint": checkpoint_hash(reader),
@@ -98,7 +98,8 @@ def measure(
     for index in range(state.finished):
         on_step(steps(index))
     for index in range(state.finished, reader.config.num_hidden_layers):
-        _measure_block(runner, reader.block(index), recipes, state, lengths, index, on_step)
+        planned = [(each, plan.blocks[index]) for each, plan in zip(recipes, plans, strict=True)]
+        _measure_block(runner, reader.block(index), planned, state, lengths, index, on_step)
     kl = _final_kl(reader, state, on_step)
     ends = np.cumsum(lengths[1])[:-1]
     groups = [
@@ -116,14 +117,14 @@ def measure(
 def _measure_block(
     runner: BlockRunner,
     block: Block,
-    recipes: Sequence[Recipe],
+    planned: Sequence[tuple[Recipe, BlockPlan]],
     state: _State,
     lengths: tuple[list[int], list[int]],
     index: int,
     on_step: Callable[[int], None],
 ) -> None:
     before, after = state.open(index)
-    needs = reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each in recipes))
+    needs = reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each, _ in planned))
     stats, observed = runner.observe(block, Hidden(state.statistics(index), lengths[0]), needs, f"block {index}")
     runner.advance(RoundedBlock(block), Hidden(before[0], lengths[1]), after[0])
 
@@ -132,8 +133,7 @@ def _measure_block(
 
     errors: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
     alone: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
-    for place, each in enumerate(recipes):
-        plan = each.plan(block.config).blocks[index]
+    for place, (each, plan) in enumerate(planned):
         changed, known = transform_block(block, stats, each, plan)
         rounded = round_block(changed, known, each, plan, NoStream())
         runner.advance(rounded, Hidden(before[1 + place], lengths[1]), after[1 + place])
