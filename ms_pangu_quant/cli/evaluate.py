@@ -16,6 +16,7 @@ from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, a
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out, progress_bars
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.evaluation.job import PROMPT
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.run import SAMPLES_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
@@ -40,7 +41,7 @@ def evaluate_command(
     output: Annotated[Path, typer.Option(help="Directory of the results; a run begun there goes on.")] = Path("evaluation"),
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N problems of each benchmark.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each problem; more than 1 needs --temperature.")] = 1,
-    prompt: PromptName = "zero_shot_instruct",
+    prompt: PromptName = PROMPT,
     data: OwnProblems = None,
     samples_only: Annotated[bool, typer.Option("--samples-only", help="Generate and do not score.")] = False,
     score_only: Annotated[bool, typer.Option("--score-only", help="Score a samples file; needs no model.")] = False,

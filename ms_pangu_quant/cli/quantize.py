@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.progress import Progress as Bars
-from rich.progress import TaskID
 from rich.table import Table
 
 from ms_pangu_quant import api
@@ -94,7 +93,7 @@ class Shown:
     """A run on the terminal: a bar for what takes long, and a line for each finished block."""
 
     def __init__(self, bars: Bars) -> None:
-        self._bars, self._task, self._blocks, self._bytes = bars, TaskID(0), 0, 0
+        self._bars, self._blocks, self._bytes = bars, 0, 0
         self._previous = time.monotonic()
         self.progress = Progress(
             on_open=self._open,
@@ -142,12 +141,12 @@ class Shown:
 
     def _advance(self, name: str, count: int, total: int, kind: str = "count") -> None:
         """Moves the bar of this name; it takes the place of the one before."""
-        task = next((task for task in self._bars.tasks if task.description == name), None)
+        task = next((task.id for task in self._bars.tasks if task.description == name), None)
         if task is None:
             for other in self._bars.task_ids:
                 self._bars.remove_task(other)
-            self._task, self._previous = self._bars.add_task(name, total=total, kind=kind), time.monotonic()
-        self._bars.advance(self._task, count)
+            task, self._previous = self._bars.add_task(name, total=total, kind=kind), time.monotonic()
+        self._bars.advance(task, count)
 
 
 def _print_result(result: QuantizeResult, seconds: float) -> None:
