@@ -26,7 +26,7 @@ from ms_pangu_quant.backends.cache import on_cache_grid
 from ms_pangu_quant.backends.cpu import per_token_codes
 from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.calibration.ranges import RangeStats
-from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder
+from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder, token_weights
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -178,8 +178,8 @@ class BlockRunner:
                 inputs.append(last)
             else:
                 states[place] = last.asnumpy()
-            for builder, x in zip(builders, inputs, strict=True):
-                builder.add(x.asnumpy())
+            for name, builder, x in zip(layout.INPUT_NAMES, builders, inputs, strict=True):
+                builder.add(x.asnumpy(), weights=None if states is None else _weights(name, states[place], needs))
         stats = {name: builder.finish() for name, builder in zip(layout.INPUT_NAMES, builders, strict=True)}
         return stats, None if states is None else Hidden(states, hidden.lengths)
 
@@ -188,22 +188,22 @@ class BlockRunner:
         input_name: str,
         block: RoundedBlock,
         hidden: Hidden,
-        beside: tuple[BlockRunner, Hidden],
+        beside: tuple[BlockRunner, Hidden, Hidden],
         needs: Needs,
         where: str,
     ) -> InputStats:
         """Statistics of one input with gram and drift, the layers and the cache in front of it as far as they are rounded.
 
-        beside  another runner of the same sequences, and the float model's hidden states [tokens, hidden], on which it runs
-                the float block at the same time.
+        beside  another runner of the same sequences, and the float model's hidden states [tokens, hidden] in front of the
+                block, on which it runs the float block at the same time, and behind it.
         """
         place = layout.INPUT_NAMES.index(input_name)
         builder = self._builder(needs, f"{where}: {input_name}")
-        floats, float_hidden = beside
+        floats, float_hidden, target = beside
         served = self._run(block, hidden, until=place)
         reference = floats._run(RoundedBlock(block.floats), float_hidden, until=place)
-        for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
-            builder.add(x.asnumpy(), y.asnumpy())
+        for (rows, (x,)), (_, (y,)) in zip(served, reference, strict=True):
+            builder.add(x.asnumpy(), y.asnumpy(), _weights(input_name, target.states[rows], needs))
         return builder.finish()
 
     def observe_cache(self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str) -> tuple[RangeStats, RangeStats]:
@@ -286,6 +286,12 @@ class BlockRunner:
             (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
         )
         return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+
+
+def _weights(input_name: str, output: NDArray[np.float32], needs: Needs) -> NDArray[np.float32] | None:
+    """Of the tokens of one input, from the float block's output [tokens, hidden]."""
+    writes = any(site.writes_stream for site in layout.sites_reading(input_name))
+    return token_weights(output, needs.temper) if needs.temper and writes else None
 
 
 def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:

@@ -30,20 +30,39 @@ class Needs:
     rows   so many rows of it.
     drift  gram and drift from the float model, of the input as the layers rounded before it make it: layers are then
            rounded one input after another, and the float model runs beside the quantized one.
+    temper gram and drift of layers that write the residual stream are of rows that token_weights made even, with this
+           exponent; 0 leaves them as they are.
     """
 
     data: bool = False
     gram: bool = False
     rows: int = 0
     drift: bool = False
+    temper: float = 0.0
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
-            self.data or other.data, self.gram or other.gram, max(self.rows, other.rows), self.drift or other.drift
+            self.data or other.data,
+            self.gram or other.gram,
+            max(self.rows, other.rows),
+            self.drift or other.drift,
+            max(self.temper, other.temper),
         )
 
 
 NOTHING = Needs()
+
+
+def token_weights(states: NDArray[np.float32], temper: float) -> NDArray[np.float32]:
+    """What each token's row is multiplied by [tokens, 1]: its rms in states [tokens, hidden] to the power of -temper.
+
+    What reads the residual stream normalises it first, so an error there matters relative to the token's size: temper 1.
+    But the few tokens that are a thousand times as large as others (Sun et al. 2024, arXiv:2402.17762) are what all others
+    attend to, so theirs matter more: temper 0 counts errors as they are. A token of zeros is left alone.
+    """
+    square = np.einsum("ti,ti->t", states, states, dtype=np.float64) / states.shape[1]
+    weights: NDArray[np.float32] = (np.where(square > 0, square, 1.0) ** (-temper / 2)).astype(np.float32)[:, None]
+    return weights
 
 
 @dataclass(frozen=True)
@@ -93,7 +112,8 @@ class InputStats:
     gram     [in, in] float64, sum over tokens of x x^T; None unless asked for.
     sample   some rows of x; None unless asked for.
     drift    [in, in] float64, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
-    squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it.
+    squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it. Where tokens are weighted
+             (Needs.temper) they are so in gram and drift alone.
     """
 
     tokens: int
@@ -182,20 +202,25 @@ class StatsBuilder:
     def __init__(self, *, gram: bool, rows: int, where: str, start: int = 0) -> None:
         """start: place of the first row in the calibration data."""
         self._wants_gram, self._rows, self._where = gram, rows, where
-        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
+        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.float32] | None]] = []
         self._seen = start
         self._total: InputStats | None = None
         self._gram: NDArray[np.float64] | None = None
         self._drift: NDArray[np.float64] | None = None
 
-    def add(self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None) -> None:
-        """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift."""
+    def add(
+        self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None, weights: NDArray[np.float32] | None = None
+    ) -> None:
+        """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift.
+
+        weights [tokens, 1] of the rows in gram and drift; in all calls or in none.
+        """
         difference = None if y is None else y - x
         if difference is None and not self._wants_gram:
             self._see(x)
             return
-        self._waiting.append((x.copy(), difference))  # the framework may use x's memory again
-        if sum(len(piece) for piece, _ in self._waiting) >= PIECE_TOKENS:
+        self._waiting.append((x.copy(), difference, weights))  # the framework may use x's memory again
+        if sum(len(piece) for piece, _, _ in self._waiting) >= PIECE_TOKENS:
             self._flush()
 
     def finish(self) -> InputStats:
@@ -208,16 +233,20 @@ class StatsBuilder:
     def _flush(self) -> None:
         if not self._waiting:
             return
-        x = np.concatenate([piece for piece, _ in self._waiting])
-        differences = [difference for _, difference in self._waiting if difference is not None]
+        x = np.concatenate([piece for piece, _, _ in self._waiting])
+        differences = [difference for _, difference, _ in self._waiting if difference is not None]
+        weights = [each for _, _, each in self._waiting if each is not None]
         self._waiting = []
         self._see(x)
+        if weights:
+            x = x * np.concatenate(weights)
         if self._wants_gram:
             self._gram = np.zeros((x.shape[1], x.shape[1])) if self._gram is None else self._gram
             add_gram(self._gram, x)
         if differences:
             self._drift = np.zeros((x.shape[1], x.shape[1])) if self._drift is None else self._drift
-            add_product(self._drift, np.concatenate(differences), x)
+            difference = np.concatenate(differences)
+            add_product(self._drift, difference * np.concatenate(weights) if weights else difference, x)
 
     def _see(self, x: NDArray[np.float32]) -> None:
         seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)

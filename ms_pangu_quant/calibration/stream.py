@@ -102,7 +102,7 @@ class Stream:
         if self._floats is None or self._seen is None:
             return stats.pop(input_name)
         stats.pop(input_name, None)
-        beside = self._floats, self._float_hidden
+        beside = self._floats, self._float_hidden, self._target
         seen = self._runner.observe_input(input_name, block, self._hidden, beside, self._seen, self._where)
         return self.ranks.fold(seen, InputStats.merge)
 

@@ -54,6 +54,10 @@ class Gptq:
     scale      "absmax" or "mse" (clip.py, weighted by the gram's diagonal).
     sweeps     afterwards, so often: the scales that fit the codes best, then every code once more (refine.py).
     correct    aim at the float model's outputs; more than twice the passes over the data, and another gram in memory.
+    strength   the part of the correction that is made, 0 to 1: on few tokens for many inputs all of it fits what is theirs
+               alone (Arai and Ichikawa 2025, QEP, arXiv:2504.09629, have such a factor).
+    temper     from 0, all errors count as they are, to 1, relative to the size of the token in the residual stream: for
+               models with massive activations, where a few tokens are else all that o_proj and down_proj are fitted to.
     """
 
     damping: float = 0.01
@@ -61,10 +65,12 @@ class Gptq:
     scale: ScaleChoice = "mse"
     sweeps: int = 0
     correct: bool = False
+    strength: float = 1.0
+    temper: float = 0.0
 
     @property
     def needs(self) -> Needs:
-        return Needs(data=True, gram=True, drift=self.correct)
+        return Needs(data=True, gram=True, drift=self.correct, temper=self.temper)
 
     def operations(self, outputs: int, inputs: int) -> float:
         """Float64 ones count twice: factors, then 2 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 for each."""
@@ -75,6 +81,9 @@ class Gptq:
         check_types(self, "gptq")
         if not 0 <= self.damping <= _LARGEST_DAMPING:
             raise RecipeError(f"gptq.damping: got {self.damping}, wanted a number from 0 to {_LARGEST_DAMPING:g}")
+        for name in ("strength", "temper"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise RecipeError(f"gptq.{name}: got {getattr(self, name)}, wanted a number from 0 to 1")
         if self.sweeps < 0:
             raise RecipeError(f"gptq.sweeps: got {self.sweeps}, wanted a whole number of at least 0")
 
@@ -84,7 +93,7 @@ class Gptq:
             raise ValueError("gptq needs the gram of the layer's input")
         diagonal = checked_diagonal(stats.gram)
         if stats.drift is not None:
-            weight = corrected_weight(weight, stats.gram, stats.drift)
+            weight = corrected_weight(weight, stats.gram, stats.drift, self.strength)
         scale = choose_scale(weight, scheme, self.scale, diagonal)
         order = np.argsort(-diagonal, kind="stable") if self.act_order else np.arange(len(diagonal))
         factor, damping = factorise(stats.gram, order[::-1], self.damping)
@@ -142,13 +151,14 @@ def _indefinite() -> DataError:
 
 
 def corrected_weight(
-    weight: NDArray[np.float32], gram: NDArray[np.float64], drift: NDArray[np.float64]
+    weight: NDArray[np.float32], gram: NDArray[np.float64], drift: NDArray[np.float64], strength: float = 1.0
 ) -> NDArray[np.float32]:
     """The float weight that on the inputs x the layer gets comes closest to what `weight` makes of the float model's y.
 
-    Least squares with a ridge that holds it to `weight`: weight (I + drift (gram + r I)^-1), r = _RIDGE times the mean
-    diagonal of the gram. All in float32: the ridge bounds the condition number by inputs / _RIDGE, 4e5 for 12800, and it
-    is a correction whose third digit does not matter. Raises DataError if the gram is not positive semidefinite.
+    Least squares with a ridge that holds it to `weight`: weight (I + strength drift (gram + r I)^-1), r = _RIDGE times the
+    mean diagonal of the gram; strength is the part of the way that is gone. All in float32: the ridge bounds the condition
+    number by inputs / _RIDGE, 4e5 for 12800, and it is a correction whose third digit does not matter. Raises DataError if
+    the gram is not positive semidefinite.
     """
     damped = gram.astype(np.float32)
     diagonal = np.einsum("ii->i", damped)
@@ -161,7 +171,7 @@ def corrected_weight(
     result, narrow = np.empty_like(weight), drift.astype(np.float32, copy=False)
 
     def correct(rows: slice) -> None:
-        wanted = weight[rows] @ narrow
+        wanted = np.float32(strength) * (weight[rows] @ narrow)
         result[rows] = weight[rows] + cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
 
     in_parallel(correct, _row_pieces(weight))

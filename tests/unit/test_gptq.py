@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder, token_weights
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import mse_scale
 from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, corrected_weight, factorise, gptq_codes
@@ -233,6 +233,8 @@ def test_rounding_is_pure():
     [
         ({"damping": -0.1}, "gptq.damping: got -0.1"),
         ({"damping": 2}, "gptq.damping: got 2"),
+        ({"strength": -0.5}, "gptq.strength: got -0.5"),
+        ({"temper": 1.5}, "gptq.temper: got 1.5"),
         ({"sweeps": -1}, "gptq.sweeps: got -1"),
         ({"sweeps": 0.5}, "gptq.sweeps: got 0.5"),
         ({"correct": 1}, "gptq.correct: got 1"),
@@ -268,6 +270,35 @@ def test_the_corrected_weight_is_the_ridge_regression_on_the_float_models_output
     got = corrected_weight(weight, stats.gram, stats.drift)
     np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
     assert np.abs(got - weight).max() > 0.05 * np.abs(weight).max()
+
+
+def test_weighted_tokens_make_the_correction_a_weighted_regression():
+    """As above, solved from the data; a massive token must not be all that the weight is fitted to."""
+    weight, x, y, _ = drifted(seed=24)
+    x[:3], y[:3] = 1000 * x[:3], 1000 * y[:3]
+    errors = []
+    for temper in (0.0, 1.0):
+        weights = token_weights(y.astype(np.float32), temper)
+        builder = StatsBuilder(gram=True, rows=0, where="here")
+        builder.add(x.astype(np.float32), y.astype(np.float32), weights)
+        stats = builder.finish()
+        ridge = np.sqrt(0.03 * np.mean(np.sum((x * weights) ** 2, axis=0)))
+        stacked_x = np.vstack([x * weights, ridge * np.eye(IN)])
+        stacked_output = np.vstack([(y * weights) @ weight.T, ridge * weight.T.astype(np.float64)])
+        wanted = np.linalg.lstsq(stacked_x, stacked_output, rcond=None)[0].T
+        got = corrected_weight(weight, stats.gram, stats.drift)
+        np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max())
+        errors.append(np.linalg.norm((x @ got.T - y @ weight.T)[3:]))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_strength_is_the_part_of_the_correction_that_is_made():
+    weight, _, _, stats = drifted(seed=25)
+    whole = corrected_weight(weight, stats.gram, stats.drift)
+    assert np.array_equal(corrected_weight(weight, stats.gram, stats.drift, 0.0), weight)
+    np.testing.assert_allclose(
+        corrected_weight(weight, stats.gram, stats.drift, 0.5), (weight + whole) / 2, atol=1e-6 * np.abs(whole).max()
+    )
 
 
 def test_without_drift_nothing_is_corrected():

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.calibration.statistics import PIECE_TOKENS, InputStats, StatsBuilder, add_gram, row_keys
+from ms_pangu_quant.calibration.statistics import (
+    PIECE_TOKENS,
+    InputStats,
+    Needs,
+    StatsBuilder,
+    add_gram,
+    row_keys,
+    token_weights,
+)
 from ms_pangu_quant.errors import DataError
 
 
@@ -238,3 +246,37 @@ def test_the_drift_is_the_float_models_difference_times_the_input():
     scaled.add(x / s, y / s)
     assert np.array_equal(built.scaled(s).drift, scaled.finish().drift)
     assert np.array_equal(built.merge(built).drift, 2 * built.drift)
+
+
+def test_weights_are_those_of_rows_in_gram_and_drift_and_nowhere_else():
+    generator = np.random.default_rng(5)
+    x, y = (generator.integers(-9, 10, size=(3000, 5)).astype(np.float32) for _ in range(2))
+    weights = np.exp2(generator.integers(-3, 3, size=(3000, 1))).astype(np.float32)
+    weighted, plain, multiplied = (StatsBuilder(gram=True, rows=9, where="here") for _ in range(3))
+    for start in range(0, 3000, 500):
+        rows = slice(start, start + 500)
+        weighted.add(x[rows], y[rows], weights[rows])
+        plain.add(x[rows], y[rows])
+        multiplied.add(x[rows] * weights[rows], y[rows] * weights[rows])
+    built, raw, wanted = (each.finish() for each in (weighted, plain, multiplied))
+    assert np.array_equal(built.gram, wanted.gram)
+    assert np.array_equal(built.drift, wanted.drift)
+    assert np.array_equal(built.absmax, raw.absmax)
+    assert np.array_equal(built.squares, raw.squares)
+    assert np.array_equal(built.sample.rows, raw.sample.rows)
+
+
+def test_what_a_token_counts_follows_its_size_and_nothing_else():
+    generator = np.random.default_rng(6)
+    states = generator.normal(size=(7, 64)).astype(np.float32) * np.exp2(np.arange(7, dtype=np.float32))[:, None]
+    turned = (states @ np.linalg.qr(generator.normal(size=(64, 64)))[0]).astype(np.float32)
+    for temper in (0.0, 0.5, 1.0):
+        weights = token_weights(states, temper)
+        assert (weights.shape, weights.dtype) == ((7, 1), np.float32)
+        np.testing.assert_allclose(token_weights(turned, temper), weights, rtol=1e-5)  # the same in a rotated stream
+        np.testing.assert_allclose(token_weights(4 * states, temper) * 4**temper, weights, rtol=1e-5)
+    assert np.array_equal(token_weights(states, 0.0), np.ones((7, 1)))
+    evened = states * token_weights(states, 1.0)
+    np.testing.assert_allclose(np.square(evened).mean(axis=1), 1, rtol=1e-5)
+    assert token_weights(np.zeros((2, 4), np.float32), 1.0).tolist() == [[1], [1]]
+    assert (Needs(temper=0.5) | Needs(data=True)).temper == 0.5
