@@ -202,7 +202,7 @@ def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe
         ("scheme: w8a8\ntransforms: [smooth, rotate]", r"transforms: rotate stands first and once"),
         ("scheme: w8a8\ntransforms: [rotate, {rotate: {seed: 1}}]", r"transforms: rotate stands first and once"),
         ("scheme: w8a8\ntransforms: [{rotate: {sed: 1}}]", r"rotate: unknown key 'sed' \(did you mean 'seed'\?\)"),
-        ("scheme: w8a8\ntransforms: [{smooth_search: {step: 2}}]", r"transforms: smooth_search.step: got 2"),
+        ("scheme: w8a8\ntransforms: [{smooth_search: {inputs: [x]}}]", r"transforms: smooth_search.inputs: got"),
         ("scheme: w8a8\nrounding: {gptq: {damp: 1}}", r"gptq: unknown key 'damp' \(did you mean 'damping'\?\)"),
         ("scheme: w8a8\nrounding: {gptq: {scale: max}}", r"rounding: gptq.scale: got 'max'"),
         ("scheme: w8a8\nrounding: {rtn: {weighted: true}}", r"rounding: rtn.weighted: is for scale: mse"),
@@ -372,7 +372,7 @@ def test_the_digest_is_of_what_is_meant_and_not_of_how_it_is_spelled(recipe):
 
 CHANGES = [  # of EVERYTHING, each to a recipe of its own
     {"quantizer": RoundToNearest("mse")},
-    {"transforms": (SmoothSearch(step=0.25),)},
+    {"transforms": (SmoothSearch(inputs=("mlp_hidden",)),)},
     {"rewrites": (Rotate(seed=3),)},
     {"activation_range": ActivationRange("mse")},
     {"calibration": CalibrationSettings(1, 2, 3)},

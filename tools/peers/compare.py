@@ -33,6 +33,8 @@ from tools.peers.quantizers import linear_quant
 
 ASSETS = ROOT / "ms_pangu_quant/assets"
 LAYERS = {"targets": "Linear", "ignore": ["lm_head"]}
+
+
 def compressed(*, bits: int = 8, group_size: int = 0, static: bool = False) -> dict[str, Any]:
     """A modifier's arguments for a scheme that is not among llm-compressor's presets (W8A8; W4A8 in groups of 128)."""
     weights = {"num_bits": bits, "type": "int", "strategy": "group" if group_size else "channel", "symmetric": True}
@@ -138,7 +140,7 @@ def llmc(name: str, scheme: str, what: str, modifiers: Mapping[str, Any]) -> Row
     return Row(name, scheme, LLM_COMPRESSOR, what, modifiers)
 
 
-# On a pretrained model whose widths 128 does not divide; measured beside the recipes, SpinQuant and AutoRound in each scheme.
+# On a pretrained model, whose widths 128 does not divide; SpinQuant and AutoRound in each scheme.
 REAL_ROWS = (
     FLOAT,
     Row("w8a8", W8A8, OURS, "`w8a8`", "w8a8"),
