@@ -146,9 +146,10 @@ def _request(
     if calibration is not None:
         used = chosen.calibration
         data = read_data(
-            calibration, reader.directory, reader.config, used.samples, used.max_length, used.seed,
+            calibration, reader.directory, reader.config, used.texts, used.max_length, used.seed,
             allow_benchmark_overlap=allow_benchmark_overlap,
         )  # fmt: skip
+        data = replace(data, held_out=used.held_out_of(len(data.sequences)))
     return _Request(reader, chosen, data, known)
 
 

@@ -59,11 +59,13 @@ class TokenData:
     """sequences  each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file has fewer rows
     sha256     of all lengths and ids in order: the same for the same tokens from any file format
     truncated  sequences that were cut to max_length
+    held_out   so many of the last ones are not for statistics: what is fitted to the others is measured on them
     """
 
     sequences: tuple[NDArray[np.int32], ...]
     sha256: str
     truncated: int
+    held_out: int = 0
 
     @property
     def tokens(self) -> int:
