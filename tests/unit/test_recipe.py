@@ -508,3 +508,18 @@ def test_a_cache_is_float_unless_the_recipe_says_otherwise_and_an_int8_one_needs
 def test_a_cache_that_does_not_exist_is_named(recipe, text, told):
     with pytest.raises(RecipeError, match=told):
         recipe(f"scheme: w8a8\n{text}")
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("samples", [1, 4, 8, 128])
+def test_texts_are_held_out_beside_the_samples_or_where_there_are_too_few_as_the_same_share(samples, held_out):
+    amount = CalibrationSettings(samples=samples, held_out=held_out)
+    assert amount.held_out_of(amount.texts) == int(samples * held_out)
+    for texts in range(1, amount.texts + 1):
+        held = amount.held_out_of(texts)
+        assert 1 <= texts - held <= samples
+        assert held <= int(samples * held_out)
+        assert held <= (texts - held) * max(held_out, 1e-9) + 1
+    for bad in (-0.1, 1.1, "half"):
+        with pytest.raises(RecipeError, match=r"calibration\.held_out: got"):
+            CalibrationSettings(held_out=bad)
