@@ -37,9 +37,9 @@ class TokenizerFiles:
 
     @property
     def kind(self) -> str:
-        """The tokenizer's class, without Fast."""
-        default = "LlamaTokenizer" if self.model.get("model_type") == "llama" else ""
-        return str(self.config.get("tokenizer_class") or self.model.get("tokenizer_class") or default).removesuffix("Fast")
+        """The tokenizer's class, without Fast; a Llama's where none is named, for openPangu always names its own."""
+        named = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
+        return str(named or "LlamaTokenizer").removesuffix("Fast")
 
     @property
     def end_ids(self) -> frozenset[int]:

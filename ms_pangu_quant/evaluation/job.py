@@ -46,7 +46,7 @@ class EvaluationRequest:
     checkpoint  directory, float or quantized.
     output      directory of the results; a run begun there goes on.
     tasks       benchmarks by name.
-    modes       thinking modes; all that the model has where there are none.
+    modes       thinking modes; None: all that the model has.
     prompts     benchmark -> name of its prompt, zero_shot_instruct where none is named.
     data        benchmark -> file of your own problems in that benchmark's form.
     limit       ask the first so many problems of each benchmark.

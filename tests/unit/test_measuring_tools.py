@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer as OwnTokenizer
 from ms_pangu_quant.errors import OutputError
 from tools.dev import tables
 from tools.embedded import rescale_outliers
@@ -67,6 +68,14 @@ def test_words_of_the_peers_tokenizer_are_the_token_ids(mini, tmp_path):
     words = [json.loads(line)["inputs_pretokenized"] for line in (tmp_path / "data/words.jsonl").open()]
     ids = [json.loads(line)["token_ids"] for line in (tmp_path / "data/token_ids.jsonl").open()]
     assert [tokenizer.encode(text).ids for text in words] == ids == [sequence.tolist() for sequence in sequences]
+
+
+def test_what_a_peer_wrote_is_asked_in_the_checkpoints_own_words(mini, tmp_path):
+    quantizers.write_source(mini, tmp_path)
+    quantizers.give_back_tokenizer(mini, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    text = "def f(x): 中文"
+    assert OwnTokenizer(tmp_path).encode(text) == OwnTokenizer(mini).encode(text)
 
 
 # --- a row that cannot be measured -----------------------------------------------------------------------------------

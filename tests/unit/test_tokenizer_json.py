@@ -66,11 +66,11 @@ def metaspace() -> Backend:
     return Backend.from_str(json.dumps(state))
 
 
-def directory(path: Path, made: Backend, config: dict[str, Any], **files: Any) -> Path:
-    """files  name of a JSON file, without the ending, -> its value; config.json is a Llama's."""
+def directory(path: Path, made: Backend, names: dict[str, Any], **files: Any) -> Path:
+    """names  tokenizer_config.json.  files  others by name without the ending; config.json is a Llama's but for its."""
     made.save(str(path / "tokenizer.json"))
     model = {"model_type": "llama", "vocab_size": 1000, **files.pop("config", {})}
-    for name, value in {"config": model, "tokenizer_config": config, **files}.items():
+    for name, value in {"config": model, "tokenizer_config": names, **files}.items():
         (path / f"{name}.json").write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
     return path
 
@@ -178,7 +178,7 @@ def change(path: Path, name: str = "tokenizer_config.json", **changes: Any) -> T
 
 def test_tokenizer_json_alone_will_do_where_config_json_names_eos(fast: Path) -> None:
     (fast / "tokenizer_config.json").unlink()
-    tokenizer = change(fast, "config.json", model_type="pangu", eos_token_id=[2, 1])
+    tokenizer = change(fast, "config.json", tokenizer_class="PreTrainedTokenizerFast", eos_token_id=[2, 1])
     assert tokenizer.eos_id == 1
     assert tokenizer.end_ids == {1, 2}
     assert find_tokenizer(fast) is not None

@@ -24,7 +24,6 @@ from typing import Any
 from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import find_tokenizer
-from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, carry_over
 from ms_pangu_quant.evaluation.samples import write_json
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
@@ -177,9 +176,7 @@ def _quantize(row: Row, setting: Setting, directory: Path) -> Record:
         cost = run(command, setting, directory / "quantize.log")
     else:
         cost = run(_peer_command(row, setting, output), setting, directory / "quantize.log")
-        for name in CARRIED_OVER:  # of the words that the peer was given
-            (output / name).unlink(missing_ok=True)
-        carry_over(setting.checkpoint, output)
+        quantizers.give_back_tokenizer(setting.checkpoint, output)
         if not isinstance(open_checkpoint(output), QuantizedReader):
             raise quantizers.PeerError(f"{row.tool} wrote a float checkpoint; did it ignore its settings?")
     return {**cost, "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors"))}
