@@ -37,6 +37,7 @@ _DEFAULTS = {  # of transformers' classes for a tokenizer.json
 }
 _ADD_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
+_COPY = "copy both from the original checkpoint"
 _CLEANED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
 
@@ -47,7 +48,7 @@ class JsonPieces:
     def __init__(self, files: TokenizerFiles) -> None:
         self._path = path = files.directory / "tokenizer.json"
         content = read(path)
-        with _refused(path, fetching(content)):
+        with _refused(path, "not a tokenizer of the tokenizers library", fetching(content)):
             self._backend = backend = Backend.from_buffer(content)
             padding = backend.padding or {}
             backend.no_truncation()
@@ -59,7 +60,7 @@ class JsonPieces:
                 "another checkpoint?"
             )
         texts = _named_texts(files, padding.get("pad_token"))
-        with _refused(path, "are the files of one checkpoint?"):
+        with _refused(files.directory / "tokenizer_config.json", "does not fit tokenizer.json", _COPY):
             _add_tokens(backend, files, texts)
             self.named = {name: int(backend.token_to_id(text)) for name, text in texts.items()}
             _as_the_class(backend, files, self.named)
@@ -85,7 +86,7 @@ class JsonPieces:
         return self._encode(text, bos=False)
 
     def _encode(self, text: str, *, bos: bool) -> list[int]:
-        with _refused(self._path, "copy it from the original checkpoint"):
+        with _refused(self._path, "cannot encode", _COPY):
             ids: list[int] = self._backend.encode(text, add_special_tokens=bos).ids
         for token_id in self._beyond.keys() & ids if self._beyond else ():
             raise RequestError(
@@ -99,15 +100,15 @@ class JsonPieces:
         for token_id in ids:
             if not 0 <= token_id < size:
                 raise RequestError(f"no token of {self._path.parent} has the id {token_id}; wanted 0 to {size - 1}")
-        with _refused(self._path, "copy it from the original checkpoint"):
+        with _refused(self._path, "cannot decode", _COPY):
             text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         for written in _CLEANED if self._clean else ():
-            text = text.replace(written, written.strip() if written == " ' " else written[1:])
+            text = text.replace(written, written.strip())
         return text
 
 
 @contextmanager
-def _refused(path: Path, todo: str) -> Iterator[None]:
+def _refused(path: Path, what: str, todo: str) -> Iterator[None]:
     """What the tokenizers library fails with, as a CheckpointError; some of it is a panic, which is no Exception."""
     try:
         yield
@@ -115,7 +116,7 @@ def _refused(path: Path, todo: str) -> Iterator[None]:
         raise
     except BaseException as error:
         said = "".join(character for character in " ".join(str(error).split()) if character.isprintable())
-        raise CheckpointError(f"{path}: not a tokenizer of the tokenizers library ({said[:300]}); {todo}") from None
+        raise CheckpointError(f"{path}: {what} ({said[:300]}); {todo}") from None
 
 
 def _named_texts(files: TokenizerFiles, pad_token: str | None) -> dict[str, str]:

@@ -254,7 +254,11 @@ def test_a_broken_tokenizer_json_is_refused(fast: Path, content: bytes, message:
             {"added_tokens_decoder": ["x"]},
             "added_tokens_decoder is a list, wanted an object of ids",
         ),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "y"}}}, r"are the files of one checkpoint\?"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": {"content": "y"}}},
+            r"_config\.json: does not fit tokenizer\.json \(.*'x'",
+        ),
         ("tokenizer_config.json", {"added_tokens_decoder": {"5": 7}}, "7 is not a token"),
         ("tokenizer_config.json", {"added_tokens_decoder": {"5": "<z>"}}, None),
         ("tokenizer_config.json", {"pad_token": None, "model_max_length": 10**30, "auto_map": {"AutoTokenizer": []}}, None),
