@@ -56,6 +56,7 @@ setup(
         "ml_dtypes>=0.4,<1",  # bfloat16 for NumPy
         "datasets>=4.0,<5",  # 5.x needs a pyarrow that refuses NumPy 1
         "sentencepiece>=0.2,<0.3",
+        "tokenizers>=0.22,<=0.23.0",  # as transformers 4.57.1 wants it
         "jinja2>=3.1,<4",
         "pyyaml>=6,<7",
         "typer>=0.15,<1",

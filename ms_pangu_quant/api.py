@@ -20,7 +20,7 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import find_tokenizer
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
@@ -381,7 +381,7 @@ def read_data(
     """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one."""
     return load_token_data(
         Path(path),
-        tokenizer=Tokenizer(checkpoint) if (checkpoint / "tokenizer.model").exists() else None,
+        tokenizer=find_tokenizer(checkpoint),
         vocab_size=config.vocab_size,
         max_length=max_length,
         samples=samples,

@@ -113,8 +113,8 @@ def load_token_data(
     form = _common_form(path, tables)
     if form != "token_ids" and tokenizer is None:
         raise DataError(
-            f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.model to encode it; "
-            "add tokenizer.model to the checkpoint, or give rows of 'token_ids'"
+            f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.json or tokenizer.model to "
+            "encode it; add it to the checkpoint, or give rows of 'token_ids'"
         )
     ends = list(accumulate(len(table.rows) for table in tables))
     rows = []
@@ -314,17 +314,13 @@ def _encode(form: str, value: Any, tokenizer: Tokenizer | None, vocab_size: int,
     else:
         assert tokenizer is not None
         with located(f"{place}: ", DataError):  # the tokenizer refuses this row
-            ids = (
-                tokenizer.encode(value)
-                if form == "text"
-                else tokenizer.encode_chat(value, mode="slow_think", add_generation_prompt=False)
-            )
+            ids = tokenizer.encode(value) if form == "text" else tokenizer.encode_chat(value, add_generation_prompt=False)
     if len(ids) < SHORTEST:
         raise DataError(f"{place}: got {len(ids)} token{'s' * (len(ids) != 1)}, wanted {SHORTEST} or more")
     if max(ids) >= vocab_size:
         raise DataError(
             f"{place}: the tokenizer gives id {max(ids)}, the model's ids end at {vocab_size - 1}; "
-            "is tokenizer.model from another checkpoint?"
+            "is the tokenizer from another checkpoint?"
         )
     array = np.array(ids, np.int32)
     array.flags.writeable = False

@@ -346,7 +346,7 @@ def test_without_a_tokenizer_only_ids_can_be_used(tmp_path, form):
         path = write_lines(tmp_path / "rows.jsonl", ROWS[name])
         return load_token_data(path, tokenizer=None, vocab_size=VOCABULARY, max_length=8)
 
-    with pytest.raises(DataError, match=rf"{form}.*no tokenizer\.model.*token_ids"):
+    with pytest.raises(DataError, match=rf"{form}.*no tokenizer\.json or tokenizer\.model.*token_ids"):
         without_tokenizer(form)
     assert len(without_tokenizer("token_ids").sequences) == 23
 

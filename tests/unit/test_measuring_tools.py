@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from tokenizers import Tokenizer
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer as OwnTokenizer
 from ms_pangu_quant.errors import OutputError
 from tools.dev import tables
 from tools.embedded import rescale_outliers
 from tools.peers import bench_quantize, compare, measure, quantizers
+from tools.real import agree
 
 
 @pytest.fixture
@@ -67,6 +70,14 @@ def test_words_of_the_peers_tokenizer_are_the_token_ids(mini, tmp_path):
     words = [json.loads(line)["inputs_pretokenized"] for line in (tmp_path / "data/words.jsonl").open()]
     ids = [json.loads(line)["token_ids"] for line in (tmp_path / "data/token_ids.jsonl").open()]
     assert [tokenizer.encode(text).ids for text in words] == ids == [sequence.tolist() for sequence in sequences]
+
+
+def test_what_a_peer_wrote_is_asked_in_the_checkpoints_own_words(mini, tmp_path):
+    quantizers.write_source(mini, tmp_path)
+    quantizers.give_back_tokenizer(mini, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    text = "def f(x): 中文"
+    assert OwnTokenizer(tmp_path).encode(text) == OwnTokenizer(mini).encode(text)
 
 
 # --- a row that cannot be measured -----------------------------------------------------------------------------------
@@ -257,3 +268,35 @@ def test_the_times_of_quantization_are_medians_of_the_runs_that_ended():
     ours, theirs = bench_quantize.table(rows).splitlines()[2:4]
     assert ours.endswith("| 4 | 8 | 3.00 |")
     assert "not measured: no interpreter" in theirs
+
+
+# --- answers beside transformers' ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text", "found", "margin"),
+    [
+        ([7, 8], [1, 2, 3, 0], "x", "same", ""),
+        ([7, 8], [1, 2, 3], "x", "same", ""),
+        ([7, 8], [1, 2, 3], "y", "other text", ""),
+        ([7, 9], [1, 2, 3], "x", "other prompt", ""),
+        ([7, 8], [1, 2, 5], "x", "part at 2", "-2.00e+00"),
+        ([7, 8], [1, 2, 0], "x", "part at 2", "3.00e+00"),
+        ([7, 8], [1, 2, 3, 4], "x", "part at 3", "-4.00e+00"),
+    ],
+)
+def test_answers_are_the_same_in_ids_and_text_or_part_somewhere(prompt, answer, text, found, margin):
+    tokenizer = SimpleNamespace(encode_chat=lambda chat: [7, 8], end_ids=frozenset({0}), eos_id=0)
+    ours = SimpleNamespace(token_ids=(1, 2, 3), answer="x")
+    model = SimpleNamespace(
+        tokenizer=tokenizer, generate=lambda prompts, tokens: [ours], logits=lambda ids: np.arange(10.0)[None]
+    )
+    other = {"prompt": prompt, "answer": answer, "text": text}
+    assert agree.answers(model, ["p"], [other], 4) == [["p", found, "3", margin]]
+
+
+def test_an_interpreter_that_cannot_answer_is_named(mini, interpreter, capsys):
+    assert agree.main([str(mini), "--python", "/nowhere/python"]) == 2
+    assert "agree: --python /nowhere/python: No such file" in capsys.readouterr().err
+    assert agree.main([str(mini), "--python", interpreter("echo ImportError: no torch >&2; exit 1")]) == 2
+    assert "ImportError: no torch" in capsys.readouterr().err
