@@ -22,7 +22,7 @@ EXTRAS = {
     "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
     # What tools/peers/bench.py measures beside this project. Not in "all": llama-cpp-python has no wheel on PyPI and is
     # compiled for many minutes, with a C++ compiler and CMake.
-    "real": ["gguf==0.19.0", "tokenizers"],  # tools/real/checkpoint.py
+    "real": ["gguf==0.19.0"],  # tools/real/checkpoint.py
     "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],
 }
 
