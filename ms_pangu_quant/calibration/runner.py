@@ -24,7 +24,6 @@ from numpy.typing import NDArray
 from ms_pangu_quant.backends import current_backend
 from ms_pangu_quant.backends.cache import on_cache_grid
 from ms_pangu_quant.backends.cpu import per_token_codes
-from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.calibration.ranges import RangeStats
 from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder, token_weights
 from ms_pangu_quant.checkpoint import layout
@@ -94,7 +93,7 @@ class BlockCell(nn.Cell):
         self.dynamic = tuple(scheme is not None and scheme.dynamic for scheme in rounding)
         self.code_max = tuple(0.0 if scheme is None else float(scheme.code_max) for scheme in rounding)
         self.until, self.rounds_cache = until, rounds_cache
-        self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
+        self.hadamard = network.backend.hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, grids):
         if not self.rounded[place]:

@@ -1,4 +1,4 @@
-"""tools/peers/, dev/tables.py, embedded/rescale_outliers.py: what can be checked without quantizing."""
+"""tools/peers/, dev/tables.py, dev/turns.py, embedded/rescale_outliers.py: what can be checked without quantizing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer as OwnTokenizer
 from ms_pangu_quant.errors import OutputError
-from tools.dev import tables
+from tools.dev import tables, turns
 from tools.embedded import rescale_outliers
 from tools.peers import bench_quantize, compare, measure, quantizers
 from tools.real import agree
@@ -300,3 +300,25 @@ def test_an_interpreter_that_cannot_answer_is_named(mini, interpreter, capsys):
     assert "agree: --python /nowhere/python: No such file" in capsys.readouterr().err
     assert agree.main([str(mini), "--python", interpreter("echo ImportError: no torch >&2; exit 1")]) == 2
     assert "ImportError: no torch" in capsys.readouterr().err
+
+
+# --- two checkpoints in turns ----------------------------------------------------------------------------------------
+
+
+def test_every_turn_has_each_call_once_after_two_that_warm_up():
+    called = []
+    wall, cpu = turns.measure([lambda: called.append("a"), lambda: called.append("b")], 50)
+    assert wall.shape == cpu.shape == (2, 50)
+    assert (wall > 0).all()
+    assert called[:4] == ["a", "b", "a", "b"]
+    pairs = {(first, second) for first, second in zip(called[4::2], called[5::2], strict=True)}
+    assert pairs == {("a", "b"), ("b", "a")}, "neither is always the first"
+
+
+def test_the_ratio_of_turns_is_the_median_of_the_pairs_and_not_moved_by_one_that_was_disturbed():
+    first = np.linspace(1, 2, 41)
+    second = 1.5 * first
+    second[7] *= 100
+    assert turns.ratio(second, first) == "1.500 [1.500, 1.500]"
+    low, high = map(float, turns.ratio(first[::-1], first).split("[")[1].rstrip("]").split(", "))
+    assert low < 1 < high
