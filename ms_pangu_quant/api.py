@@ -147,7 +147,7 @@ def _request(
         used = chosen.calibration
         data = read_data(
             calibration, reader.directory, reader.config, used.texts, used.max_length, used.seed,
-            allow_benchmark_overlap=allow_benchmark_overlap,
+            tokens=used.all_tokens, allow_benchmark_overlap=allow_benchmark_overlap,
         )  # fmt: skip
         data = replace(data, held_out=used.held_out_of(len(data.sequences)))
     return _Request(reader, chosen, data, known)
@@ -376,6 +376,7 @@ def read_data(
     max_length: int,
     seed: int | None,
     *,
+    tokens: int | None = None,
     allow_benchmark_overlap: bool = False,
 ) -> TokenData:
     """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one."""
@@ -385,6 +386,7 @@ def read_data(
         vocab_size=config.vocab_size,
         max_length=max_length,
         samples=samples,
+        tokens=tokens,
         seed=seed,
         allow_benchmark_overlap=allow_benchmark_overlap,
     )

@@ -92,6 +92,7 @@ def load_token_data(
     vocab_size: int,
     max_length: int,
     samples: int | None = None,
+    tokens: int | None = None,
     seed: int | None = None,
     allow_benchmark_overlap: bool = False,
 ) -> TokenData:
@@ -101,12 +102,14 @@ def load_token_data(
     vocab_size  the model's; every id must be below
     max_length  tokens; a longer sequence keeps its beginning
     samples     rows to use, None for all; that there are fewer is no error, see TokenData
+    tokens      that the rows may have together; of those that do not fit none is used, but at least one is
     seed        None takes rows in file order (of a folder, by file name); a number shuffles before taking
     Raises      DataError naming file and row, also where a row holds a benchmark's problem (see overlap.py)
                 unless allowed, of token_ids where there is a tokenizer to decode them; RequestError for a senseless
                 max_length, samples or seed.
     """
-    for name, number, least in (("max_length", max_length, SHORTEST), ("samples", samples, 1), ("seed", seed, 0)):
+    counts = {"max_length": (max_length, SHORTEST), "samples": (samples, 1), "tokens": (tokens, 1), "seed": (seed, 0)}
+    for name, (number, least) in counts.items():
         if number is not None and number < least:
             raise RequestError(f"calibration {name}: got {number}, wanted {least} or more")
     tables = _read(path, vocab_size)
@@ -128,6 +131,9 @@ def load_token_data(
     if tokenizer is not None and not allow_benchmark_overlap:
         _refuse_benchmarks(path, form, rows, tokenizer)
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
+    if tokens is not None:
+        ends = list(accumulate(min(len(ids), max_length) for ids in whole))
+        whole = whole[: max(bisect_right(ends, tokens), 1)]
     sequences = tuple(ids[:max_length] for ids in whole)
     return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
 
