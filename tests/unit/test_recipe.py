@@ -26,12 +26,14 @@ OURS = [
     "kv8",
     "w4a8",
     "w4a8_g128",
-    "w4a8_g128_rotated",
     "w4a8_g128_rtn",
     "w4a8_g256",
+    "w4a8_g64",
+    "w4a8_online",
     "w4a8_rtn",
     "w8a8",
     "w8a8_kv8",
+    "w8a8_online",
     "w8a8_rtn",
     "w8a8_static",
 ]
@@ -105,10 +107,10 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
     wanted = "W4A8_DYNAMIC" if "w4a8" in name else other.get(name, "W8A8_DYNAMIC")
     assert (loaded.kv_cache is not None) == ("kv8" in name)
     assert set(words(plan).values()) == {wanted}
-    assert plan.group_size == next((size for size in (128, 256) if f"g{size}" in name), 0)
+    assert plan.group_size == next((size for size in (64, 128, 256) if f"g{size}" in name), 0)
     assert loaded.why
     assert loaded.needs_calibration == (name not in WITHOUT_DATA)
-    assert loaded.full_range == (name in PAPER or name in ("w4a8", "w4a8_g128", "w4a8_g128_rotated", "w4a8_g256"))
+    assert loaded.full_range == (name in PAPER or (name.startswith("w4a8") and "rtn" not in name))
     assert len((root / f"configs/{name}.yaml").read_text().splitlines()) <= 25
 
 
