@@ -17,6 +17,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer as OwnTokenizer
 from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tools.dev import tables, turns
 from tools.embedded import rescale_outliers
 from tools.peers import bench_quantize, compare, measure, quantizers
@@ -150,6 +151,13 @@ def test_a_table_has_a_cell_under_every_title():
     assert "| 75.0% |  |" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    "name", ["w8a8", "w8a8_online", "w8a8_static", "w8a8_kv8", "w4a8", "w4a8_online", "w4a8_g64", "w4a8_g128"]
+)
+def test_other_tools_calibrate_on_what_the_recipes_do(name):
+    assert load_recipe(find_recipe(name)).calibration == measure.AMOUNT
+
+
 def test_a_table_is_written_between_its_markers_and_nowhere_else():
     page = "a\n<!-- table: one -->\nold | \\1\n<!-- end -->\nb\n<!-- table: two -->\nkept\n<!-- end -->\n"
     once = tables.replaced(page, "one", r"new \g<0>")
@@ -159,11 +167,12 @@ def test_a_table_is_written_between_its_markers_and_nowhere_else():
         tables.replaced(page, "three", "")
 
 
-def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe():
+@pytest.mark.parametrize("table", tables.RESULTS, ids=lambda table: table.name)
+def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe(table):
     pages = [page.read_text(encoding="utf-8") for page in tables.READMES]
-    held = [page.split("<!-- table: results -->\n")[1].split("<!-- end -->")[0] for page in pages]
+    held = [page.split(f"<!-- table: {table.name} -->\n")[1].split("<!-- end -->")[0] for page in pages]
     assert held[0] == held[1]
-    recipes = [row.what for row in tables.RESULTS.rows if row.tool == measure.OURS and row.settings is not None]
+    recipes = [row.what for row in table.rows if row.tool == measure.OURS and row.settings is not None]
     assert [line.split(" | ")[1] for line in held[0].splitlines()[2:]] == recipes
 
 

@@ -72,7 +72,8 @@ PAPER = tuple(
     )
 )
 EVERY = ("w8a8_rtn", "w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128_rtn", "w4a8", "w4a8_mixed", "w4a8_g128", "w4a8_g256")
-HALF, GPTQ = {"smooth": {"alpha": 0.5}}, {"damping": 0.01, "sweeps": 2}
+HALF, GPTQ = {"smooth": {"alpha": 0.5}}, {"gptq": {"damping": 0.01}}
+AUTO = yaml.safe_load(find_recipe("w4a8_g128").read_text(encoding="utf-8"))["rounding"]["gptq"]
 
 
 def own(name: str, what: str, *, of: str = "w4a8_g128", **changed: Any) -> Row:
@@ -83,17 +84,13 @@ def own(name: str, what: str, *, of: str = "w4a8_g128", **changed: Any) -> Row:
 
 PARTS = (
     own("smooth_rtn", "smoothing with alpha 0.5, rounding to nearest", transforms=[HALF], rounding="rtn"),
-    own("smooth_gptq", "smoothing with alpha 0.5, GPTQ", transforms=[HALF], rounding={"gptq": {"damping": 0.01}}),
-    own("search_gptq", "`smooth_search`, GPTQ with two sweeps", rounding={"gptq": GPTQ}),
-    own("search_correct", "the same with `correct`", rounding={"gptq": {**GPTQ, "correct": True}}),
-    *recipes("w4a8_g128", what="the same, damping 0.003 for 0.01: `w4a8_g128`"),
-    own("chats_256", "`w4a8_g128`, 256 chats for 128", calibration={"samples": 256, "max_length": 512, "seed": 0}),
-    own(
-        "rotated_half",
-        "rotated, smoothing with alpha 0.5 in front of o_proj and down_proj, GPTQ",
-        transforms=[{"rotate": {"seed": 0}}, {"smooth": {"alpha": 0.5, "inputs": ["attention_output", "mlp_hidden"]}}],
-        rounding={"gptq": {"damping": 0.01}},
-    ),
+    own("smooth_gptq", "smoothing with alpha 0.5, GPTQ", transforms=[HALF], rounding=GPTQ),
+    own("search_gptq", "`smooth_search`, GPTQ", transforms=["smooth_search"], rounding=GPTQ),
+    own("search_auto", "`smooth_search`, GPTQ as in `w4a8_g128`", transforms=["smooth_search"]),
+    own("rotated_gptq", "rotated, `smooth_search`, GPTQ", rounding=GPTQ),
+    own("rotated_correct", "the same with `correct`", rounding={"gptq": {"damping": 0.01, "correct": True}}),
+    *recipes("w4a8_g128", what="the same with damping and strength `auto` and `temper`: `w4a8_g128`"),
+    own("rotated_sweeps", "the same with two sweeps", rounding={"gptq": {**AUTO, "sweeps": 2}}),
 )
 
 
@@ -228,16 +225,32 @@ def results_table(records: Sequence[Record], setting: Setting) -> str:
         row = record["row"]
         if row["tool"] != OURS or "compare" not in record:
             continue
-        others = [
-            other["compare"]["kl_mean"]
-            for other in records
-            if other["row"]["tool"] != OURS and other["row"]["scheme"] == row["scheme"] and "compare" in other
-        ]
+        others = _others(records, row["scheme"])
         best = number(min(others)) if others and row["name"] in MAIN else ""
         whole = percent(together[row["name"]]) if row["name"] in together else ""
         size = f"{record['quantize']['bytes'] / 2**20:.2f} MiB"
         lines.append([row["scheme"], row["what"], number(record["compare"]["kl_mean"]), best, whole, size])
     return markdown(lines)
+
+
+def real_results_table(records: Sequence[Record], setting: Setting) -> str:
+    """A row for each of this project's recipes: its KL, the best other tool's in the same scheme, agreement and size."""
+    titles = ["scheme", "recipe", "mean KL, nats", "s.e.", "best other tool", "top-1", "size"]
+    lines = [titles, ["---", "---", "---:", "---:", "---:", "---:", "---:"]]
+    for record in records:
+        row, found = record["row"], record.get("compare")
+        if row["tool"] != OURS or found is None:
+            continue
+        best = number(min(others)) if (others := _others(records, row["scheme"])) else ""
+        figures = [number(found["kl_mean"]), number(found["kl_se"], 1), best, f"{found['top1_agreement']:.2%}"]
+        lines.append([row["scheme"], row["what"], *figures, f"{record['quantize']['bytes'] / 2**20:.0f} MiB"])
+    return markdown(lines)
+
+
+def _others(records: Sequence[Record], scheme: str) -> list[float]:
+    """KLs of the other tools' rows of a scheme."""
+    rows = [each for each in records if each["row"]["tool"] != OURS and each["row"]["scheme"] == scheme]
+    return [each["compare"]["kl_mean"] for each in rows if "compare" in each]
 
 
 def chosen_table(records: Sequence[Record], setting: Setting) -> str:
@@ -295,12 +308,15 @@ TABLES = (
 )
 
 
-RESULTS = Table(
-    "results",
-    "mini",
-    (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in peers.ROWS if row.tool != OURS)),
-    MODES,
-    results_table,
+RESULTS = (  # of what the other tables have measured, in both READMEs
+    Table("results_real", "real", peers.REAL_ROWS, (), real_results_table),
+    Table(
+        "results",
+        "mini",
+        (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in peers.ROWS if row.tool != OURS)),
+        MODES,
+        results_table,
+    ),
 )
 
 
@@ -377,7 +393,7 @@ def page_of(page: Path, into: Path | None) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, example="python tools/dev/tables.py --only retention --into copies")
-    names = [table.name for table in (*TABLES, RESULTS)]
+    names = [table.name for table in (*TABLES, *RESULTS)]
     parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
     parser.add_argument("--into", type=Path, help="folder for copies of the pages to write into, in place of themselves")
     parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
@@ -397,11 +413,13 @@ def main(arguments: list[str] | None = None) -> int:
             failed = failed or any("failure" in record for record in records)
             text = f"{table.render(records, setting)}\n\n{peers.provenance(records)}"
             write(page_of(table.page, chosen.into), table.name, text)
-        if not chosen.only or RESULTS.name in chosen.only:  # of what the other tables have measured
-            setting = setting_of(RESULTS, chosen)
-            records = [{**recorded(row, setting), "row": vars(row)} for row in RESULTS.rows]
+        for table in RESULTS:
+            if chosen.only and table.name not in chosen.only:
+                continue
+            setting = setting_of(table, chosen)
+            records = [{**recorded(row, setting), "row": vars(row)} for row in table.rows]
             for page in READMES:
-                write(page_of(page, chosen.into), RESULTS.name, RESULTS.render(records, setting))
+                write(page_of(page, chosen.into), table.name, table.render(records, setting))
     except (PanguQuantError, make_checkpoint.MakeCheckpointError, ValueError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2
