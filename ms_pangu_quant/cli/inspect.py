@@ -71,7 +71,7 @@ def print_layers(found: dict[str, Any]) -> None:
     """
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     short = [site.short for site in layout.SITES]
-    for heading in ("block", "scheme", "bits", "output", "held out", *short):
+    for heading in ("block", "scheme", "bits", "error", "held out", *short):
         table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
     per_block = len(layout.SITES)
     for index in range(len(found["layers"]) // per_block):
@@ -128,4 +128,5 @@ def print_graphs(found: dict[str, Any]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    """Without the 0 in front of the point, so that a row fits into 80 columns."""
+    return "-" if value is None else f"{value:.4f}".removeprefix("0")
