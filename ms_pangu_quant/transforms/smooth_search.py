@@ -126,7 +126,7 @@ class OutputCost:
         return float(rounded_w / self._scheme.weight.divisor**2 + rounded_x / self._scheme.activation.divisor**2) / 12
 
     def smooth(self, s: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """The sum with power means for the maxima, at most a few percent more, and its gradient over log s [in]."""
+        """The sum with power means for the maxima, which makes it larger, and its gradient over log s [in]."""
         square, groups = s**2, self._scheme.weight.groups(len(s))
         largest, shares = _power_mean((self._weight * s).reshape(len(self._weight), groups, -1))
         steps = self._stand_for * largest**2  # [rows, groups]

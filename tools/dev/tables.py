@@ -243,7 +243,7 @@ def real_results_table(records: Sequence[Record], setting: Setting) -> str:
             continue
         best = number(min(others)) if (others := _others(records, row["scheme"])) else ""
         figures = [number(found["kl_mean"]), number(found["kl_se"], 1), best, f"{found['top1_agreement']:.2%}"]
-        lines.append([row["scheme"], row["what"], *figures, f"{record['quantize']['bytes'] / 2**20:.0f} MiB"])
+        lines.append([row["scheme"], row["what"], *figures, f"{record['quantize']['bytes'] / 2**20:.2f} MiB"])
     return markdown(lines)
 
 
