@@ -41,6 +41,7 @@ goldens: install
 
 # The tables of docs/accuracy.md. Rows of other tools need TABLES='--llmcompressor-python PY --msmodelslim-python PY'.
 tables: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[real]'
 	$(BIN)/python tools/dev/tables.py $(TABLES)
 
 notebook: install

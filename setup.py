@@ -22,6 +22,7 @@ EXTRAS = {
     "goldens": ["torch==2.13.0", "transformers==4.57.1"],  # only to make the golden files anew
     # What tools/peers/bench.py measures beside this project. Not in "all": llama-cpp-python has no wheel on PyPI and is
     # compiled for many minutes, with a C++ compiler and CMake.
+    "real": ["gguf==0.19.0"],  # tools/real/checkpoint.py
     "peers": ["torch==2.13.0", "transformers==4.57.1", "llama-cpp-python==0.3.36", "gguf==0.19.0"],
 }
 
@@ -55,6 +56,7 @@ setup(
         "ml_dtypes>=0.4,<1",  # bfloat16 for NumPy
         "datasets>=4.0,<5",  # 5.x needs a pyarrow that refuses NumPy 1
         "sentencepiece>=0.2,<0.3",
+        "tokenizers>=0.22,<=0.23.0",  # as transformers 4.57.1 wants it
         "jinja2>=3.1,<4",
         "pyyaml>=6,<7",
         "typer>=0.15,<1",

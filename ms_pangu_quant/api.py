@@ -20,7 +20,7 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import find_tokenizer
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
@@ -146,9 +146,10 @@ def _request(
     if calibration is not None:
         used = chosen.calibration
         data = read_data(
-            calibration, reader.directory, reader.config, used.samples, used.max_length, used.seed,
-            allow_benchmark_overlap=allow_benchmark_overlap,
+            calibration, reader.directory, reader.config, used.texts, used.max_length, used.seed,
+            tokens=used.all_tokens, allow_benchmark_overlap=allow_benchmark_overlap,
         )  # fmt: skip
+        data = replace(data, held_out=used.held_out_of(len(data.sequences)))
     return _Request(reader, chosen, data, known)
 
 
@@ -375,15 +376,17 @@ def read_data(
     max_length: int,
     seed: int | None,
     *,
+    tokens: int | None = None,
     allow_benchmark_overlap: bool = False,
 ) -> TokenData:
     """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one."""
     return load_token_data(
         Path(path),
-        tokenizer=Tokenizer(checkpoint) if (checkpoint / "tokenizer.model").exists() else None,
+        tokenizer=find_tokenizer(checkpoint),
         vocab_size=config.vocab_size,
         max_length=max_length,
         samples=samples,
+        tokens=tokens,
         seed=seed,
         allow_benchmark_overlap=allow_benchmark_overlap,
     )

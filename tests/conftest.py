@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from functools import cache
@@ -69,8 +70,12 @@ def rounded_as_told(folder: Path, recipes: Callable[[str], str], chats: int) -> 
 
 
 def calibration(samples: int):
-    """The first so many chats of the embedded calibration data, as the shipped recipes draw them."""
-    return token_data("calibration", samples, seed=0)
+    """The first so many chats of the embedded calibration data, as the shipped recipes draw them, and held-out ones."""
+    from ms_pangu_quant.recipe.recipe import CalibrationSettings
+
+    amount = CalibrationSettings(samples=samples)
+    data = token_data("calibration", amount.texts, seed=0)
+    return dataclasses.replace(data, held_out=amount.held_out_of(len(data.sequences)))
 
 
 def token_data(name: str, samples: int, seed: int | None = None):

@@ -26,6 +26,8 @@ class Backend:
     rope_name          MindFormers' position_embedding_type.
     gpt_model          GPTModel or a subclass.
     linear_methods     Arithmetic -> LinearMethodBase class; None -> that of float layers, where it is not MindFormers' own.
+    hadamard           (size, MindSpore dtype) -> cell that multiplies rows [tokens, size] of that dtype by the Hadamard
+                       matrix and online_scale of transforms/hadamard.py, and knows its size.
     dtypes             keyword arguments of MindFormers' model config.
     chunked_prefill    prefill attends to the cache, so a prompt may come in pieces.
     attention_mask     (new tokens of each sequence, cached tokens of each, longest cache in tokens) -> the tensor the
@@ -46,6 +48,7 @@ class Backend:
     rope_name: str
     gpt_model: type
     linear_methods: Mapping[Arithmetic | None, type]
+    hadamard: Callable[[int, Any], Any]
     dtypes: Mapping[str, str]
     chunked_prefill: bool
     attention_mask: Callable[[Sequence[int], Sequence[int], int], Any]

@@ -29,6 +29,7 @@ from mindspore.ops.auto_generate import DynamicQuantExt, GroupedMatmulV4, QuantV
 from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cut import set_column_loader
+from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.formats import packing
 from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC, TensorScheme
@@ -283,6 +284,7 @@ BACKEND = Backend(
     rope_name="rope",
     gpt_model=AscendGPTModel,
     linear_methods={W8A8_STATIC: A8W8LinearMethod, W8A8: A8W8DynamicLinearMethod, W4A8: int4_method},
+    hadamard=Hadamard,
     dtypes={
         "compute_dtype": "bfloat16",
         "params_dtype": "bfloat16",

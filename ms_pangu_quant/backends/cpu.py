@@ -26,6 +26,7 @@ from mindspore.common.initializer import initializer
 from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.cache import cache_codes, cache_grid_parameter
 from ms_pangu_quant.backends.cut import Meeting, ranks_of, set_column_loader
+from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
 
 EXACT_INPUTS_W8 = 1024  # 128 * 128 * 1024 = 2^24: the longest int8 dot product whose every partial sum float32 holds
@@ -382,6 +383,7 @@ BACKEND = Backend(
     rope_name="pangu_cpu_rope",
     gpt_model=CpuGPTModel,
     linear_methods={W8A8_STATIC: W8A8StaticLinear, W8A8: W8A8DynamicLinear, W4A8: W4A8DynamicLinear},
+    hadamard=Hadamard,
     dtypes={
         "compute_dtype": "float32",
         "params_dtype": "float32",

@@ -1,9 +1,11 @@
 """A decoder block of the CPU backend as one operator, where all its linear layers are quantized and on one rank.
 
+A Hadamard matrix in front of down_proj is a part of it, between SwiGLU and the rounding of each token.
+
 With an operator for each cell, MindSpore's executor takes about 50 us for each of the dozen of a block: a third of a decode
 step of the 1B. The operator calls the same kernels in the same order, so it gives the same bits.
 
-Blocks that follow one another are again one operator (FusedRun). Their 38 inputs each would still cost the executor a fifth
+Blocks that follow one another are again one operator (FusedRun). Their 40 inputs each would still cost the executor a fifth
 of a decode step, so it is given the addresses of the parameters instead, which are no part of the graph.
 """
 
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu_kernels.library import Library, kernels
 from ms_pangu_quant.backends.cpu_kernels.operators import block_operator, operator
+from ms_pangu_quant.backends.hadamard import RotatedInput
 
 _ENTRY = 7  # int64 of the table that say where an input is; see PanguStack in block.cc
 
@@ -91,7 +94,12 @@ class FusedBlock(TransformerLayer):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
         attention, mlp = self.self_attention, self.mlp
-        linears = (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2)
+        self.down, turn = mlp.linear_fc2.quant_method, None
+        if isinstance(self.down, RotatedInput) and hasattr(self.down.hadamard, "signs"):
+            self.down, turn = self.down.method, self.down.hadamard
+        self.hadamard_signs = Tensor(np.zeros(1, np.uint8)) if turn is None else turn.signs
+        self.hadamard_scale = Tensor(np.zeros(1, np.float32)) if turn is None else turn.scale
+        methods = [each.quant_method for each in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1)]
         nothing_between = (
             self.post_self_attn_layernorm,
             self.post_mlp_layernorm,
@@ -99,7 +107,7 @@ class FusedBlock(TransformerLayer):
             attention.k_layernorm,
         )
         self.whole = (
-            all(hasattr(linear.quant_method, "block_parameters") for linear in linears)
+            all(hasattr(method, "block_parameters") for method in (*methods, self.down))
             and all(cell is None or isinstance(cell, IdentityOp) for cell in nothing_between)
             and self.tp_group.size == 1
             and not self.apply_residual_connection_post_norm
@@ -126,10 +134,12 @@ class FusedBlock(TransformerLayer):
             self.input_layernorm.epsilon,
             self.input_layernorm.weight,
             self.pre_mlp_layernorm.weight,
+            self.hadamard_signs,
+            self.hadamard_scale,
             *attention.linear_qkv.quant_method.block_parameters(attention.linear_qkv),
             *attention.linear_proj.quant_method.block_parameters(attention.linear_proj),
             *mlp.linear_fc1.quant_method.block_parameters(mlp.linear_fc1),
-            *mlp.linear_fc2.quant_method.block_parameters(mlp.linear_fc2),
+            *self.down.block_parameters(mlp.linear_fc2),
         )
 
     def construct(

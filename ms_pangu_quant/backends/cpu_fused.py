@@ -27,10 +27,12 @@ from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.backends.cut import ranks_of
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
+from ms_pangu_quant.transforms.hadamard import hadamard_core, online_scale
 
 LANES = 16  # keys and head dimensions of the cache are padded to whole vectors
 LARGEST_SHARE = 32  # query heads to one key head: rows of a tile in layer.h
 LARGEST_INPUT = 65536  # partial sums of an integer product fit int32
+LARGEST_CORE = 512  # order of a Hadamard matrix from which on a product is faster than its sums of four rows
 
 
 class RMSNorm(cpu.RMSNorm):
@@ -65,6 +67,28 @@ class SwiGLUMLP(MLP):
 
     def construct(self, hidden_states):
         return self.linear_fc2(self.gated(self.linear_fc1(hidden_states)))
+
+
+class Hadamard(nn.Cell):
+    """backends/hadamard.py's of float32. signs, scale: of the kernel, see hadamard.h."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        core = hadamard_core(size)
+        fours = (core.T < 0).reshape((len(core), -1, 4))
+        self.signs = Tensor(np.packbits(fours, axis=2, bitorder="little")[:, :, 0])
+        self.scale = Tensor([online_scale(size)], ms.float32)
+        self.kernel = operator(kernels(), "PanguHadamard")
+
+    def construct(self, x):
+        return self.kernel(x, self.signs, self.scale)
+
+
+def hadamard(size: int, dtype):
+    """In plain operators where the core is too large for the kernel, as of 11008 = 5504 * 2, or there is none."""
+    small = size >= 4 and len(hadamard_core(size)) <= LARGEST_CORE
+    return Hadamard(size) if small else cpu.BACKEND.hadamard(size, dtype)
 
 
 class PagedAttention(nn.Cell):
@@ -267,6 +291,7 @@ BACKEND: Backend = replace(
         W8A8: W8A8DynamicLinear,
         W4A8: W4A8DynamicLinear,
     },
+    hadamard=hadamard,
     attention_mask=lambda *lengths: Tensor(np.zeros((1, 1, 1), np.float32)),  # none is looked at
     bfloat16_tables=True,
     integer_kernels=True,

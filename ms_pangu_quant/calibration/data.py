@@ -59,11 +59,13 @@ class TokenData:
     """sequences  each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file has fewer rows
     sha256     of all lengths and ids in order: the same for the same tokens from any file format
     truncated  sequences that were cut to max_length
+    held_out   so many of the last ones are not for statistics: what is fitted to the others is measured on them
     """
 
     sequences: tuple[NDArray[np.int32], ...]
     sha256: str
     truncated: int
+    held_out: int = 0
 
     @property
     def tokens(self) -> int:
@@ -90,6 +92,7 @@ def load_token_data(
     vocab_size: int,
     max_length: int,
     samples: int | None = None,
+    tokens: int | None = None,
     seed: int | None = None,
     allow_benchmark_overlap: bool = False,
 ) -> TokenData:
@@ -99,20 +102,22 @@ def load_token_data(
     vocab_size  the model's; every id must be below
     max_length  tokens; a longer sequence keeps its beginning
     samples     rows to use, None for all; that there are fewer is no error, see TokenData
+    tokens      that the rows may have together; of those that do not fit none is used, but at least one is
     seed        None takes rows in file order (of a folder, by file name); a number shuffles before taking
     Raises      DataError naming file and row, also where a row holds a benchmark's problem (see overlap.py)
                 unless allowed, of token_ids where there is a tokenizer to decode them; RequestError for a senseless
                 max_length, samples or seed.
     """
-    for name, number, least in (("max_length", max_length, SHORTEST), ("samples", samples, 1), ("seed", seed, 0)):
+    counts = {"max_length": (max_length, SHORTEST), "samples": (samples, 1), "tokens": (tokens, 1), "seed": (seed, 0)}
+    for name, (number, least) in counts.items():
         if number is not None and number < least:
             raise RequestError(f"calibration {name}: got {number}, wanted {least} or more")
     tables = _read(path, vocab_size)
     form = _common_form(path, tables)
     if form != "token_ids" and tokenizer is None:
         raise DataError(
-            f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.model to encode it; "
-            "add tokenizer.model to the checkpoint, or give rows of 'token_ids'"
+            f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.json or tokenizer.model to "
+            "encode it; add it to the checkpoint, or give rows of 'token_ids'"
         )
     ends = list(accumulate(len(table.rows) for table in tables))
     rows = []
@@ -126,6 +131,9 @@ def load_token_data(
     if tokenizer is not None and not allow_benchmark_overlap:
         _refuse_benchmarks(path, form, rows, tokenizer)
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
+    if tokens is not None:
+        ends = list(accumulate(min(len(ids), max_length) for ids in whole))
+        whole = whole[: max(bisect_right(ends, tokens), 1)]
     sequences = tuple(ids[:max_length] for ids in whole)
     return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
 
@@ -312,17 +320,13 @@ def _encode(form: str, value: Any, tokenizer: Tokenizer | None, vocab_size: int,
     else:
         assert tokenizer is not None
         with located(f"{place}: ", DataError):  # the tokenizer refuses this row
-            ids = (
-                tokenizer.encode(value)
-                if form == "text"
-                else tokenizer.encode_chat(value, mode="slow_think", add_generation_prompt=False)
-            )
+            ids = tokenizer.encode(value) if form == "text" else tokenizer.encode_chat(value, add_generation_prompt=False)
     if len(ids) < SHORTEST:
         raise DataError(f"{place}: got {len(ids)} token{'s' * (len(ids) != 1)}, wanted {SHORTEST} or more")
     if max(ids) >= vocab_size:
         raise DataError(
             f"{place}: the tokenizer gives id {max(ids)}, the model's ids end at {vocab_size - 1}; "
-            "is tokenizer.model from another checkpoint?"
+            "is the tokenizer from another checkpoint?"
         )
     array = np.array(ids, np.int32)
     array.flags.writeable = False

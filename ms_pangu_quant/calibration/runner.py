@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 from ms_pangu_quant.backends import current_backend
 from ms_pangu_quant.backends.cache import on_cache_grid
 from ms_pangu_quant.backends.cpu import per_token_codes
-from ms_pangu_quant.backends.hadamard import Hadamard
 from ms_pangu_quant.calibration.ranges import RangeStats
-from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder
+from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder, token_weights
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -48,16 +47,25 @@ _SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up 
 
 @dataclass(frozen=True)
 class Hidden:
-    """Hidden states of all sequences, packed: states [tokens, hidden] float32, lengths tokens of each sequence."""
+    """Hidden states of all sequences, packed: states [tokens, hidden] float32, lengths tokens of each sequence.
+
+    held_out  of the last sequences; no statistics are of them.
+    """
 
     states: NDArray[np.float32]
     lengths: Sequence[int]
+    held_out: int = 0
+
+    @property
+    def fitted(self) -> int:
+        """Rows of the sequences that are not held out, which are the first."""
+        return sum(self.lengths[: len(self.lengths) - self.held_out])
 
     def batches(self, max_tokens: int) -> Iterator[tuple[slice, list[int]]]:
-        """(rows, lengths) of consecutive sequences holding at most max_tokens tokens, at least one sequence each."""
+        """(rows, lengths) of consecutive sequences, held out or not, of at most max_tokens tokens, or one sequence."""
         start, chosen = 0, []
-        for length in self.lengths:
-            if chosen and sum(chosen) + length > max_tokens:
+        for index, length in enumerate(self.lengths):
+            if chosen and (sum(chosen) + length > max_tokens or index == len(self.lengths) - self.held_out):
                 yield slice(start, start + sum(chosen)), chosen
                 start, chosen = start + sum(chosen), []
             chosen.append(length)
@@ -85,7 +93,7 @@ class BlockCell(nn.Cell):
         self.dynamic = tuple(scheme is not None and scheme.dynamic for scheme in rounding)
         self.code_max = tuple(0.0 if scheme is None else float(scheme.code_max) for scheme in rounding)
         self.until, self.rounds_cache = until, rounds_cache
-        self.hadamard = Hadamard(self.inner, ms.float32) if online_hadamard else None
+        self.hadamard = network.backend.hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, grids):
         if not self.rounded[place]:
@@ -148,20 +156,28 @@ class BlockCell(nn.Cell):
 class BlockRunner:
     """Runs float and quantized blocks of one checkpoint in the mode the process was started in.
 
-    lengths    tokens of each sequence it will be given.
-    also       those of every other Hidden that it will run, or of a longer one that begins with the same.
-    first_row  place of the first token in the calibration data, of which these sequences may be a part.
+    lengths    tokens of each sequence it will be given, of which the last `held_out` are held out.
+    also       those of every other Hidden that it will run, or of a longer one that begins with the same; none held out.
+    first_rows place of the first token in the calibration data, of which these sequences may be a part, and of the first
+               held-out one.
     """
 
     def __init__(
-        self, config: ModelConfig, lengths: Sequence[int], first_row: int = 0, *, also: Sequence[Sequence[int]] = ()
+        self,
+        config: ModelConfig,
+        lengths: Sequence[int],
+        first_rows: tuple[int, int] = (0, 0),
+        *,
+        held_out: int = 0,
+        also: Sequence[Sequence[int]] = (),
     ) -> None:
-        self._config, self._first_row = config, first_row
+        self._config, self._first_rows = config, first_rows
         self._max_tokens = self._batch_tokens()
+        nothing = np.empty((0, 0), np.float32)
         self._blocks = max(
             sum(blocks_for(length, BLOCK_SIZE) for length in batch)
-            for each in (lengths, *also)
-            for _, batch in Hidden(np.empty((0, 0), np.float32), each).batches(self._max_tokens)
+            for each in (Hidden(nothing, lengths, held_out), *(Hidden(nothing, other) for other in also))
+            for _, batch in each.batches(self._max_tokens)
         )
         self._network = _float_network(config, self._blocks)
         self._cells: dict[tuple[Rounding, int | None, bool], BlockCell] = {}
@@ -178,46 +194,52 @@ class BlockRunner:
                 inputs.append(last)
             else:
                 states[place] = last.asnumpy()
-            for builder, x in zip(builders, inputs, strict=True):
-                builder.add(x.asnumpy())
+            for name, builder, x in zip(layout.INPUT_NAMES, builders, inputs, strict=True):
+                weights = None if states is None else _weights(name, states[place], needs)
+                (builder.add if place.start < hidden.fitted else builder.hold_out)(x.asnumpy(), weights=weights)
         stats = {name: builder.finish() for name, builder in zip(layout.INPUT_NAMES, builders, strict=True)}
-        return stats, None if states is None else Hidden(states, hidden.lengths)
+        return stats, None if states is None else replace(hidden, states=states)
 
     def observe_input(
         self,
         input_name: str,
         block: RoundedBlock,
         hidden: Hidden,
-        beside: tuple[BlockRunner, Hidden],
+        beside: tuple[BlockRunner, Hidden, Hidden],
         needs: Needs,
         where: str,
     ) -> InputStats:
         """Statistics of one input with gram and drift, the layers and the cache in front of it as far as they are rounded.
 
-        beside  another runner of the same sequences, and the float model's hidden states [tokens, hidden], on which it runs
-                the float block at the same time.
+        beside  another runner of the same sequences, and the float model's hidden states [tokens, hidden] in front of the
+                block, on which it runs the float block at the same time, and behind it.
         """
         place = layout.INPUT_NAMES.index(input_name)
         builder = self._builder(needs, f"{where}: {input_name}")
-        floats, float_hidden = beside
+        floats, float_hidden, target = beside
         served = self._run(block, hidden, until=place)
         reference = floats._run(RoundedBlock(block.floats), float_hidden, until=place)
-        for (_, (x,)), (_, (y,)) in zip(served, reference, strict=True):
-            builder.add(x.asnumpy(), y.asnumpy())
+        for (rows, (x,)), (_, (y,)) in zip(served, reference, strict=True):
+            add = builder.add if rows.start < hidden.fitted else builder.hold_out
+            add(x.asnumpy(), y.asnumpy(), _weights(input_name, target.states[rows], needs))
         return builder.finish()
 
     def observe_cache(self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str) -> tuple[RangeStats, RangeStats]:
         """Statistics of the keys, after rope, and of the values that the block's layers, as they are rounded, make."""
         seen: list[list[RangeStats]] = [[], []]
         for place, outputs in self._run(block, hidden, until=_CACHED):
+            if place.start >= hidden.fitted:
+                break
             for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
-                first = self._first_row + place.start
+                first = self._first_rows[0] + place.start
                 stats = RangeStats.observe(x.asnumpy(), rows=needs.rows, start=first, where=f"{where}: {name}")
                 parts[:] = [parts[0].merge(stats) if parts else stats]
         return seen[0][0], seen[1][0]
 
     def _builder(self, needs: Needs, where: str) -> StatsBuilder:
-        return StatsBuilder(gram=needs.gram, rows=needs.rows, where=where, start=self._first_row)
+        start, held_out_start = self._first_rows
+        held_out = {"held_out": needs.held_out, "held_out_start": held_out_start}
+        return StatsBuilder(gram=needs.gram, rows=needs.rows, where=where, start=start, **held_out)
 
     def advance(self, block: RoundedBlock, hidden: Hidden, output: NDArray[np.float32] | None = None) -> Hidden:
         """Hidden states after the block as it will be served, in `output` if given."""
@@ -231,7 +253,7 @@ class BlockRunner:
         else:
             for rows, (*_, states) in self._run(block, hidden):
                 output[rows] = states.asnumpy()
-        return Hidden(output, hidden.lengths)
+        return replace(hidden, states=output)
 
     def _run(
         self, block: RoundedBlock, hidden: Hidden, until: int | None = None
@@ -286,6 +308,12 @@ class BlockRunner:
             (self._config.num_attention_heads + 2 * self._config.num_key_value_heads) * self._config.head_dim,
         )
         return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
+
+
+def _weights(input_name: str, output: NDArray[np.float32], needs: Needs) -> NDArray[np.float32] | None:
+    """Of the tokens of one input, from the float block's output [tokens, hidden]."""
+    writes = any(site.writes_stream for site in layout.sites_reading(input_name))
+    return token_weights(output, needs.temper) if needs.temper and writes else None
 
 
 def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:

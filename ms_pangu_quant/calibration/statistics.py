@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,20 +31,43 @@ class Needs:
     rows   so many rows of it.
     drift  gram and drift from the float model, of the input as the layers rounded before it make it: layers are then
            rounded one input after another, and the float model runs beside the quantized one.
+    temper gram, drift and held-out rows of layers that write the residual stream are of rows that token_weights made even,
+           with this exponent; 0 leaves them as they are.
+    held_out  so many rows of texts that nothing else is of, and with drift their differences: what is fitted to the others
+           can be tried on them.
     """
 
     data: bool = False
     gram: bool = False
     rows: int = 0
     drift: bool = False
+    temper: float = 0.0
+    held_out: int = 0
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
-            self.data or other.data, self.gram or other.gram, max(self.rows, other.rows), self.drift or other.drift
+            self.data or other.data,
+            self.gram or other.gram,
+            max(self.rows, other.rows),
+            self.drift or other.drift,
+            max(self.temper, other.temper),
+            max(self.held_out, other.held_out),
         )
 
 
 NOTHING = Needs()
+
+
+def token_weights(states: NDArray[np.float32], temper: float) -> NDArray[np.float32]:
+    """What each token's row is multiplied by [tokens, 1]: its rms in states [tokens, hidden] to the power of -temper.
+
+    What reads the residual stream normalises it first, so an error there matters relative to the token's size: temper 1.
+    But the few tokens that are a thousand times as large as others (Sun et al. 2024, arXiv:2402.17762) are what all others
+    attend to, so theirs matter more: temper 0 counts errors as they are. A token of zeros is left alone.
+    """
+    square = np.einsum("ti,ti->t", states, states, dtype=np.float64) / states.shape[1]
+    weights: NDArray[np.float32] = (np.where(square > 0, square, 1.0) ** (-temper / 2)).astype(np.float32)[:, None]
+    return weights
 
 
 @dataclass(frozen=True)
@@ -93,7 +117,10 @@ class InputStats:
     gram     [in, in] float64, sum over tokens of x x^T; None unless asked for.
     sample   some rows of x; None unless asked for.
     drift    [in, in] float64, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
-    squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it.
+    squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it. Where tokens are weighted
+             (Needs.temper) they are so in gram, drift and held-out rows alone.
+    held_out  rows of x that are in nothing else here, of other texts; None unless asked for.
+    held_out_drift  y - x of the same rows; None unless y was given.
     """
 
     tokens: int
@@ -102,6 +129,8 @@ class InputStats:
     sample: RowSample | None = None
     drift: NDArray[np.float64] | None = None
     squares: NDArray[np.float64] | None = None
+    held_out: RowSample | None = None
+    held_out_drift: RowSample | None = None
 
     @classmethod
     def observe(
@@ -123,20 +152,23 @@ class InputStats:
         return cls(len(x), absmax, product, sample, squares=squares)
 
     def merge(self, other: InputStats) -> InputStats:
-        optional = [(getattr(self, name), getattr(other, name)) for name in ("gram", "sample", "drift", "squares")]
+        optional = [(getattr(self, name), getattr(other, name)) for name in (*_SUMS, *_SAMPLES)]
         if self.absmax.shape != other.absmax.shape or any((one is None) != (two is None) for one, two in optional):
             raise ValueError("statistics of different inputs do not merge")
-        gram, drift = _sum(self.gram, other.gram), _sum(self.drift, other.drift)
-        sample = None if self.sample is None or other.sample is None else self.sample.merge(other.sample)
-        squares = _sum(self.squares, other.squares)
-        return InputStats(self.tokens + other.tokens, np.maximum(self.absmax, other.absmax), gram, sample, drift, squares)
+        sums: dict[str, Any] = {name: _sum(getattr(self, name), getattr(other, name)) for name in _SUMS}
+        samples: dict[str, Any] = {name: _merged(getattr(self, name), getattr(other, name)) for name in _SAMPLES}
+        return InputStats(self.tokens + other.tokens, np.maximum(self.absmax, other.absmax), **sums, **samples)
 
     def scaled(self, s: NDArray[np.float32]) -> InputStats:
         """The statistics of x / s, s [in] > 0."""
-        sample = None if self.sample is None else self.sample.scaled(s)
+        samples: dict[str, Any] = {name: _scaled(getattr(self, name), s) for name in _SAMPLES}
         absmax = (self.absmax / s).astype(np.float32)
         squares = None if self.squares is None else self.squares / s.astype(np.float64) ** 2
-        return InputStats(self.tokens, absmax, _divided(self.gram, s), sample, _divided(self.drift, s), squares)
+        products: dict[str, Any] = {name: _divided(getattr(self, name), s) for name in ("gram", "drift")}
+        return InputStats(self.tokens, absmax, squares=squares, **products, **samples)
+
+
+_SUMS, _SAMPLES = ("gram", "drift", "squares"), ("sample", "held_out", "held_out_drift")
 
 
 def _extremes(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -163,6 +195,14 @@ def _sum(one: NDArray[np.float64] | None, two: NDArray[np.float64] | None) -> ND
     return None if one is None or two is None else one + two
 
 
+def _scaled(rows: RowSample | None, s: NDArray[np.float32]) -> RowSample | None:
+    return None if rows is None else rows.scaled(s)
+
+
+def _merged(one: RowSample | None, two: RowSample | None) -> RowSample | None:
+    return None if one is None or two is None else one.merge(two)
+
+
 def _divided(product: NDArray[np.float64] | None, s: NDArray[np.float32]) -> NDArray[np.float64] | None:
     """product / s s^T; one copy, divided in place: a gram of 12800 inputs is 1.3 GB."""
     if product is None:
@@ -179,45 +219,77 @@ class StatsBuilder:
     four of them. Products of a piece are float32, their sum over pieces float64. Without products nothing is gathered.
     """
 
-    def __init__(self, *, gram: bool, rows: int, where: str, start: int = 0) -> None:
-        """start: place of the first row in the calibration data."""
+    def __init__(
+        self, *, gram: bool, rows: int, where: str, start: int = 0, held_out: int = 0, held_out_start: int = 0
+    ) -> None:
+        """start, held_out_start: place of the first row, and of the first held-out one, in the calibration data."""
         self._wants_gram, self._rows, self._where = gram, rows, where
-        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None]] = []
+        self._held_out, self._held_out_seen = held_out, held_out_start
+        self._kept: tuple[RowSample, RowSample | None] | None = None
+        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.float32] | None]] = []
         self._seen = start
         self._total: InputStats | None = None
         self._gram: NDArray[np.float64] | None = None
         self._drift: NDArray[np.float64] | None = None
 
-    def add(self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None) -> None:
-        """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift."""
+    def add(
+        self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None, weights: NDArray[np.float32] | None = None
+    ) -> None:
+        """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift.
+
+        weights [tokens, 1] of the rows in gram and drift; in all calls or in none.
+        """
         difference = None if y is None else y - x
         if difference is None and not self._wants_gram:
             self._see(x)
             return
-        self._waiting.append((x.copy(), difference))  # the framework may use x's memory again
-        if sum(len(piece) for piece, _ in self._waiting) >= PIECE_TOKENS:
+        self._waiting.append((x.copy(), difference, weights))  # the framework may use x's memory again
+        if sum(len(piece) for piece, _, _ in self._waiting) >= PIECE_TOKENS:
             self._flush()
+
+    def hold_out(
+        self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None, weights: NDArray[np.float32] | None = None
+    ) -> None:
+        """As add, of texts that are held out; some of these rows are kept, if any were asked for."""
+        if not self._held_out:
+            return
+        factor = np.float32(1) if weights is None else weights
+        start, self._held_out_seen = self._held_out_seen, self._held_out_seen + len(x)
+        rows = RowSample.draw(x * factor, self._held_out, start)
+        drift = None if y is None else RowSample.draw((y - x) * factor, self._held_out, start)
+        if self._kept is not None:
+            rows, drift = self._kept[0].merge(rows), _merged(self._kept[1], drift)
+        self._kept = rows, drift
 
     def finish(self) -> InputStats:
         """Raises ValueError if nothing was added."""
         self._flush()
         if self._total is None:
             raise ValueError("no statistics to merge")
-        return dataclasses.replace(self._total, gram=self._gram, drift=self._drift)
+        total = dataclasses.replace(self._total, gram=self._gram, drift=self._drift)
+        if not self._held_out:
+            return total
+        nothing = RowSample(self._held_out, np.empty((0, len(total.absmax)), np.float32), np.empty(0, np.uint64))
+        rows, drift = self._kept or (nothing, None if self._drift is None else nothing)
+        return dataclasses.replace(total, held_out=rows, held_out_drift=drift)
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        x = np.concatenate([piece for piece, _ in self._waiting])
-        differences = [difference for _, difference in self._waiting if difference is not None]
+        x = np.concatenate([piece for piece, _, _ in self._waiting])
+        differences = [difference for _, difference, _ in self._waiting if difference is not None]
+        weights = [each for _, _, each in self._waiting if each is not None]
         self._waiting = []
         self._see(x)
+        if weights:
+            x = x * np.concatenate(weights)
         if self._wants_gram:
             self._gram = np.zeros((x.shape[1], x.shape[1])) if self._gram is None else self._gram
             add_gram(self._gram, x)
         if differences:
             self._drift = np.zeros((x.shape[1], x.shape[1])) if self._drift is None else self._drift
-            add_product(self._drift, np.concatenate(differences), x)
+            difference = np.concatenate(differences)
+            add_product(self._drift, difference * np.concatenate(weights) if weights else difference, x)
 
     def _see(self, x: NDArray[np.float32]) -> None:
         seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,16 @@ from ms_pangu_quant.job.ranks import ALONE, Ranks
 from ms_pangu_quant.job.share import share_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """||quantized - float|| / ||float|| of a block's output, over the texts that its statistics are of, and over those that
+    are held out; None where there are none. How far the second is above the first is how far rounding fitted what is the
+    first's alone."""
+
+    fitted: float | None = None
+    held_out: float | None = None
 
 
 class NoStream:
@@ -43,8 +54,8 @@ class NoStream:
     def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
         return None
 
-    def advance(self, block: RoundedBlock) -> float | None:
-        return None
+    def advance(self, block: RoundedBlock) -> BlockError:
+        return BlockError()
 
     def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
         return None
@@ -64,12 +75,19 @@ class Stream:
         from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 
         self.ranks, self._observed, self._seen, self._index = ranks, observed, seen, 0
-        share = share_of([len(sequence) for sequence in data.sequences], ranks.rank, ranks.size)
-        sequences = data.sequences[share.begin : share.end]
-        lengths = [len(sequence) for sequence in sequences]
-        self._hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), lengths)
-        self._runner = BlockRunner(reader.config, lengths, share.first_row)
-        self._floats = BlockRunner(reader.config, lengths, share.first_row) if seen else None
+        lengths = [len(sequence) for sequence in data.sequences]
+        cut = len(lengths) - data.held_out
+        share, held = (
+            share_of(lengths[:cut], ranks.rank, ranks.size),
+            share_of(lengths[cut:], ranks.rank, ranks.size, least=0),
+        )
+        sequences = data.sequences[share.begin : share.end] + data.sequences[cut + held.begin : cut + held.end]
+        own, rows = [len(sequence) for sequence in sequences], (share.first_row, sum(lengths[:cut]) + held.first_row)
+        held_out = held.end - held.begin
+        self._hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), own, held_out)
+        self._runner = BlockRunner(reader.config, own, rows, held_out=held_out)
+        self._floats = BlockRunner(reader.config, own, rows, held_out=held_out) if seen else None
+        self._measured = data.held_out > 0
         self._float_hidden = self._hidden  # in front of the block, of the float model
         self._target = self._hidden  # behind the block
 
@@ -102,7 +120,7 @@ class Stream:
         if self._floats is None or self._seen is None:
             return stats.pop(input_name)
         stats.pop(input_name, None)
-        beside = self._floats, self._float_hidden
+        beside = self._floats, self._float_hidden, self._target
         seen = self._runner.observe_input(input_name, block, self._hidden, beside, self._seen, self._where)
         return self.ranks.fold(seen, InputStats.merge)
 
@@ -112,14 +130,19 @@ class Stream:
         keys, values = (self.ranks.fold(each, RangeStats.merge) for each in seen)
         return settings.cache(keys, values, block.config.num_key_value_heads)
 
-    def advance(self, block: RoundedBlock) -> float | None:
-        """Go behind the block as it will be served; its relative output error.
+    def advance(self, block: RoundedBlock) -> BlockError:
+        """Go behind the block as it will be served; its output error.
 
         It is measured against what the float block makes of the quantized block's input; where the rounding aims at the
         float model, against that model's hidden states: then the error is that of all blocks so far.
         """
         self._hidden = self._runner.advance(block, self._hidden)
-        return relative_error(self._hidden.states, self._target.states, self.ranks)
+        cut = self._hidden.fitted
+        fitted, held_out = (
+            relative_error(self._hidden.states[rows], self._target.states[rows], self.ranks)
+            for rows in (slice(cut), slice(cut, None))
+        )
+        return BlockError(fitted, held_out if self._measured else None)
 
     def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
         """Go behind a block that an earlier run has rounded; read gives it."""

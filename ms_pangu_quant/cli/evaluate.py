@@ -37,7 +37,10 @@ SandboxName = Annotated[
 def evaluate_command(
     directory: Directory = None,
     tasks: Annotated[str, typer.Option(help=f"Benchmarks, separated by commas: {', '.join(TASKS)}.")] = "humaneval,mbpp",
-    modes: Annotated[str, typer.Option(help="Thinking modes, separated by commas.")] = ",".join(THINKING_MODES),
+    modes: Annotated[
+        str | None,
+        typer.Option(help=f"Thinking modes, separated by commas: {', '.join(THINKING_MODES)}. Default: all it has."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Directory of the results; a run begun there goes on.")] = Path("evaluation"),
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N problems of each benchmark.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each problem; more than 1 needs --temperature.")] = 1,
@@ -78,7 +81,7 @@ def evaluate_command(
     _check(directory, samples, samples_only, score_only)
     if directory is not None:
         request = EvaluationRequest(
-            directory, output, names, _words(modes), _prompts(prompt, names), own, limit,
+            directory, output, names, None if modes is None else _words(modes), _prompts(prompt, names), own, limit,
             GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
             device=device, head=head, tensor_parallel=tensor_parallel,
         )  # fmt: skip

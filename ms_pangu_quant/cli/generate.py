@@ -28,7 +28,9 @@ def generate_command(
     token_ids: Annotated[
         str | None, typer.Option(help="Prompt as comma-separated ids, for a checkpoint without a tokenizer.")
     ] = None,
-    mode: Annotated[str, typer.Option(help=f"Thinking mode: {', '.join(THINKING_MODES)}.")] = "slow_think",
+    mode: Annotated[
+        str | None, typer.Option(help=f"Thinking mode: {', '.join(THINKING_MODES)}. Default: what the message says.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have.")] = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,

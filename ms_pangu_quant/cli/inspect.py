@@ -64,25 +64,26 @@ def print_servability(found: dict[str, Any]) -> None:
 
 
 def print_layers(found: dict[str, Any]) -> None:
-    """One row for each block: its scheme, bits per weight, output error and the weight error of each layer.
+    """One row for each block: its scheme, bits per weight, output error on calibration texts and on held-out ones, and the
+    weight error of each layer.
 
     A float checkpoint has only the totals.
     """
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     short = [site.short for site in layout.SITES]
-    for heading in ("block", "scheme", "bits", "output", *short):
+    for heading in ("block", "scheme", "bits", "error", "held out", *short):
         table.add_column(heading, justify="left" if heading == "scheme" else "right", no_wrap=True)
     per_block = len(layout.SITES)
     for index in range(len(found["layers"]) // per_block):
         layers = found["layers"][index * per_block : (index + 1) * per_block]
         kinds = sorted({layer["scheme"].removesuffix("_DYNAMIC") for layer in layers})
         bits = sum(layer["bits_per_weight"] for layer in layers) / per_block
-        output = found["output_error"][index] if found["output_error"] else None
+        errors = (found[name][index] if found[name] else None for name in ("output_error", "held_out_error"))
         table.add_row(
             str(index),
             "+".join(kinds),
             f"{bits:.2f}",
-            _number(output),
+            *map(_number, errors),
             *(_number(layer["weight_error"]) for layer in layers),
         )
     if found["quantized"]:
@@ -127,4 +128,5 @@ def print_graphs(found: dict[str, Any]) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+    """Without the 0 in front of the point, so that a row fits into 80 columns."""
+    return "-" if value is None else f"{value:.4f}".removeprefix("0")

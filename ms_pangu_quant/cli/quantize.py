@@ -131,10 +131,11 @@ class Shown:
         seconds, self._previous = time.monotonic() - self._previous, time.monotonic()
         parts = [f"block {report.index + 1:>{len(str(self._blocks))}}/{self._blocks}"]
         if report.output_error is not None:
-            parts.append(f"output error {report.output_error:.4f}")
+            held_out = "" if report.held_out_error is None else f", held out {report.held_out_error:.4f}"
+            parts.append(f"error {report.output_error:.4f}{held_out}")
         if report.weight_error:
-            parts.append(f"weight error {max(report.weight_error.values()):.4f}")
-        self._bars.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]))
+            parts.append(f"weights {max(report.weight_error.values()):.4f}")
+        self._bars.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]), soft_wrap=True)
         for site, note in report.notes.items():
             self._bars.console.print(f"  {site}: {note}")
         self._advance("blocks", 1, self._blocks)

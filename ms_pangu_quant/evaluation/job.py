@@ -46,7 +46,7 @@ class EvaluationRequest:
     checkpoint  directory, float or quantized.
     output      directory of the results; a run begun there goes on.
     tasks       benchmarks by name.
-    modes       thinking modes.
+    modes       thinking modes; None: all that the model has.
     prompts     benchmark -> name of its prompt, zero_shot_instruct where none is named.
     data        benchmark -> file of your own problems in that benchmark's form.
     limit       ask the first so many problems of each benchmark.
@@ -58,7 +58,7 @@ class EvaluationRequest:
     checkpoint: str | Path
     output: str | Path
     tasks: Sequence[str] = ("humaneval", "mbpp")
-    modes: Sequence[str] = THINKING_MODES
+    modes: Sequence[str] | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, str | Path] = field(default_factory=dict)
     limit: int | None = None
@@ -71,7 +71,8 @@ class EvaluationRequest:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.data)
-        _check_modes(self.modes)
+        if self.modes is not None:
+            _check_modes(self.modes)
         _check_prompts(self.prompts, self.tasks)
         for name in ("limit", "samples", "batch_size"):
             count = getattr(self, name)
@@ -222,7 +223,8 @@ def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[ru
     def encode(chat: list[dict[str, str]], mode: str) -> list[int]:
         return tokenizer.encode_chat(chat, mode=mode)
 
-    return [*run.questions(tasks, request.modes, prompts, encode, _settings(request), request.limit)]
+    modes = tokenizer.modes if request.modes is None else request.modes
+    return [*run.questions(tasks, modes, prompts, encode, _settings(request), request.limit)]
 
 
 def _cache_tokens(request: EvaluationRequest, config: ModelConfig, asked: Sequence[run.Question]) -> int:

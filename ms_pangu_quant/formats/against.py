@@ -13,9 +13,8 @@ them by it (t = 1 / s of the next layer's input). Neither is stored. What is kno
 So q, k, gate and v with a bias are checked weight by weight; the others up to one free number for each row or column, which
 a fault would have to imitate. What is not checkable so is said in a note: weights rounded by anything but plain "rtn" (GPTQ
 moves a weight by more than half a step on purpose, a searched scale clips: there the relative error is computed again and
-compared with the report's),
-weights that a transform mixed (rotations: nothing is compared), and a directory without a report (its weights must only
-be near).
+compared with the report's), weights that another transform mixed (nothing is compared), and a directory without a
+report (its weights must only be near). A rotation is known, so the checkpoint is rotated alike and takes the place of W.
 """
 
 from __future__ import annotations
@@ -33,11 +32,13 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, RecipeError
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces
 from ms_pangu_quant.transforms.fold import expand_to_input
+from ms_pangu_quant.transforms.rotate import Rotate
 
 SCALING_TRANSFORMS = ("smooth", "smooth_search")  # transforms that only multiply input channels and divide producers
+REWRITES = {"rotate": Rotate}  # of the checkpoint, which follow from their settings alone
 _SLACK = 2.0**-18  # relative: a few float32 roundings of weight, scale and quotient
 _UNRELATED = 0.5  # relative weight error beyond which a layer is not the checkpoint's at all
 
@@ -76,10 +77,12 @@ class Bounds:
 class Law:
     """What must hold of the weights, by the recipe in the directory's report.
 
+    rewrites   what was done to the checkpoint before a block was read.
     half_step  every weight is within half a step;  errors  the relative error that the report has, by block and site name;
     near       the relative error is at most _UNRELATED. All False: nothing is known. notes: what is not checked, and why.
     """
 
+    rewrites: tuple[Rotate, ...] = ()
     half_step: bool = False
     errors: tuple[Mapping[str, float], ...] = ()
     near: bool = False
@@ -94,23 +97,28 @@ def law_of(directory: Path) -> Law:
     try:
         report = read_json(path)
         recipe, errors = yaml.safe_load(report["recipe"]["text"]), [block["weight_error"] for block in report["blocks"]]
-        named = [_name(item) for item in recipe.get("transforms") or []]
-    except (KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        items = recipe.get("transforms") or []
+        named = [_name(item) for item in items]
+        rewrites = tuple(REWRITES[_name(item)](**_settings(item)) for item in items if _name(item) in REWRITES)
+    except (KeyError, TypeError, AttributeError, RecipeError, yaml.YAMLError) as error:
         raise CheckpointError(f"{path}: is not a report of pangu-quant ({type(error).__name__}: {error})") from None
     rounding = recipe.get("rounding", "rtn")
-    mixing = [name for name in named if name not in SCALING_TRANSFORMS]
+    mixing = [name for name in named if name not in SCALING_TRANSFORMS and name not in REWRITES]
     if mixing:
         why = f"weights are not compared: transform {mixing[0]!r} does more than scale channels"
         return Law(notes=(why,))
-    settings = rounding[_name(rounding)] if isinstance(rounding, dict) else None
-    if _name(rounding) != "rtn" or (settings or {}).get("scale", "absmax") != "absmax":  # a searched scale clips
+    if _name(rounding) != "rtn" or _settings(rounding).get("scale", "absmax") != "absmax":  # a searched scale clips
         why = f"the half-step law is not checked: {_name(rounding)!r} moves weights further; their errors are checked"
-        return Law(errors=tuple(errors), notes=(why,))
-    return Law(half_step=True)
+        return Law(rewrites, errors=tuple(errors), notes=(why,))
+    return Law(rewrites, half_step=True)
 
 
 def _name(item: Any) -> str:
     return item if isinstance(item, str) else str(next(iter(item)))
+
+
+def _settings(item: Any) -> dict[str, Any]:
+    return dict(item[_name(item)] or {}) if isinstance(item, dict) else {}
 
 
 def check_block(

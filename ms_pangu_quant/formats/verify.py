@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def verify(
         except CheckpointError as error:
             faults.append(str(error))
         notes += law.notes
+        if not structural:
+            against = reduce(lambda reader, rewrite: rewrite(reader), law.rewrites, against)
     layers = 0
     for index in range(opened.config.num_hidden_layers):
         block, linears, found = _read_block(opened, specs, index)

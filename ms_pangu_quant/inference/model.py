@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer, end_ids, find_tokenizer
 from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
@@ -149,8 +149,11 @@ class Model:
 
     @property
     def tokenizer(self) -> Tokenizer:
+        return self._found_tokenizer() or Tokenizer(self.directory)  # which says what is missing
+
+    def _found_tokenizer(self) -> Tokenizer | None:
         if self._tokenizer is None:
-            self._tokenizer = Tokenizer(self.directory)
+            self._tokenizer = find_tokenizer(self.directory)
         return self._tokenizer
 
     def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
@@ -174,7 +177,7 @@ class Model:
         prompts: Sequence[Prompt],
         max_new_tokens: int = 512,
         *,
-        mode: str = "slow_think",
+        mode: str | None = None,
         streams: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
@@ -183,7 +186,7 @@ class Model:
         """Answers to prompts, in their order; batched, and refilled as answers end.
 
         prompts    each a user message (text), a chat (list of {"role", "content"}), or token ids used as they are.
-        mode       thinking mode put into the chat: slow_think, auto_think or no_think.
+        mode       thinking mode put into the chat: slow_think, auto_think or no_think; None leaves the messages alone.
         streams    number of each prompt's own stream of random draws under `seed`; its place among prompts by default.
         max_batch  answers under way at a time, no more than the cache holds; the answers do not depend on it.
         on_tokens  called after each pass with how many tokens it gave.
@@ -197,7 +200,7 @@ class Model:
         prompts: Sequence[Prompt],
         settings: GenerationSettings,
         *,
-        mode: str = "slow_think",
+        mode: str | None = None,
         streams: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
@@ -263,19 +266,19 @@ class Model:
             raise RequestError(f"prompt: token ids from {min(ids)} to {max(ids)}, wanted 0 to {self.config.vocab_size - 1}")
 
     def _stop_ids(self) -> frozenset[int]:
-        has_tokenizer = (self.directory / "tokenizer.model").exists()
-        eos = self.tokenizer.eos_id if has_tokenizer else self.config.eos_token_id
-        return frozenset() if eos is None else frozenset({eos})
+        tokenizer = self._found_tokenizer()
+        return end_ids(self.directory) if tokenizer is None else tokenizer.end_ids
 
     def _generation(self, request: Request, completion: Completion) -> Generation:
         ids = completion.token_ids
-        if not (self.directory / "tokenizer.model").exists():
+        tokenizer = self._found_tokenizer()
+        if tokenizer is None:
             return Generation("", None, "", ids, len(request.prompt), completion.finish_reason)
-        parts = self.tokenizer.split_thought(ids)
-        text, answer = self.tokenizer.decode(ids), self.tokenizer.decode(parts.answer, skip_special_tokens=True)
+        parts = tokenizer.split_thought(ids)
+        text, answer = tokenizer.decode(ids), tokenizer.decode(parts.answer, skip_special_tokens=True)
         if completion.stopped_by is not None:
             text, answer = (part.split(completion.stopped_by)[0] for part in (text, answer))
-        thought = None if parts.thought is None else self.tokenizer.decode(parts.thought, skip_special_tokens=True)
+        thought = None if parts.thought is None else tokenizer.decode(parts.thought, skip_special_tokens=True)
         return Generation(
             text,
             thought,

@@ -17,9 +17,10 @@ class Share:
     first_row: int
 
 
-def share_of(lengths: Sequence[int], rank: int, size: int) -> Share:
-    """Neighbouring sequences, as many for each rank, since they lie in random order. lengths: tokens of every sequence."""
-    if len(lengths) < size:
+def share_of(lengths: Sequence[int], rank: int, size: int, least: int = 1) -> Share:
+    """Neighbouring sequences, as many for each rank, since they lie in random order. lengths: tokens of every sequence;
+    least: sequences that each rank needs, 1 or 0."""
+    if len(lengths) < least * size:
         raise DataError(f"calibration data: got {len(lengths)} sequences for {size} ranks, wanted one for each at least")
     begin, end = (len(lengths) * number // size for number in (rank, rank + 1))
     return Share(begin, end, sum(lengths[:begin]))

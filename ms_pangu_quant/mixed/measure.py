@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
-from ms_pangu_quant.calibration.statistics import NOTHING
+from ms_pangu_quant.calibration.statistics import NOTHING, Needs
 from ms_pangu_quant.calibration.stream import NoStream, relative_error
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
@@ -91,7 +91,8 @@ def measure(
     }
     state = _State(folder, {**origin, "schemes": list(schemes)}, resume)
     lengths = [len(sequence) for sequence in known], [len(sequence) for sequence in measured]
-    runner = BlockRunner(reader.config, lengths[0], also=[list(lengths[1]) * _AT_A_TIME])
+    held_out = _held_out(recipes, lengths[0])
+    runner = BlockRunner(reader.config, lengths[0], held_out=held_out, also=[list(lengths[1]) * _AT_A_TIME])
     if not state.finished:
         begun = embedding_rows(reader.files, np.concatenate(measured))
         state.begin(embedding_rows(reader.files, np.concatenate(known)), np.stack([begun] * FIRST_STREAMS))
@@ -114,6 +115,15 @@ def measure(
     return found
 
 
+def _needs(recipes: Sequence[Recipe]) -> Needs:
+    return reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each in recipes))
+
+
+def _held_out(recipes: Sequence[Recipe], texts: Sequence[int]) -> int:
+    """How many of the texts for statistics are held out of them, where roundings try something on such."""
+    return -(-len(texts) // 9) if _needs(recipes).held_out and len(texts) > 1 else 0
+
+
 def _measure_block(
     runner: BlockRunner,
     block: Block,
@@ -124,8 +134,8 @@ def _measure_block(
     on_step: Callable[[int], None],
 ) -> None:
     before, after = state.open(index)
-    needs = reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each, _ in planned))
-    stats, observed = runner.observe(block, Hidden(state.statistics(index), lengths[0]), needs, f"block {index}")
+    known_states = Hidden(state.statistics(index), lengths[0], _held_out([each for each, _ in planned], lengths[0]))
+    stats, observed = runner.observe(block, known_states, _needs([each for each, _ in planned]), f"block {index}")
     runner.advance(RoundedBlock(block), Hidden(before[0], lengths[1]), after[0])
 
     def error(changed: RoundedBlock, output: NDArray[np.float32] | None = None) -> float:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from mindformers.parallel_core.inference.quantization.golden_stick.config import GoldenStickConfig
 from mindformers.parallel_core.inference.tensor_parallel.layers import LinearBase, UnquantizedLinearMethod
 
+from ms_pangu_quant.backends import Backend
 from ms_pangu_quant.backends.hadamard import RotatedInput
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import HADAMARD_METHOD, QUANTIZATION_FILE
 from ms_pangu_quant.errors import BackendError, CheckpointError
 from ms_pangu_quant.formats.words import WORDS, scheme_of
-from ms_pangu_quant.recipe.scheme import Arithmetic
 
 # A layer MindFormers computes as one -> the layers its parts come from.
 _PARTS = {layout.QKV: ("linear_q", "linear_k", "linear_v"), layout.FC1: ("gating", "hidden")}
@@ -23,12 +23,12 @@ class PanguQuantConfig(GoldenStickConfig):
 
     full_config maps each linear layer's weight to the word for its scheme (formats/words.py), and has "weight_mapping",
     "quantization" and "group_size"; "quant_method" is HADAMARD_METHOD where the input of linear_fc2 is rotated.
-    linear_methods may have one for None, a float layer, in place of MindFormers' own.
+    The backend may have a linear method for None, a float layer, in place of MindFormers' own.
     """
 
-    def __init__(self, full_config: Mapping[str, object], linear_methods: Mapping[Arithmetic | None, type]) -> None:
+    def __init__(self, full_config: Mapping[str, object], backend: Backend) -> None:
         super().__init__(dict(full_config))
-        self._methods = linear_methods
+        self._methods, self._hadamard = backend.linear_methods, backend.hadamard
         self.group_size = int(full_config.get("group_size") or 0)
 
     def get_quant_method(self, layer, prefix: str):
@@ -44,7 +44,7 @@ class PanguQuantConfig(GoldenStickConfig):
             )
         method = self._method(parts[0], words[parts[0]])
         if name == layout.FC2 and self.full_config.get("quant_method") == HADAMARD_METHOD:
-            return RotatedInput(method, layer.input_size, layer.params_dtype)
+            return RotatedInput(method, self._hadamard(layer.input_size, layer.params_dtype))
         return method
 
     def _method(self, part: str, word: object):

@@ -188,7 +188,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         transformer_config.post_process = whole  # takes precedence over GPTModel's argument
         if quant_config is None:
             described = get_quant_config(config, self.weight_mapping)
-            quant_config = described and PanguQuantConfig(described.full_config, self.backend.linear_methods)
+            quant_config = described and PanguQuantConfig(described.full_config, self.backend)
         self.quant_config = quant_config
         self.compute_dtype = transformer_config.compute_dtype
         self.vocab_size = transformer_config.vocab_size
@@ -386,4 +386,4 @@ def _quant_config(config: ModelConfig, plan: Plan, options: Mapping[str, str], b
         **options,
         **({"quant_method": HADAMARD_METHOD} if config.online_hadamard else {}),
     }
-    return PanguQuantConfig(described, backend.linear_methods)
+    return PanguQuantConfig(described, backend)

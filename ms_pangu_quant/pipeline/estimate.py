@@ -67,6 +67,7 @@ def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
     """What of the data a run uses."""
     return {
         "sequences": len(data.sequences),
+        "held_out": data.held_out,
         "tokens": data.tokens,
         "truncated": data.truncated,
         "sha256": data.sha256,

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+from ms_pangu_quant.calibration.stream import BlockError
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.files import TensorFiles
@@ -59,10 +60,10 @@ class Output(ExitStack):
 
         return self.run.ranks.from_first(stored)
 
-    def add(self, rounded: RoundedBlock, output_error: float | None) -> BlockReport:
+    def add(self, rounded: RoundedBlock, error: BlockError) -> BlockReport:
         """Write the next block; when this returns, a resumed run will not do it again."""
         index = len(self.reports)
-        self.reports.append(BlockReport(index, output_error, rounded.errors, rounded.notes))
+        self.reports.append(BlockReport(index, error.fitted, error.held_out, rounded.errors, rounded.notes))
         if self._writer:
             tensors = block_tensors(self.run.reader, self.run.stored_as, index, rounded)
             self._writer.write_block(tensors, asdict(self.reports[-1]))

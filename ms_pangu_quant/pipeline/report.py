@@ -25,12 +25,14 @@ class BlockReport:
     output_error  ||quantized - float|| / ||float|| of the block's output on calibration data; None without data. float is
                   what the float block makes of the quantized block's input, or, where the quantizer aims at the float
                   model (Needs.drift), the float model's own hidden states, so that the error is that of all blocks so far.
+    held_out_error  the same on the texts that nothing was fitted to; None where there are none.
     weight_error  the same of each layer's weight, by site name.
     notes         what a quantizer had to do that was not asked for (damping raised), by site name.
     """
 
     index: int
     output_error: float | None
+    held_out_error: float | None
     weight_error: Mapping[str, float]
     notes: Mapping[str, str] = field(default_factory=dict)
 

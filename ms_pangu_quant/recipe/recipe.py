@@ -79,19 +79,38 @@ KEEP_FLOAT = "float"
 
 @dataclass(frozen=True)
 class CalibrationSettings:
-    """How much of the calibration file is used: `samples` rows, each cut to `max_length` tokens, drawn with `seed`."""
+    """How much of the calibration file is used: `samples` rows, each cut to `max_length` tokens, drawn with `seed`, of no
+    more than `tokens` together; and `held_out` more, as a share of them, which nothing is fitted to."""
 
     samples: int = 128
     max_length: int = 512
     seed: int = 0
+    tokens: int | None = None
+    held_out: float = 0.125
 
     def __post_init__(self) -> None:
         check_types(self, "calibration")
-        for name, least in (("samples", 1), ("max_length", 1), ("seed", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("samples", 1), ("max_length", 1), ("tokens", 1), ("seed", 0)):
+            if getattr(self, name) is not None and getattr(self, name) < least:
                 raise RecipeError(
                     f"calibration.{name}: got {getattr(self, name)}, wanted a whole number of at least {least}"
                 )
+        if not 0 <= self.held_out <= 1:
+            raise RecipeError(f"calibration.held_out: got {self.held_out}, wanted a share of the samples, from 0 to 1")
+
+    @property
+    def texts(self) -> int:
+        """Rows that are wanted of the file, held-out ones included."""
+        return self.samples + int(self.samples * self.held_out)
+
+    @property
+    def all_tokens(self) -> int | None:
+        """Tokens that those may have."""
+        return None if self.tokens is None else self.tokens + int(self.tokens * self.held_out)
+
+    def held_out_of(self, texts: int) -> int:
+        """How many are held out of so many rows: what is beyond the samples; of a file that has less, the same share."""
+        return max(texts - self.samples, int(min(texts, self.samples) * self.held_out / (1 + self.held_out)))
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def inspection(directory: Path) -> dict[str, Any]:
         "trained_rows": str(reader.rows) if reader.rows else None,
         "layers": layers,
         "output_error": [block["output_error"] for block in blocks],
+        "held_out_error": [block.get("held_out_error") for block in blocks],
         "bytes": reader.files.nbytes,
         "bytes_before": report.get("bytes_before"),
         "bits_per_weight": bits / weights,

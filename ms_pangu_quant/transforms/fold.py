@@ -40,6 +40,14 @@ def reduce_to_producer(block: Block, input_name: str, values: NDArray[np.float32
     return np.asarray(grouped.max(axis=1).reshape(-1), dtype=np.float32)
 
 
+def sum_to_producer(block: Block, input_name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Sum of values [in] over the input channels that share one channel of the producer; [scale_channels]."""
+    if input_name != ATTENTION_OUTPUT:
+        return values
+    config = block.config
+    return np.asarray(values.reshape(config.num_key_value_heads, -1, config.head_dim).sum(axis=1).reshape(-1))
+
+
 def expand_to_input(block: Block, input_name: str, s: NDArray[Real]) -> NDArray[Real]:
     """A scale for every input channel [in] from the producer's [scale_channels]."""
     if input_name != ATTENTION_OUTPUT:

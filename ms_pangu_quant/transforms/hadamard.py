@@ -36,6 +36,16 @@ def hadamard_factors(size: int) -> tuple[NDArray[np.int8], ...]:
     )
 
 
+def hadamard_core(size: int) -> NDArray[np.int8]:
+    """Order a multiple of 4: the matrix of hadamard_factors is the Kronecker product of it and of Sylvester's of the rest.
+
+    Raises RecipeError like hadamard_factors, and for sizes below 4.
+    """
+    if size < 4:
+        raise RecipeError(f"rotate: a Hadamard matrix of order {size}, wanted 4 or more")
+    return hadamard_factors(4 if size & (size - 1) == 0 else size)[0]
+
+
 def multiply(rows: NDArray[np.float64], factors: Sequence[NDArray[np.int8]]) -> NDArray[np.float64]:
     """rows [count, n] times the orthogonal matrix H / sqrt(n), H the Kronecker product of `factors`."""
     count, size = rows.shape

@@ -1,4 +1,4 @@
-"""SmoothQuant with searched exponents: for each input the scale that costs its layers the least output error.
+"""SmoothQuant with the best scales: for each input those that cost its layers the least output error.
 
 How it works. A rounding step of width d moves a value by an error of variance d^2 / 12, independent of everything else.
 With x / s rounded in the layer's activation scheme and W * s in its weight scheme, the squared output error of the layers
@@ -8,9 +8,10 @@ that read x, summed over tokens, is then
   + 1/12 sum over tokens t  dx[t]^2 * (sum over r, j  W_rj^2 s_j^2)                       the activations' rounding
 
 with G_jj the sum of x_j^2, dW = max over the group |W s| / divisor and dx = max |x / s| / divisor. All of it follows from
-statistics, so hundreds of scales are tried without running the block. The scales tried are s = x^a / w^b, x the channel's
-largest or root mean square activation, w its largest weight: b = 1 - a is SmoothQuant (Xiao et al. 2022, arXiv:2211.10438),
-b = 0 is AWQ's family (Lin et al. 2023, arXiv:2306.00978), a and b apart the two-exponent form; a runs up to 1.
+statistics, without running the block. It is a sum of products of maxima and sums of powers of s, a generalized posynomial:
+its logarithm is convex in log s (Boyd et al. 2007, A tutorial on geometric programming, sec. 5), so that there is one
+minimum, and L-BFGS finds it in a few dozen steps, the maxima taken as power means. SmoothQuant's scales x^a / w^(1-a) (Xiao
+et al. 2022, arXiv:2211.10438) and AWQ's x^a (Lin et al. 2023, arXiv:2306.00978) cost more.
 
 What it does not do: see clipping, weights smaller than half a step (they err by less), correlation between inputs, or what
 GPTQ makes of it.
@@ -23,30 +24,27 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import minimize
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
-from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.recipe.scheme import QuantScheme
 from ms_pangu_quant.recipe.settings import check_types
-from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer
-from ms_pangu_quant.transforms.smooth import check_inputs, input_absmax
+from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer, sum_to_producer
+from ms_pangu_quant.transforms.smooth import check_inputs
 
 _ROWS = 512  # output channels of a layer that stand for all of them
-_SMALLEST = 1e-5
+_WIDEST = np.log(1e5)  # a channel's scale, either way
+_POWER = 4  # squarings that make a value of a row what it weighs in the row's power mean
+_STEPS = {"maxiter": 100, "maxcor": 20}
 
 
 @dataclass(frozen=True)
 class SmoothSearch:
-    """Settings. step of both exponents' grids; two_exponents False keeps b = 1 - a; inputs as for smooth.
+    """inputs as for smooth. Downstream ones are searched first, so that a producer is scaled before its own input is."""
 
-    Downstream inputs are searched first, so that a producer is scaled before its own input is.
-    """
-
-    step: float = 0.1
-    two_exponents: bool = True
     inputs: Sequence[str] = INPUT_NAMES
 
     @property
@@ -55,8 +53,6 @@ class SmoothSearch:
 
     def __post_init__(self) -> None:
         check_types(self, "smooth_search")
-        if not 0.01 <= self.step <= 1:
-            raise RecipeError(f"smooth_search.step: got {self.step}, wanted a number from 0.01 to 1")
         check_inputs("smooth_search", self.inputs)
 
     def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
@@ -74,41 +70,37 @@ class SmoothSearch:
         self, block: Block, stats: Mapping[str, InputStats], schemes: Mapping[str, QuantScheme | None]
     ) -> tuple[Block, dict[str, InputStats]]:
         for input_name, scheme in self._searched(schemes):
-            sites, seen = sites_reading(input_name), stats[input_name]
-            cost = OutputCost([block.weight(site) for site in sites], seen, scheme)
-            best, least = None, np.inf
-            for s in self._candidates(block, input_name, seen):
-                with one_thread():
-                    error = cost(expand_to_input(block, input_name, s))
-                if error < least:
-                    best, least = s, error
-            if best is not None:
-                block, stats = fold_scale(block, stats, input_name, best)
+            cost = OutputCost([block.weight(site) for site in sites_reading(input_name)], stats[input_name], scheme)
+            with one_thread():
+                best = best_scale(block, input_name, cost)
+            block, stats = fold_scale(block, stats, input_name, best)
         return block, dict(stats)
 
-    def _candidates(self, block: Block, input_name: str, seen: InputStats) -> Iterator[NDArray[np.float32]]:
-        """Scales [scale_channels] to try, the first one all ones."""
-        assert seen.squares is not None
-        absmax_w = np.maximum.reduce([input_absmax(block.weight(site)) for site in sites_reading(input_name)])
-        rms = np.sqrt(seen.squares / max(seen.tokens, 1)).astype(np.float32)
-        w = reduce_to_producer(block, input_name, absmax_w)
-        yield np.ones_like(w)
-        exponents = np.linspace(0, 1, round(1 / self.step) + 1)
-        for size in (seen.absmax, rms):
-            x = reduce_to_producer(block, input_name, size)
-            usable = (x > 0) & (w > 0)
-            log_x, log_w = (np.log(np.maximum(values.astype(np.float64), _SMALLEST)) for values in (x, w))
-            for a in exponents:
-                for b in exponents if self.two_exponents else (1 - a,):
-                    log_s = np.where(usable, a * log_x - b * log_w, 0.0)
-                    log_s -= log_s[usable].mean() if usable.any() else 0.0  # a common factor changes nothing
-                    yield np.where(usable, np.exp(log_s), 1.0).astype(np.float32)
+
+def best_scale(block: Block, input_name: str, cost: OutputCost) -> NDArray[np.float32]:
+    """[scale_channels] float32; 1 where a channel was never active or no weight reads it."""
+    used = reduce_to_producer(block, input_name, cost.used.astype(np.float32)) > 0
+    start = np.zeros(len(used))
+
+    def logarithm(log_s: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        value, gradient = cost.smooth(expand_to_input(block, input_name, np.exp(log_s)))
+        return float(np.log(value)), np.where(used, sum_to_producer(block, input_name, gradient), 0) / value
+
+    if not used.any():
+        return start.astype(np.float32) + 1
+    found = minimize(
+        logarithm, start, jac=True, method="L-BFGS-B", bounds=[(-_WIDEST, _WIDEST)] * len(used), options=_STEPS
+    )
+    log_s = np.where(used, found.x - found.x[used].mean(), 0)  # a common factor changes nothing
+    scales = [np.exp(log_s).astype(np.float32), np.ones(len(used), np.float32)]
+    return min(scales, key=lambda s: cost(expand_to_input(block, input_name, s)))
 
 
 class OutputCost:
     """The sum above as a function of the scale s [in], over the calibration tokens and _ROWS channels of each layer.
 
     weights  [out_i, in] float32, the layers that read the input.
+    used     channels that are active and read by a weight.
     A sampled channel counts as often as its layer has channels for each sampled one: the sum is that over whole layers.
     The largest activation of every channel counts as one more row of the sample: an outlier that the sample missed must not
     look cheap.
@@ -122,6 +114,7 @@ class OutputCost:
         self._weight, self._stand_for = np.abs(np.concatenate(rows)), np.concatenate(stand_for)
         self._columns = np.einsum("ri,ri->i", self._weight, self._stand_for * self._weight, dtype=np.float64)
         self._rows = np.abs(np.vstack([seen.sample.rows, seen.absmax]))
+        self.used = (seen.absmax > 0) & (self._columns > 0)  # [in]
 
     def __call__(self, s: NDArray[np.float32]) -> float:
         square, groups = s.astype(np.float64) ** 2, self._scheme.weight.groups(len(s))
@@ -131,6 +124,34 @@ class OutputCost:
         steps_x = np.square(largest).mean() if self._scheme.activation.dynamic else np.square(largest.max())
         rounded_x = self._tokens * steps_x * (self._columns @ square)
         return float(rounded_w / self._scheme.weight.divisor**2 + rounded_x / self._scheme.activation.divisor**2) / 12
+
+    def smooth(self, s: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        """The sum with power means for the maxima, which makes it larger, and its gradient over log s [in]."""
+        square, groups = s**2, self._scheme.weight.groups(len(s))
+        largest, shares = _power_mean((self._weight * s).reshape(len(self._weight), groups, -1))
+        steps = self._stand_for * largest**2  # [rows, groups]
+        spread = (self._squares / square).reshape(groups, -1)
+        rounded_w = steps.sum(axis=0) @ spread.sum(axis=1)
+        slope_w = np.einsum("rg,rgj->gj", steps, shares) * spread.sum(axis=1)[:, None] - steps.sum(axis=0)[:, None] * spread
+        rows = self._rows / s
+        largest, shares = _power_mean(rows if self._scheme.activation.dynamic else rows.reshape(1, -1))
+        columns = self._columns * square
+        each = self._tokens / len(largest) * largest**2
+        slope_x = each.sum() * columns - columns.sum() * (each @ shares).reshape(-1, len(s)).sum(axis=0)
+        w, x = self._scheme.weight.divisor**2, self._scheme.activation.divisor**2
+        gradient = (slope_w.reshape(-1) / w + slope_x / x) / 6
+        return float(rounded_w / w + each.sum() * columns.sum() / x) / 12, gradient
+
+
+def _power_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Of values >= 0 along the last axis (sum of v^p)^(1/p), p = 2^_POWER, and each one's share of the sum."""
+    largest = values.max(axis=-1)
+    shares = values / np.where(largest > 0, largest, 1)[..., None]
+    for _ in range(_POWER):
+        np.square(shares, out=shares)
+    total = shares.sum(axis=-1)
+    shares /= np.where(total > 0, total, 1)[..., None]
+    return largest * total ** (0.5**_POWER), shares
 
 
 def _sampled_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:

@@ -1,5 +1,6 @@
 """Rewrites and rounding on served models: rotations leave logits alone, recipes hold whatever the outliers."""
 
+import dataclasses
 import json
 import shutil
 from io import StringIO
@@ -93,20 +94,29 @@ def begun(tmp_path):
     return reader, Hidden(embedding_rows(reader.files, np.arange(48, dtype=np.int32)), [17, 1, 30])
 
 
-def test_each_input_alone_is_seen_as_all_of_them_together(begun):
-    """Nothing quantized and both models the same: the statistics are those of the float block, and nothing drifts."""
+@pytest.mark.parametrize("held_out", [0, 1])
+def test_each_input_alone_is_seen_as_all_of_them_together(begun, held_out):
+    """Nothing quantized and both models the same: the statistics are those of the float block, and nothing drifts. What
+    is held out is the last sequence, of 30 tokens, and is not in the others."""
     reader, hidden = begun
-    lengths = hidden.lengths
-    served, floats, block = BlockRunner(reader.config, lengths), BlockRunner(reader.config, lengths), reader.block(1)
-    together, _ = served.observe(block, hidden, Needs(data=True, gram=True, rows=20), "test")
+    lengths, block = hidden.lengths, reader.block(1)
+    hidden = dataclasses.replace(hidden, held_out=held_out)
+    served, floats = (BlockRunner(reader.config, lengths, (0, 18), held_out=held_out) for _ in range(2))
+    known = Needs(data=True, gram=True, rows=20, temper=0.5, held_out=7)
+    together, target = served.observe(block, hidden, known, "test")
+    rows = {name: each.held_out.rows for name, each in together.items()}
     for name, wanted in together.items():
-        needs = Needs(data=True, gram=True, rows=20, drift=True)
-        alone = served.observe_input(name, RoundedBlock(block), hidden, (floats, hidden), needs, "test")
-        assert alone.tokens == wanted.tokens == 48
+        beside = floats, hidden, target
+        needs = dataclasses.replace(known, drift=True)
+        alone = served.observe_input(name, RoundedBlock(block), hidden, beside, needs, "test")
+        assert alone.tokens == wanted.tokens == (18 if held_out else 48)
         np.testing.assert_allclose(alone.gram, wanted.gram, atol=1e-4 * np.abs(wanted.gram).max())
         np.testing.assert_allclose(alone.absmax, wanted.absmax, rtol=1e-4)
         np.testing.assert_allclose(alone.sample.rows, wanted.sample.rows, atol=1e-4 * wanted.absmax.max())
         assert np.abs(alone.drift).max() <= 1e-4 * np.abs(wanted.gram).max()
+        assert len(rows[name]) == (7 if held_out else 0)
+        np.testing.assert_allclose(alone.held_out.rows, rows[name], atol=1e-4 * wanted.absmax.max())
+        assert np.abs(alone.held_out_drift.rows).sum() <= 1e-4 * np.abs(rows[name]).sum() + 1e-9
 
 
 def test_without_the_output_the_same_inputs_are_seen_and_nothing_behind_them_is_computed(begun):
@@ -173,7 +183,7 @@ def rescaled(factor):
 @pytest.mark.parametrize("factor", [2.0, 1 / 64], ids=["stronger outliers (x128)", "no outliers in the norms"])
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("w8a8", 1e-4), ("w8a8_static", 2e-3), ("w4a8", 1.8e-3), ("w4a8_g128", 1e-3), ("w4a8_g128_rotated", 2e-3)],
+    [("w8a8", 1e-4), ("w8a8_static", 2e-3), ("w4a8", 1.8e-3), ("w4a8_g128", 1e-3), ("w4a8_online", 2e-3)],
 )
 def test_the_recipes_hold_whatever_the_outliers(factor, name, limit, rounded, tmp_path):
     checkpoint = rewrite(MINI, tmp_path / "rescaled", rescaled(factor))
@@ -193,7 +203,7 @@ def test_a_corrected_and_rotated_run_resumes_to_the_same_bytes(recipe, tmp_path)
             raise Stopped
 
     runtime.start("cpu", "graph")
-    reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe("w4a8_g128_rotated")), calibration(16)
+    reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe("w4a8_g128")), calibration(16)
     quantize(reader, chosen, tmp_path / "whole", data=data)
     with pytest.raises(Stopped):
         quantize(reader, chosen, tmp_path / "stopped", data=data, progress=Progress(on_block=stop))

@@ -92,7 +92,7 @@ def test_there_and_back_is_the_same_bytes_and_each_stop_is_sound(recipe, quantiz
         found = verify(tmp_path / name, CheckpointReader(MINI))
         assert (found.faults, found.layers) == ((), 28)
         assert [note for note in found.notes if "'gptq' moves weights further" not in note] == []
-        assert bool(found.notes) == (recipe != "w8a8")  # which is rounded to nearest and held to half a step
+        assert len(found.notes) == 1
     export(QuantizedReader(tmp_path / "ascend"), FORMATS["compressed-tensors"], tmp_path / "across")
     assert contents(tmp_path / "across") == contents(tmp_path / "compressed-tensors")
     export(QuantizedReader(tmp_path / "across"), FORMATS["mindformers"], tmp_path / "back")

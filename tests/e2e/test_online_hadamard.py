@@ -155,4 +155,6 @@ def test_a_device_that_holds_a_part_of_the_inputs_refuses():
     from ms_pangu_quant.backends.hadamard import RotatedInput
 
     with pytest.raises(BackendError, match="in front of 128 inputs, of which one device holds 64"):
-        RotatedInput(BACKEND.linear_methods[W8A8], 128, ms.float32).create_weights(None, 64, [32], ms.float32)
+        RotatedInput(BACKEND.linear_methods[W8A8], BACKEND.hadamard(128, ms.float32)).create_weights(
+            None, 64, [32], ms.float32
+        )

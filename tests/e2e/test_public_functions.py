@@ -88,12 +88,35 @@ def make_small(write_checkpoint):
     return make
 
 
-@pytest.mark.parametrize("name", ["w8a8", "w4a8_g128", "w4a8_g128_rotated", "w4a8_mixed"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a8_g128", "w4a8_online", "w4a8_mixed"])
 def test_a_recipe_is_the_same_by_name_by_file_and_as_a_mapping(name):
     path = find_recipe(name)
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     assert as_recipe(name).digest == as_recipe(path).digest == as_recipe(content).digest == load_recipe(path).digest
     assert as_recipe(as_recipe(name)).digest == load_recipe(path).digest
+
+
+def test_held_out_texts_are_measured_on_and_change_no_tensor(tmp_path):
+    """Rounding fits what it is fitted to better than other texts; nothing that is written depends on those."""
+    recipe = {"scheme": "w4a8_g64", "transforms": ["smooth_search"], "rounding": "gptq"}
+    blocks = {}
+    for held_out in (0, 0.5):
+        given = {**recipe, "calibration": {"samples": 8, "max_length": 128, "held_out": held_out}}
+        blocks[held_out] = pq.quantize(MINI, given, tmp_path / str(held_out), calibration=DATA).blocks
+    for file in (tmp_path / "0").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "0.5" / file.name).read_bytes()
+    assert [block.output_error for block in blocks[0]] == [block.output_error for block in blocks[0.5]]
+    assert {block.held_out_error for block in blocks[0]} == {None}
+    assert all(block.held_out_error > block.output_error for block in blocks[0.5])
+    report = json.loads((tmp_path / "0.5" / "quantization_report.json").read_text())
+    assert (report["calibration"]["sequences"], report["calibration"]["held_out"]) == (12, 4)
+    assert [block["held_out_error"] for block in report["blocks"]] == [block.held_out_error for block in blocks[0.5]]
+
+
+def test_what_a_layer_needs_held_out_texts_for_is_refused_without_them(tmp_path):
+    recipe = {"scheme": "w4a8_g64", "rounding": {"gptq": {"damping": "auto"}}, "calibration": {"samples": 8, "held_out": 0}}
+    with pytest.raises(PanguQuantError, match="there are none: give more texts"):
+        pq.quantize(MINI, recipe, tmp_path / "out", calibration=DATA)
 
 
 def test_a_recipe_changed_in_a_program_is_another_run_and_its_report_says_so(tmp_path):

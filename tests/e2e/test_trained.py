@@ -107,7 +107,7 @@ def assert_quantizes_the_same(source, folder, tmp_path, recipe="w8a8_rtn"):
     assert contents(tmp_path / "from_source") == contents(tmp_path / "from_trained")
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", pytest.param("w4a8_g128_rotated", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("recipe", ["w8a8", pytest.param("w4a8_g128", marks=pytest.mark.slow)])
 def test_a_tied_model_of_mindformers_training_quantizes_to_the_same_bytes(recipe, quantized, tmp_path):
     folder = trained(MINI, tmp_path / "trained")
     quantize(CheckpointReader(folder), load_recipe(find_recipe(recipe)), tmp_path / "out", data=calibration(128))

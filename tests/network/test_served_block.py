@@ -34,6 +34,7 @@ RECIPES = {
     "w4a8": "scheme: w4a8",
     "w4a8_g128": "scheme: w4a8_g128",
     "int8 cache": "scheme: w8a8\nkv_cache: int8",
+    "online": "scheme: w8a8\ntransforms: [{rotate: {online: true}}]",
     "o_proj float": 'scheme: w4a8_g128\nlayers: {"*.o_proj": float}',
 }
 LENGTHS = [70, 1, 33]

@@ -20,6 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ms_pangu_quant.calibration.data import TokenData, load_token_data
 from ms_pangu_quant.calibration.overlap import SHORTEST_BODY, _words, find_benchmark
@@ -178,6 +180,17 @@ def test_without_a_seed_the_first_rows_are_taken_and_with_one_a_shuffle(tmp_path
     assert all(len(set(lengths[seed])) == 20 for seed in (0, 1))
     assert load(path, seed=1).sha256 == load(path, seed=1).sha256 != load(path).sha256
     assert len(load(path, samples=1000).sequences) == 23
+
+
+@given(st.integers(1, 400), st.integers(2, 30), st.integers(0, 5))
+def test_no_more_rows_are_taken_than_have_so_many_tokens_and_always_one(tmp_path_factory, tokens, max_length, seed):
+    path = write_lines(tmp_path_factory.mktemp("rows") / "a.jsonl", ROWS["token_ids"])
+    whole = load(path, max_length=max_length, seed=seed).sequences
+    taken = load(path, max_length=max_length, seed=seed, tokens=tokens).sequences
+    assert [ids.tolist() for ids in taken] == [ids.tolist() for ids in whole[: len(taken)]]
+    count = sum(map(len, taken))
+    assert count <= tokens or len(taken) == 1
+    assert len(taken) == len(whole) or count + len(whole[len(taken)]) > tokens
 
 
 def test_only_the_rows_used_are_tokenized(tmp_path):
@@ -346,7 +359,7 @@ def test_without_a_tokenizer_only_ids_can_be_used(tmp_path, form):
         path = write_lines(tmp_path / "rows.jsonl", ROWS[name])
         return load_token_data(path, tokenizer=None, vocab_size=VOCABULARY, max_length=8)
 
-    with pytest.raises(DataError, match=rf"{form}.*no tokenizer\.model.*token_ids"):
+    with pytest.raises(DataError, match=rf"{form}.*no tokenizer\.json or tokenizer\.model.*token_ids"):
         without_tokenizer(form)
     assert len(without_tokenizer("token_ids").sequences) == 23
 
@@ -357,7 +370,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
         load_token_data(path, tokenizer=ByteTokenizer(), vocab_size=120, max_length=8)
 
 
-@pytest.mark.parametrize("options", [{"max_length": 1}, {"samples": 0}, {"seed": -1}])
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"samples": 0}, {"tokens": 0}, {"seed": -1}])
 def test_senseless_numbers_are_refused(tmp_path, options):
     with pytest.raises(RequestError, match=next(iter(options))):
         load(write_lines(tmp_path / "rows.jsonl", ROWS["text"]), **options)

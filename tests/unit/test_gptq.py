@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
+from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder, token_weights
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import mse_scale
-from ms_pangu_quant.quantizers.gptq import Gptq, checked_diagonal, corrected_weight, factorise, gptq_codes
+from ms_pangu_quant.quantizers.gptq import _DAMPINGS, Gptq, HeldOut, checked_diagonal, correction, factorise, gptq_codes
 from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.quantizers.threads import in_parallel
@@ -233,6 +233,9 @@ def test_rounding_is_pure():
     [
         ({"damping": -0.1}, "gptq.damping: got -0.1"),
         ({"damping": 2}, "gptq.damping: got 2"),
+        ({"strength": -0.5}, "gptq.strength: got -0.5"),
+        ({"strength": "most"}, "gptq.strength: got 'most', wanted a number or auto"),
+        ({"temper": 1.5}, "gptq.temper: got 1.5"),
         ({"sweeps": -1}, "gptq.sweeps: got -1"),
         ({"sweeps": 0.5}, "gptq.sweeps: got 0.5"),
         ({"correct": 1}, "gptq.correct: got 1"),
@@ -265,9 +268,110 @@ def test_the_corrected_weight_is_the_ridge_regression_on_the_float_models_output
     stacked_x = np.vstack([x, ridge * np.eye(IN)])
     stacked_output = np.vstack([y @ weight.T, ridge * weight.T.astype(np.float64)])
     wanted = np.linalg.lstsq(stacked_x, stacked_output, rcond=None)[0].T
-    got = corrected_weight(weight, stats.gram, stats.drift)
+    got = weight + correction(weight, stats.gram, stats.drift)
     np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
     assert np.abs(got - weight).max() > 0.05 * np.abs(weight).max()
+
+
+def test_weighted_tokens_make_the_correction_a_weighted_regression():
+    """As above, solved from the data; a massive token must not be all that the weight is fitted to."""
+    weight, x, y, _ = drifted(seed=24)
+    x[:3], y[:3] = 1000 * x[:3], 1000 * y[:3]
+    errors = []
+    for temper in (0.0, 1.0):
+        weights = token_weights(y.astype(np.float32), temper)
+        builder = StatsBuilder(gram=True, rows=0, where="here")
+        builder.add(x.astype(np.float32), y.astype(np.float32), weights)
+        stats = builder.finish()
+        ridge = np.sqrt(0.03 * np.mean(np.sum((x * weights) ** 2, axis=0)))
+        stacked_x = np.vstack([x * weights, ridge * np.eye(IN)])
+        stacked_output = np.vstack([(y * weights) @ weight.T, ridge * weight.T.astype(np.float64)])
+        wanted = np.linalg.lstsq(stacked_x, stacked_output, rcond=None)[0].T
+        got = weight + correction(weight, stats.gram, stats.drift)
+        np.testing.assert_allclose(got, wanted, atol=1e-3 * np.abs(wanted).max())
+        errors.append(np.linalg.norm((x @ got.T - y @ weight.T)[3:]))
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_the_strength_is_the_part_of_the_correction_that_is_made():
+    weight, _, _, stats = drifted(seed=25)
+    scheme, step = SCHEMES["w4 channel"], correction(weight, stats.gram, stats.drift)
+    still = dataclasses.replace(stats, drift=None)
+    for strength in (0.0, 0.25, 1.0):
+        got = Gptq(correct=True, strength=strength)(weight, scheme, stats)
+        wanted = Gptq()(weight + np.float32(strength) * step, scheme, still)
+        assert np.array_equal(got.codes, wanted.codes)
+        assert np.array_equal(got.scale, wanted.scale)
+
+
+# --- what is chosen on texts that are held out ------------------------------------------------------------------------
+
+
+def few(seed, tokens=48, held_out=3000):
+    """As drifted, of so few tokens that fitting them says little of others; with rows that are held out, and 3000 more."""
+    generator = np.random.default_rng(seed)
+    weight, _ = layer(seed=seed)
+    mixed, moved = generator.normal(size=(2, IN, IN)) / np.sqrt(IN)
+
+    def draw(count):
+        y = generator.normal(size=(count, IN)) @ mixed
+        x = y + 0.1 * y @ moved + 0.3 * generator.normal(size=y.shape)
+        return x.astype(np.float32), y.astype(np.float32)
+
+    builder = StatsBuilder(gram=True, rows=0, where="here", held_out=held_out)
+    builder.add(*draw(tokens))
+    builder.hold_out(*draw(held_out))
+    return weight, builder.finish(), draw(3000)
+
+
+@pytest.mark.parametrize("seed", range(30, 34))
+def test_the_strength_is_the_one_with_the_least_error_on_held_out_rows(seed):
+    weight, stats, _ = few(seed)
+    step = correction(weight, stats.gram, stats.drift)
+    x = stats.held_out.rows.astype(np.float64)
+    target = (x + stats.held_out_drift.rows) @ weight.T.astype(np.float64)
+    tried = np.linspace(0, 1, 2001)
+    errors = [np.linalg.norm(x @ (weight + strength * step).T - target) for strength in tried]
+    got = HeldOut(weight, stats).strength(step)
+    assert got == pytest.approx(tried[np.argmin(errors)], abs=1e-3)
+    assert 0 < got < 1
+    assert HeldOut(weight, stats).strength(-step) == 0
+    assert HeldOut(weight, stats).strength(step * np.float32(0.01)) == 1
+    assert HeldOut(weight, stats).strength(np.zeros_like(step)) == 1
+
+
+def test_what_is_chosen_is_better_than_all_or_nothing_on_texts_that_nobody_saw():
+    """In 8 bits, where rounding itself costs little."""
+    weight, stats, (x, y) = few(seed=35)
+    scheme = TensorScheme(8, "channel")
+    error = {}
+    for strength in (0.0, 1.0, "auto"):
+        made = Gptq(correct=True, strength=strength)(weight, scheme, stats).dequantize().astype(np.float64)
+        error[strength] = np.linalg.norm(x @ made.T - y @ weight.T.astype(np.float64))
+    assert error["auto"] < min(error[0.0], error[1.0])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+@pytest.mark.parametrize(("seed", "tokens"), [(36, 40), (37, 4000)])
+def test_the_damping_is_the_one_with_the_least_error_on_held_out_rows(scheme, seed, tokens):
+    weight, stats, _ = few(seed, tokens)
+    stats = dataclasses.replace(stats, drift=None, held_out_drift=None)
+    made = {damping: Gptq(damping=damping)(weight, scheme, stats) for damping in _DAMPINGS}
+    rows = stats.held_out.rows
+    errors = {damping: np.linalg.norm(rows @ (each.dequantize() - weight).T) for damping, each in made.items()}
+    got = Gptq(damping="auto")(weight, scheme, stats)
+    assert np.array_equal(got.codes, made[min(errors, key=errors.get)].codes)
+    assert got.note == ""
+
+
+def test_nothing_is_chosen_where_nothing_is_held_out():
+    weight, stats, _ = few(seed=38)
+    for settings in ({"damping": "auto"}, {"correct": True, "strength": "auto"}):
+        for missing in (None, dataclasses.replace(stats.held_out, rows=stats.held_out.rows[:0])):
+            with pytest.raises(DataError, match="there are none: give more texts"):
+                Gptq(**settings)(weight, SCHEMES["w4 channel"], dataclasses.replace(stats, held_out=missing))
+    assert (Gptq().needs.held_out, Gptq(strength="auto").needs.held_out) == (0, 0)
+    assert Gptq(damping="auto").needs.held_out > 0
 
 
 def test_without_drift_nothing_is_corrected():
@@ -290,7 +394,7 @@ def test_correction_brings_the_output_nearer_to_the_float_models(scheme):
 def test_an_input_that_was_never_active_is_corrected_to_itself():
     weight, _ = layer(seed=23)
     nothing = np.zeros((IN, IN))
-    assert np.array_equal(corrected_weight(weight, nothing, nothing), weight)
+    assert not correction(weight, nothing, nothing).any()
 
 
 # --- the choice of scales -------------------------------------------------------------------------------------------

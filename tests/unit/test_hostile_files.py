@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer as Backend
+from tokenizers import models
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import TemplateProcessing
 
 from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE
@@ -111,6 +116,10 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
     (base / "chat").mkdir()
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(mini / name, base / "chat" / name)
+    (base / "fast").mkdir()
+    for name in ("config.json", "tokenizer_config.json"):
+        shutil.copyfile(mini / name, base / "fast" / name)
+    write_fast(base / "fast")
     (base / "recipe").mkdir()
     shutil.copyfile(root / "configs/w8a8.yaml", base / "recipe" / "recipe.yaml")
     (base / "data").mkdir()
@@ -146,6 +155,8 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
         "tokenizer model": ("chat", "tokenizer.model", read_tokenizer),
         "tokenizer config": ("chat", "tokenizer_config.json", read_tokenizer),
         "special tokens": ("chat", "special_tokens_map.json", read_tokenizer),
+        "tokenizer json": ("fast", "tokenizer.json", read_tokenizer),
+        "fast tokenizer's config": ("fast", "tokenizer_config.json", read_tokenizer),
         "recipe": ("recipe", "recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
         "text": ("data", "text.jsonl", read_data("text.jsonl")),
         "chats": ("data", "chats.jsonl", read_data("chats.jsonl")),
@@ -153,6 +164,15 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
         **newer_places(base, root),
     }
     return {name: (base / folder, file, read) for name, (folder, file, read) in readers.items()}
+
+
+def write_fast(folder):
+    """A tokenizer.json of bytes and of the tokens that the configuration beside it names."""
+    made = Backend(models.BPE({letter: at for at, letter in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    made.pre_tokenizer, made.decoder = ByteLevel(add_prefix_space=False), ByteLevelDecoder()
+    made.add_special_tokens(["<s>", "<unk>", "[unused9]", "[unused10]", "[unused16]", "[unused17]"])
+    made.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", made.token_to_id("<s>"))])
+    made.save(str(folder / "tokenizer.json"))
 
 
 def newer_places(base, root):
@@ -230,6 +250,8 @@ PLACES = (
     "tokenizer model",
     "tokenizer config",
     "special tokens",
+    "tokenizer json",
+    "fast tokenizer's config",
     "recipe",
     "text",
     "chats",

@@ -10,6 +10,7 @@ import pytest
 from ms_pangu_quant.backends.cpu_kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.formats import packing
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
+from ms_pangu_quant.transforms.hadamard import hadamard_core, hadamard_factors, multiply, online_scale
 
 BEST = library()
 if BEST is None:
@@ -272,6 +273,75 @@ def test_swiglu_is_the_definition_from_minus_infinity_to_infinity(kernels):
     assert (np.abs(got[:-2] - wanted) <= 4e-7 * np.abs(wanted) + 1e-34).all()
     assert got[-2] == np.inf
     assert np.isnan(got[-1])
+
+
+def hadamard(functions, x):
+    core = hadamard_core(x.shape[1])
+    bits = (core.T < 0).reshape(len(core), -1, 4) @ np.array([1, 2, 4, 8])
+    return call(functions, "PanguHadamard", [x, bits.astype(np.uint8), np.array([online_scale(x.shape[1])], F32)], x.shape)
+
+
+def hadamard_as_written(x):
+    """float32 additions in the order that hadamard.h names."""
+    core, y = hadamard_core(x.shape[1]).astype(F32), x * F32(online_scale(x.shape[1]))
+    columns, stride = x.shape[1] // len(core), 1
+    while stride < columns:
+        pairs = y.reshape(-1, 2, stride)
+        y = np.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], axis=1)
+        stride *= 2
+    y, out = y.reshape(len(x), len(core), 1, columns), None
+    for row in range(0, len(core), 4):
+        a, b, c, d = (y[:, row + i] * core[row + i][:, None] for i in range(4))  # [rows, outputs of the core, columns]
+        four = (a + b) + (c + d)
+        out = four if out is None else out + four
+    return out.reshape(x.shape)
+
+
+# Powers of two from the least on; the core alone, beside less than a vector of any width, and beside many; those of models.
+HADAMARD_SIZES = [4, 8, 16, 64, 2048, 12, 20, 40, 80, 160, 320, 36 * 16, 12 * 64, 12 * 128, 12 * 512, 76 * 128, 100 * 128]
+
+
+@pytest.mark.parametrize("size", HADAMARD_SIZES)
+def test_a_hadamard_matrix_is_added_up_in_the_order_written_on_every_path(size, kernels):
+    """The same bits on every path, therefore; and the matrix that a checkpoint was rotated with, up to float32 rounding."""
+    x = np.random.default_rng(size).normal(size=(3, size)).astype(F32) * np.array([[1], [1e-3], [1e4]], F32)
+    got = hadamard(kernels, x)
+    assert np.array_equal(got, hadamard_as_written(x))
+    exact = multiply(x.astype(np.float64), hadamard_factors(size)) * (np.sqrt(size) * online_scale(size))
+    core = len(hadamard_core(size))
+    additions = np.log2(size / core) + 1 + core / 4  # one after another; each is off by half a unit in the last place
+    assert (np.linalg.norm(got - exact, axis=1) <= additions * 2.0**-24 * np.linalg.norm(exact, axis=1)).all()
+
+
+def test_a_hadamard_matrix_is_the_one_a_float_unit_vector_shows(kernels):
+    wanted = np.rint(multiply(np.eye(48), hadamard_factors(48)) * np.sqrt(48))
+    assert np.array_equal(hadamard(kernels, np.eye(48, dtype=F32)), wanted * online_scale(48))
+
+
+def test_a_row_is_turned_the_same_alone_and_among_others_and_on_any_number_of_threads(kernels):
+    x = np.random.default_rng(0).normal(size=(23, 6144)).astype(F32)
+    x[5, 7], x[6, 0] = np.nan, np.inf
+    threads, together = kernels.pangu_threads(0), hadamard(kernels, x)
+    assert np.isnan(together[5]).all()
+    assert not np.isfinite(together[6]).any()
+    assert np.isfinite(np.delete(together, (5, 6), axis=0)).all()
+    try:
+        for count in (1, 3):
+            kernels.pangu_threads(count)
+            assert np.array_equal(hadamard(kernels, x), together, equal_nan=True)
+    finally:
+        kernels.pangu_threads(threads)
+    for row in range(len(x)):
+        assert np.array_equal(hadamard(kernels, x[row : row + 1])[0], together[row], equal_nan=True)
+
+
+def test_a_hadamard_matrix_of_another_size_is_an_error(kernels):
+    signs, scale = np.zeros((12, 3), np.uint8), np.ones(1, F32)
+    for size in (20, 36, 12 * 5):
+        with pytest.raises(AssertionError):
+            call(kernels, "PanguHadamard", [np.ones((1, size), F32), signs, scale], (1, size))
+    with pytest.raises(AssertionError):
+        call(kernels, "PanguHadamard", [np.ones((1, 24), F32), signs[:, :2], scale], (1, 24))
 
 
 def test_bfloat16_rows_are_widened_exactly_and_the_head_is_their_product(kernels):

@@ -1,4 +1,4 @@
-"""tools/peers/, dev/tables.py, embedded/rescale_outliers.py: what can be checked without quantizing."""
+"""tools/peers/, dev/tables.py, dev/turns.py, embedded/rescale_outliers.py: what can be checked without quantizing."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,10 +15,13 @@ from tokenizers import Tokenizer
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer as OwnTokenizer
 from ms_pangu_quant.errors import OutputError
-from tools.dev import tables
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from tools.dev import tables, turns
 from tools.embedded import rescale_outliers
 from tools.peers import bench_quantize, compare, measure, quantizers
+from tools.real import agree
 
 
 @pytest.fixture
@@ -67,6 +71,14 @@ def test_words_of_the_peers_tokenizer_are_the_token_ids(mini, tmp_path):
     words = [json.loads(line)["inputs_pretokenized"] for line in (tmp_path / "data/words.jsonl").open()]
     ids = [json.loads(line)["token_ids"] for line in (tmp_path / "data/token_ids.jsonl").open()]
     assert [tokenizer.encode(text).ids for text in words] == ids == [sequence.tolist() for sequence in sequences]
+
+
+def test_what_a_peer_wrote_is_asked_in_the_checkpoints_own_words(mini, tmp_path):
+    quantizers.write_source(mini, tmp_path)
+    quantizers.give_back_tokenizer(mini, tmp_path)
+    assert not (tmp_path / "tokenizer.json").exists()
+    text = "def f(x): 中文"
+    assert OwnTokenizer(tmp_path).encode(text) == OwnTokenizer(mini).encode(text)
 
 
 # --- a row that cannot be measured -----------------------------------------------------------------------------------
@@ -139,6 +151,13 @@ def test_a_table_has_a_cell_under_every_title():
     assert "| 75.0% |  |" in lines[-1]
 
 
+@pytest.mark.parametrize(
+    "name", ["w8a8", "w8a8_online", "w8a8_static", "w8a8_kv8", "w4a8", "w4a8_online", "w4a8_g64", "w4a8_g128"]
+)
+def test_other_tools_calibrate_on_what_the_recipes_do(name):
+    assert load_recipe(find_recipe(name)).calibration == measure.AMOUNT
+
+
 def test_a_table_is_written_between_its_markers_and_nowhere_else():
     page = "a\n<!-- table: one -->\nold | \\1\n<!-- end -->\nb\n<!-- table: two -->\nkept\n<!-- end -->\n"
     once = tables.replaced(page, "one", r"new \g<0>")
@@ -148,11 +167,12 @@ def test_a_table_is_written_between_its_markers_and_nowhere_else():
         tables.replaced(page, "three", "")
 
 
-def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe():
+@pytest.mark.parametrize("table", tables.RESULTS, ids=lambda table: table.name)
+def test_the_readmes_hold_the_same_table_of_results_a_row_for_each_recipe(table):
     pages = [page.read_text(encoding="utf-8") for page in tables.READMES]
-    held = [page.split("<!-- table: results -->\n")[1].split("<!-- end -->")[0] for page in pages]
+    held = [page.split(f"<!-- table: {table.name} -->\n")[1].split("<!-- end -->")[0] for page in pages]
     assert held[0] == held[1]
-    recipes = [row.what for row in tables.RESULTS.rows if row.tool == measure.OURS and row.settings is not None]
+    recipes = [row.what for row in table.rows if row.tool == measure.OURS and row.settings is not None]
     assert [line.split(" | ")[1] for line in held[0].splitlines()[2:]] == recipes
 
 
@@ -257,3 +277,57 @@ def test_the_times_of_quantization_are_medians_of_the_runs_that_ended():
     ours, theirs = bench_quantize.table(rows).splitlines()[2:4]
     assert ours.endswith("| 4 | 8 | 3.00 |")
     assert "not measured: no interpreter" in theirs
+
+
+# --- answers beside transformers' ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text", "found", "margin"),
+    [
+        ([7, 8], [1, 2, 3, 0], "x", "same", ""),
+        ([7, 8], [1, 2, 3], "x", "same", ""),
+        ([7, 8], [1, 2, 3], "y", "other text", ""),
+        ([7, 9], [1, 2, 3], "x", "other prompt", ""),
+        ([7, 8], [1, 2, 5], "x", "part at 2", "-2.00e+00"),
+        ([7, 8], [1, 2, 0], "x", "part at 2", "3.00e+00"),
+        ([7, 8], [1, 2, 3, 4], "x", "part at 3", "-4.00e+00"),
+    ],
+)
+def test_answers_are_the_same_in_ids_and_text_or_part_somewhere(prompt, answer, text, found, margin):
+    tokenizer = SimpleNamespace(encode_chat=lambda chat: [7, 8], end_ids=frozenset({0}), eos_id=0)
+    ours = SimpleNamespace(token_ids=(1, 2, 3), answer="x")
+    model = SimpleNamespace(
+        tokenizer=tokenizer, generate=lambda prompts, tokens: [ours], logits=lambda ids: np.arange(10.0)[None]
+    )
+    other = {"prompt": prompt, "answer": answer, "text": text}
+    assert agree.answers(model, ["p"], [other], 4) == [["p", found, "3", margin]]
+
+
+def test_an_interpreter_that_cannot_answer_is_named(mini, interpreter, capsys):
+    assert agree.main([str(mini), "--python", "/nowhere/python"]) == 2
+    assert "agree: --python /nowhere/python: No such file" in capsys.readouterr().err
+    assert agree.main([str(mini), "--python", interpreter("echo ImportError: no torch >&2; exit 1")]) == 2
+    assert "ImportError: no torch" in capsys.readouterr().err
+
+
+# --- two checkpoints in turns ----------------------------------------------------------------------------------------
+
+
+def test_every_turn_has_each_call_once_after_two_that_warm_up():
+    called = []
+    wall, cpu = turns.measure([lambda: called.append("a"), lambda: called.append("b")], 50)
+    assert wall.shape == cpu.shape == (2, 50)
+    assert (wall > 0).all()
+    assert called[:4] == ["a", "b", "a", "b"]
+    pairs = {(first, second) for first, second in zip(called[4::2], called[5::2], strict=True)}
+    assert pairs == {("a", "b"), ("b", "a")}, "neither is always the first"
+
+
+def test_the_ratio_of_turns_is_the_median_of_the_pairs_and_not_moved_by_one_that_was_disturbed():
+    first = np.linspace(1, 2, 41)
+    second = 1.5 * first
+    second[7] *= 100
+    assert turns.ratio(second, first) == "1.500 [1.500, 1.500]"
+    low, high = map(float, turns.ratio(first[::-1], first).split("[")[1].rstrip("]").split(", "))
+    assert low < 1 < high

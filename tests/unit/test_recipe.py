@@ -26,12 +26,14 @@ OURS = [
     "kv8",
     "w4a8",
     "w4a8_g128",
-    "w4a8_g128_rotated",
     "w4a8_g128_rtn",
     "w4a8_g256",
+    "w4a8_g64",
+    "w4a8_online",
     "w4a8_rtn",
     "w8a8",
     "w8a8_kv8",
+    "w8a8_online",
     "w8a8_rtn",
     "w8a8_static",
 ]
@@ -105,10 +107,10 @@ def test_every_shipped_recipe_plans_every_layer_of_every_model(root, models, nam
     wanted = "W4A8_DYNAMIC" if "w4a8" in name else other.get(name, "W8A8_DYNAMIC")
     assert (loaded.kv_cache is not None) == ("kv8" in name)
     assert set(words(plan).values()) == {wanted}
-    assert plan.group_size == next((size for size in (128, 256) if f"g{size}" in name), 0)
+    assert plan.group_size == next((size for size in (64, 128, 256) if f"g{size}" in name), 0)
     assert loaded.why
     assert loaded.needs_calibration == (name not in WITHOUT_DATA)
-    assert loaded.full_range == (name in PAPER or name in ("w4a8", "w4a8_g128", "w4a8_g128_rotated", "w4a8_g256"))
+    assert loaded.full_range == (name in PAPER or (name.startswith("w4a8") and "rtn" not in name))
     assert len((root / f"configs/{name}.yaml").read_text().splitlines()) <= 25
 
 
@@ -202,7 +204,7 @@ def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe
         ("scheme: w8a8\ntransforms: [smooth, rotate]", r"transforms: rotate stands first and once"),
         ("scheme: w8a8\ntransforms: [rotate, {rotate: {seed: 1}}]", r"transforms: rotate stands first and once"),
         ("scheme: w8a8\ntransforms: [{rotate: {sed: 1}}]", r"rotate: unknown key 'sed' \(did you mean 'seed'\?\)"),
-        ("scheme: w8a8\ntransforms: [{smooth_search: {step: 2}}]", r"transforms: smooth_search.step: got 2"),
+        ("scheme: w8a8\ntransforms: [{smooth_search: {inputs: [x]}}]", r"transforms: smooth_search.inputs: got"),
         ("scheme: w8a8\nrounding: {gptq: {damp: 1}}", r"gptq: unknown key 'damp' \(did you mean 'damping'\?\)"),
         ("scheme: w8a8\nrounding: {gptq: {scale: max}}", r"rounding: gptq.scale: got 'max'"),
         ("scheme: w8a8\nrounding: {rtn: {weighted: true}}", r"rounding: rtn.weighted: is for scale: mse"),
@@ -372,7 +374,7 @@ def test_the_digest_is_of_what_is_meant_and_not_of_how_it_is_spelled(recipe):
 
 CHANGES = [  # of EVERYTHING, each to a recipe of its own
     {"quantizer": RoundToNearest("mse")},
-    {"transforms": (SmoothSearch(step=0.25),)},
+    {"transforms": (SmoothSearch(inputs=("mlp_hidden",)),)},
     {"rewrites": (Rotate(seed=3),)},
     {"activation_range": ActivationRange("mse")},
     {"calibration": CalibrationSettings(1, 2, 3)},
@@ -508,3 +510,18 @@ def test_a_cache_is_float_unless_the_recipe_says_otherwise_and_an_int8_one_needs
 def test_a_cache_that_does_not_exist_is_named(recipe, text, told):
     with pytest.raises(RecipeError, match=told):
         recipe(f"scheme: w8a8\n{text}")
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.125, 0.5, 1.0])
+@pytest.mark.parametrize("samples", [1, 4, 8, 128])
+def test_texts_are_held_out_beside_the_samples_or_where_there_are_too_few_as_the_same_share(samples, held_out):
+    amount = CalibrationSettings(samples=samples, held_out=held_out)
+    assert amount.held_out_of(amount.texts) == int(samples * held_out)
+    for texts in range(1, amount.texts + 1):
+        held = amount.held_out_of(texts)
+        assert 1 <= texts - held <= samples
+        assert held <= int(samples * held_out)
+        assert held <= (texts - held) * max(held_out, 1e-9) + 1
+    for bad in (-0.1, 1.1, "half"):
+        with pytest.raises(RecipeError, match=r"calibration\.held_out: got"):
+            CalibrationSettings(held_out=bad)

@@ -9,7 +9,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import chunks
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply
+from ms_pangu_quant.transforms.hadamard import hadamard_core, hadamard_factors, multiply
 from ms_pangu_quant.transforms.rotate import Rotate, Rotation, rotate_block
 
 MODEL_SIZES = {64: (64,), 128: (64, 2), 256: (64, 4), 768: (12, 64), 1536: (12, 64, 2), 4096: (64, 64)}
@@ -38,6 +38,19 @@ def test_the_sizes_of_the_models_are_products_of_hadamard_orders(size, orders):
         wide = factor.astype(np.int64)
         assert (np.abs(wide) == 1).all()
         assert np.array_equal(wide @ wide.T, len(wide) * np.eye(len(wide), dtype=np.int64))
+
+
+@pytest.mark.parametrize("size", [4, 8, 128, 12, 24, 40, 768])
+def test_the_matrix_is_its_core_beside_that_of_a_power_of_two(size):
+    core = hadamard_core(size)
+    assert len(core) % 4 == 0
+    assert np.array_equal(np.kron(core, hadamard_matrix(size // len(core))), hadamard_matrix(size))
+
+
+def test_a_matrix_too_small_to_have_a_core_is_refused():
+    for size in (1, 2):
+        with pytest.raises(RecipeError, match=f"order {size}, wanted 4 or more"):
+            hadamard_core(size)
 
 
 @pytest.mark.parametrize("size", [3, 6, 92, 2 * 97])

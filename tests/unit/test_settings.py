@@ -43,6 +43,8 @@ OF_TYPE = {  # by the annotation as it is written; what is not here is one of so
     "bool": lambda value: isinstance(value, bool),
     "int": lambda value: type(value) is int,
     "float": lambda value: type(value) in (int, float) and abs(value) < 1e300,
+    "float | Literal['auto']": lambda value: OF_TYPE["float"](value),
+    "int | None": lambda value: value is None or OF_TYPE["int"](value),
     "float | None": lambda value: value is None or OF_TYPE["float"](value),
 }
 
@@ -75,8 +77,8 @@ def test_every_default_is_of_its_type_and_a_value_of_the_type_is_taken(name):
     ("text", "said"),
     [
         ("rounding: {gptq: {act_order: 'false'}}", "rounding: gptq.act_order: got 'false', wanted true or false"),
-        ("rounding: {gptq: {damping: true}}", "rounding: gptq.damping: got True, wanted a number"),
-        ("rounding: {gptq: {damping: .nan}}", "rounding: gptq.damping: got nan, wanted a number"),
+        ("rounding: {gptq: {damping: true}}", "rounding: gptq.damping: got True, wanted a number or auto"),
+        ("rounding: {gptq: {damping: .nan}}", "rounding: gptq.damping: got nan, wanted a number or auto"),
         ("rounding: {rtn: {scale: mse, weighted: 'no'}}", "rounding: rtn.weighted: got 'no', wanted true or false"),
         ("activation_range: {percentile: true}", "activation_range.percentile: got True, wanted a number"),
         ("transforms: [{smooth: {inputs: mlp_input}}]", "smooth.inputs: got 'mlp_input', wanted a list of names"),

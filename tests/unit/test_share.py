@@ -27,6 +27,7 @@ def test_shares_are_all_sequences_once_in_order_and_none_is_empty(lengths, size)
             share_of(lengths, 0, size)
         return
     shares = [share_of(lengths, rank, size) for rank in range(size)]
+    assert shares == [share_of(lengths, rank, size, least=0) for rank in range(size)]
     assert shares[0].begin == 0
     assert shares[-1].end == len(lengths)
     for one, two in itertools.pairwise(shares):
@@ -35,6 +36,12 @@ def test_shares_are_all_sequences_once_in_order_and_none_is_empty(lengths, size)
     assert min(counts) >= 1
     assert max(counts) - min(counts) <= 1
     assert [share.first_row for share in shares] == [sum(lengths[: share.begin]) for share in shares]
+
+
+@given(st.lists(st.integers(1, 50), max_size=5), st.integers(1, 9))
+def test_where_none_is_needed_a_share_may_be_empty(lengths, size):
+    shares = [share_of(lengths, rank, size, least=0) for rank in range(size)]
+    assert [index for share in shares for index in range(share.begin, share.end)] == list(range(len(lengths)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.calibration.statistics import PIECE_TOKENS, InputStats, StatsBuilder, add_gram, row_keys
+from ms_pangu_quant.calibration.statistics import (
+    PIECE_TOKENS,
+    InputStats,
+    Needs,
+    StatsBuilder,
+    add_gram,
+    row_keys,
+    token_weights,
+)
 from ms_pangu_quant.errors import DataError
 
 
@@ -238,3 +246,81 @@ def test_the_drift_is_the_float_models_difference_times_the_input():
     scaled.add(x / s, y / s)
     assert np.array_equal(built.scaled(s).drift, scaled.finish().drift)
     assert np.array_equal(built.merge(built).drift, 2 * built.drift)
+
+
+def test_weights_are_those_of_rows_in_gram_and_drift_and_nowhere_else():
+    generator = np.random.default_rng(5)
+    x, y = (generator.integers(-9, 10, size=(3000, 5)).astype(np.float32) for _ in range(2))
+    weights = np.exp2(generator.integers(-3, 3, size=(3000, 1))).astype(np.float32)
+    weighted, plain, multiplied = (StatsBuilder(gram=True, rows=9, where="here") for _ in range(3))
+    for start in range(0, 3000, 500):
+        rows = slice(start, start + 500)
+        weighted.add(x[rows], y[rows], weights[rows])
+        plain.add(x[rows], y[rows])
+        multiplied.add(x[rows] * weights[rows], y[rows] * weights[rows])
+    built, raw, wanted = (each.finish() for each in (weighted, plain, multiplied))
+    assert np.array_equal(built.gram, wanted.gram)
+    assert np.array_equal(built.drift, wanted.drift)
+    assert np.array_equal(built.absmax, raw.absmax)
+    assert np.array_equal(built.squares, raw.squares)
+    assert np.array_equal(built.sample.rows, raw.sample.rows)
+
+
+def test_what_a_token_counts_follows_its_size_and_nothing_else():
+    generator = np.random.default_rng(6)
+    states = generator.normal(size=(7, 64)).astype(np.float32) * np.exp2(np.arange(7, dtype=np.float32))[:, None]
+    turned = (states @ np.linalg.qr(generator.normal(size=(64, 64)))[0]).astype(np.float32)
+    for temper in (0.0, 0.5, 1.0):
+        weights = token_weights(states, temper)
+        assert (weights.shape, weights.dtype) == ((7, 1), np.float32)
+        np.testing.assert_allclose(token_weights(turned, temper), weights, rtol=1e-5)  # the same in a rotated stream
+        np.testing.assert_allclose(token_weights(4 * states, temper) * 4**temper, weights, rtol=1e-5)
+    assert np.array_equal(token_weights(states, 0.0), np.ones((7, 1)))
+    evened = states * token_weights(states, 1.0)
+    np.testing.assert_allclose(np.square(evened).mean(axis=1), 1, rtol=1e-5)
+    assert token_weights(np.zeros((2, 4), np.float32), 1.0).tolist() == [[1], [1]]
+    assert (Needs(temper=0.5) | Needs(data=True)).temper == 0.5
+
+
+@pytest.mark.parametrize("drift", [False, True])
+def test_held_out_rows_are_in_nothing_else_and_do_not_depend_on_the_pieces_or_their_order(drift):
+    generator = np.random.default_rng(12)
+    x, y, held, held_y = generator.normal(size=(4, 90, 3)).astype(np.float32)
+    weights = generator.lognormal(size=(90, 1)).astype(np.float32)
+
+    def build(start, pieces):
+        builder = StatsBuilder(gram=True, rows=4, where="here", start=start, held_out=20, held_out_start=1000 + start)
+        for piece in pieces:
+            rows = slice(start + piece[0], start + piece[1])
+            builder.add(x[rows], y[rows] if drift else None, weights[rows])
+            builder.hold_out(held[rows], held_y[rows] if drift else None, weights[rows])
+        return builder.finish()
+
+    whole = build(0, [(0, 90)])
+    alone = StatsBuilder(gram=True, rows=4, where="here")
+    alone.add(x, y if drift else None, weights)
+    assert same(whole, alone.finish())
+    assert whole.held_out.rows.shape == (20, 3)
+    kept = [int(np.flatnonzero((held * weights == row).all(axis=1))[0]) for row in whole.held_out.rows]
+    assert len(set(kept)) == 20
+    if drift:
+        assert np.array_equal(whole.held_out_drift.rows, ((held_y - held) * weights)[kept])
+    else:
+        assert whole.held_out_drift is None
+    one, two = build(0, [(0, 7), (7, 40)]), build(40, [(0, 50)])
+    for merged in (one.merge(two), two.merge(one)):
+        assert np.array_equal(merged.held_out.rows, whole.held_out.rows)
+    s = generator.lognormal(size=3).astype(np.float32)
+    assert np.array_equal(whole.scaled(s).held_out.rows, whole.held_out.rows / s)
+    if drift:
+        assert np.array_equal(whole.scaled(s).held_out_drift.rows, whole.held_out_drift.rows / s)
+
+
+def test_a_share_of_the_data_without_held_out_texts_merges_with_one_that_has_some():
+    builders = [StatsBuilder(gram=True, rows=0, where="here", held_out=5) for _ in range(2)]
+    for builder in builders:
+        builder.add(np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32))
+    builders[1].hold_out(np.full((4, 2), 7, np.float32), np.zeros((4, 2), np.float32))
+    one, two = (builder.finish() for builder in builders)
+    assert one.merge(two).held_out.rows.tolist() == [[7, 7]] * 4
+    assert one.merge(two).held_out_drift.rows.tolist() == [[-7, -7]] * 4

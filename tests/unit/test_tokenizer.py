@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Thought, Tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Thought, Tokenizer, end_ids, find_tokenizer
 from ms_pangu_quant.errors import CheckpointError, RequestError
 
 ASSETS = Path(__file__).parents[2] / "ms_pangu_quant/assets"
@@ -256,6 +256,17 @@ def test_eos_falls_back_from_the_tokenizer_files_to_the_model_files(copy: Path) 
     assert tokenizer.decode([6], skip_special_tokens=True) == ""
 
 
+def test_every_eos_that_a_file_names_ends_an_answer(copy: Path) -> None:
+    change(copy, "generation_config.json", eos_token_id=[9, 8, -1, 99999, None])
+    tokenizer = change(copy, "config.json", eos_token_id=7)
+    assert tokenizer.eos_id == 4
+    assert tokenizer.end_ids == {4, 7, 8, 9}
+    assert tokenizer.split_thought([11, 7, 12, 4]).answer == (11,)
+    (copy / "tokenizer.model").unlink()
+    assert find_tokenizer(copy) is None
+    assert end_ids(copy) == {7, 8, 9}
+
+
 def test_a_pad_id_of_minus_one_means_none(copy: Path) -> None:
     (copy / "special_tokens_map.json").unlink()
     (copy / "generation_config.json").unlink()
@@ -311,6 +322,14 @@ def test_a_mode_is_a_suffix_of_the_last_user_message_and_only_once(mini: Tokeniz
     assert messages[2] == {"role": "user", "content": "3+3?"}
 
 
+def test_a_model_without_thinking_tokens_has_one_mode_and_it_adds_nothing(pangu: Path) -> None:
+    tokenizer = change(pangu, added_tokens_decoder={"450": {"content": "[unused10]"}})
+    assert tokenizer.modes == ("no_think",)
+    assert tokenizer.render_chat([USER], mode="no_think") == tokenizer.render_chat([USER])
+    with pytest.raises(RequestError, match="mode 'auto_think': this model has no thinking tokens, wanted no_think"):
+        tokenizer.render_chat([USER], mode="auto_think")
+
+
 def test_bos_is_not_doubled_when_the_template_writes_it(copy: Path) -> None:
     assert change(copy, chat_template="{{ bos_token }}{{ messages[0]['content'] }}").encode_chat([USER]).count(1) == 1
 
@@ -321,8 +340,16 @@ def test_chat_template_jinja_is_preferred_and_blocks_are_trimmed_as_in_transform
     assert Tokenizer(copy).render_chat([USER]) == "2+2?[unused10]\n"
 
 
+def test_of_several_templates_the_default_one_is_taken(copy: Path) -> None:
+    templates = [
+        {"name": "tool_use", "template": "{{ tools }}"},
+        {"name": "default", "template": "{{ messages[0].content }}"},
+    ]
+    assert change(copy, chat_template=templates).render_chat([USER]) == "2+2?"
+
+
 def test_templates_have_the_extensions_that_transformers_gives_them(copy: Path) -> None:
-    template = "{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}"
+    template = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
     message = {"role": "user", "content": "<系统>"}
     assert change(copy, chat_template=template).render_chat([message]) == '{"role": "user", "content": "<系统>"}'
 
@@ -396,7 +423,7 @@ def test_a_template_may_refuse_messages(copy: Path) -> None:
     [
         ("{% if %}", "chat_template is not a jinja2 template"),
         ("{{ 1 }}" * 10_000, "chat_template is not a string of at most 65536 characters"),
-        ([{"name": "default", "template": "x"}], "chat_template is not a string"),
+        ([{"name": "tool_use", "template": "x"}], "chat_template is not a string"),
     ],
 )
 def test_a_template_that_is_none_is_refused_on_loading(copy: Path, template: Any, message: str) -> None:

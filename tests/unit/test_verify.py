@@ -19,6 +19,7 @@ from ms_pangu_quant.quantizers.grid import relative_weight_error
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import PRESETS
+from ms_pangu_quant.transforms.rotate import Rotate
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from tests.unit.edited import edit
 
@@ -42,14 +43,17 @@ def stats_of(block, generator):
 def quantized(make_checkpoint, tmp_path):
     """(scheme or {site: scheme}, format, bias, transforms, full range) -> (directory, source): the loop of the pipeline."""
 
-    def make(scheme="w8a8", name="mindformers", *, bias=True, smooth=True, recipe=SMOOTH, full_range=False, shift=0):
+    def make(
+        scheme="w8a8", name="mindformers", *, bias=True, smooth=True, recipe=SMOOTH, full_range=False, shift=0, rewrite=None
+    ):
         source = CheckpointReader(make_checkpoint("source", vocab_size=64, bias=bias, dtype="float32"))
+        read = source if rewrite is None else rewrite(source)
         schemes = scheme if isinstance(scheme, dict) else dict.fromkeys([site.name for site in layout.SITES], scheme)
         generator, stored_as = np.random.default_rng(3), FORMATS[name]
         blocks, errors = [], []
         output = tmp_path / f"out-{name}"
         with QuantizedWriter(output, {}, blocks=2, resume=False) as writer:
-            for index, block in enumerate(map(source.block, range(source.config.num_hidden_layers))):
+            for index, block in enumerate(map(read.block, range(source.config.num_hidden_layers))):
                 if smooth:
                     block, _ = SmoothQuant()(block, stats_of(block, generator))
                 prefix, tensors, linears, error = layout.block_prefix(index), dict(block.tensors), {}, {}
@@ -70,10 +74,10 @@ def quantized(make_checkpoint, tmp_path):
                 writer.write_block({prefix + key: value for key, value in tensors.items()}, {})
                 errors.append({"weight_error": error})
                 blocks.append(RoundedBlock(block, {site.name: linear for site, linear in linears.items()}).plan)
-            files = stored_as.metadata(source.config, Plan(tuple(blocks)))
+            files = stored_as.metadata(read.config, Plan(tuple(blocks)))
             if recipe is not None:
                 files[REPORT_FILE] = {"recipe": {"text": recipe}, "blocks": errors}
-            outer = {each: source.files.entries[each] for each in layout.outer_shapes(source.config)}
+            outer = {each: read.files.entries[each] for each in layout.outer_shapes(read.config)}
             writer.finish(outer, source.directory, files)
         return output, source
 
@@ -194,12 +198,23 @@ def test_only_plain_rounding_is_held_to_half_a_step(transform, rounding, held_to
     assert bool(law.errors) != held_to_half_a_step
 
 
-def test_what_a_rotation_mixed_is_not_compared_and_that_is_said(quantized, make_checkpoint):
-    directory, _ = quantized("w8a8", recipe="transforms: [rotate]\n")
-    other = CheckpointReader(make_checkpoint("other", seed=1, vocab_size=64, dtype="float32"))
-    found = verify(directory, other)
+@pytest.mark.parametrize("settings", [{}, {"seed": 3, "heads": False, "kind": "orthogonal"}])
+@pytest.mark.parametrize("rounding", ["rtn", "{rtn: {scale: mse}}"])
+def test_rotated_weights_are_compared_with_the_checkpoint_rotated_alike(settings, rounding, quantized, make_checkpoint):
+    recipe = f"transforms: [{{rotate: {json.dumps(settings)}}}, smooth]\nrounding: {rounding}\n"
+    directory, source = quantized("w8a8", recipe=recipe, rewrite=Rotate(**settings))
+    found = verify(directory, source)
     assert found.faults == ()
-    assert found.notes == ("weights are not compared: transform 'rotate' does more than scale channels",)
+    assert len(found.notes) == (rounding != "rtn")
+    other = CheckpointReader(make_checkpoint("other", seed=1, vocab_size=64, dtype="float32"))
+    assert verify(directory, other).faults
+
+
+def test_what_another_transform_mixed_is_not_compared_and_that_is_said(quantized):
+    directory, source = quantized("w8a8", recipe="transforms: [mixed]\n")
+    found = verify(directory, source)
+    assert found.faults == ()
+    assert found.notes == ("weights are not compared: transform 'mixed' does more than scale channels",)
 
 
 def test_without_a_report_weights_must_be_near(quantized, make_checkpoint):

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Measure and write every table that stands on the embedded checkpoints: docs/accuracy.md, recipes.md and kv_cache.md, the
-checkpoints' card and the READMEs, between their markers.
+"""Measure and write every table of figures: docs/accuracy.md, recipes.md and kv_cache.md, the checkpoints' card and the
+READMEs, between their markers.
 
 A table is a setting (checkpoint, data, modes) and rows of data; to add a row, add a line to it in TABLES. Tables with the
 same setting share its folder below WORK, so a row that stands in two of them is measured once. A run that was stopped goes
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ from tools.embedded import rescale_outliers
 from tools.peers import compare as peers
 from tools.peers.compare import ASSETS, CHANNEL, FLOAT, GROUP, MIXED, STATIC, W8A8, markdown, number, passed
 from tools.peers.measure import OURS, ROOT, Record, Row, Setting, recorded
+from tools.real import checkpoint as real
 
 PAGE, RECIPES, KV_CACHE = (ROOT / f"docs/{name}.md" for name in ("accuracy", "recipes", "kv_cache"))
 READMES = (ROOT / "README.md", ROOT / "README.zh-CN.md")
@@ -70,7 +72,8 @@ PAPER = tuple(
     )
 )
 EVERY = ("w8a8_rtn", "w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128_rtn", "w4a8", "w4a8_mixed", "w4a8_g128", "w4a8_g256")
-HALF, GPTQ = {"smooth": {"alpha": 0.5}}, {"damping": 0.01, "sweeps": 2}
+HALF, GPTQ = {"smooth": {"alpha": 0.5}}, {"gptq": {"damping": 0.01}}
+AUTO = yaml.safe_load(find_recipe("w4a8_g128").read_text(encoding="utf-8"))["rounding"]["gptq"]
 
 
 def own(name: str, what: str, *, of: str = "w4a8_g128", **changed: Any) -> Row:
@@ -81,17 +84,13 @@ def own(name: str, what: str, *, of: str = "w4a8_g128", **changed: Any) -> Row:
 
 PARTS = (
     own("smooth_rtn", "smoothing with alpha 0.5, rounding to nearest", transforms=[HALF], rounding="rtn"),
-    own("smooth_gptq", "smoothing with alpha 0.5, GPTQ", transforms=[HALF], rounding={"gptq": {"damping": 0.01}}),
-    own("search_gptq", "`smooth_search`, GPTQ with two sweeps", rounding={"gptq": GPTQ}),
-    own("search_correct", "the same with `correct`", rounding={"gptq": {**GPTQ, "correct": True}}),
-    *recipes("w4a8_g128", what="the same, damping 0.003 for 0.01: `w4a8_g128`"),
-    own("chats_256", "`w4a8_g128`, 256 chats for 128", calibration={"samples": 256, "max_length": 512, "seed": 0}),
-    own(
-        "rotated_half",
-        "rotated, smoothing with alpha 0.5 in front of o_proj and down_proj, GPTQ",
-        transforms=[{"rotate": {"seed": 0}}, {"smooth": {"alpha": 0.5, "inputs": ["attention_output", "mlp_hidden"]}}],
-        rounding={"gptq": {"damping": 0.01}},
-    ),
+    own("smooth_gptq", "smoothing with alpha 0.5, GPTQ", transforms=[HALF], rounding=GPTQ),
+    own("search_gptq", "`smooth_search`, GPTQ", transforms=["smooth_search"], rounding=GPTQ),
+    own("search_auto", "`smooth_search`, GPTQ as in `w4a8_g128`", transforms=["smooth_search"]),
+    own("rotated_gptq", "rotated, `smooth_search`, GPTQ", rounding=GPTQ),
+    own("rotated_correct", "the same with `correct`", rounding={"gptq": {"damping": 0.01, "correct": True}}),
+    *recipes("w4a8_g128", what="the same with damping and strength `auto` and `temper`: `w4a8_g128`"),
+    own("rotated_sweeps", "the same with two sweeps", rounding={"gptq": {**AUTO, "sweeps": 2}}),
 )
 
 
@@ -226,16 +225,33 @@ def results_table(records: Sequence[Record], setting: Setting) -> str:
         row = record["row"]
         if row["tool"] != OURS or "compare" not in record:
             continue
-        others = [
-            other["compare"]["kl_mean"]
-            for other in records
-            if other["row"]["tool"] != OURS and other["row"]["scheme"] == row["scheme"] and "compare" in other
-        ]
+        others = _others(records, row["scheme"])
         best = number(min(others)) if others and row["name"] in MAIN else ""
         whole = percent(together[row["name"]]) if row["name"] in together else ""
         size = f"{record['quantize']['bytes'] / 2**20:.2f} MiB"
         lines.append([row["scheme"], row["what"], number(record["compare"]["kl_mean"]), best, whole, size])
     return markdown(lines)
+
+
+def real_results_table(records: Sequence[Record], setting: Setting) -> str:
+    """A row for each of this project's recipes: its KL, the best other tool's in the same scheme, agreement and size."""
+    titles = ["scheme", "recipe", "mean KL, nats", "s.e.", "best other tool", "top-1", "size"]
+    lines = [titles, ["---", "---", "---:", "---:", "---:", "---:", "---:"]]
+    for record in records:
+        row, found = record["row"], record.get("compare")
+        if row["tool"] != OURS or found is None:
+            continue
+        others = [] if row["name"].endswith("_rtn") else _others(records, row["scheme"])  # plain rounding is no rival
+        best = number(min(others)) if others else ""
+        figures = [number(found["kl_mean"]), number(found["kl_se"], 1), best, f"{found['top1_agreement']:.2%}"]
+        lines.append([row["scheme"], row["what"], *figures, f"{record['quantize']['bytes'] / 2**20:.2f} MiB"])
+    return markdown(lines)
+
+
+def _others(records: Sequence[Record], scheme: str) -> list[float]:
+    """KLs of the other tools' rows of a scheme."""
+    rows = [each for each in records if each["row"]["tool"] != OURS and each["row"]["scheme"] == scheme]
+    return [each["compare"]["kl_mean"] for each in rows if "compare" in each]
 
 
 def chosen_table(records: Sequence[Record], setting: Setting) -> str:
@@ -269,6 +285,7 @@ def card_table(records: Sequence[Record], setting: Setting) -> str:
 
 
 TABLES = (
+    Table("real", "real", peers.REAL_ROWS, (), peers_table),
     Table("peers", "mini", peers.ROWS, ("no_think", "slow_think"), peers_table),
     Table("retention", "mini", (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn")), MODES, retention_table),
     Table("paper", "mini", (replace(FLOAT, scheme="FP16 of the paper, here bfloat16"), *PAPER), MODES, retention_table),
@@ -284,7 +301,7 @@ TABLES = (
         (),
         peers_table,
     ),
-    Table("recipes", "mini", recipes(*EVERY, "w4a8_g128_rotated", *(row.name for row in PAPER)), (), chosen_table, RECIPES),
+    Table("recipes", "mini", recipes(*EVERY, *(row.name for row in PAPER)), (), chosen_table, RECIPES),
     Table("parts", "choice", PARTS, (), chosen_table, RECIPES),
     Table("kv_cache", "choice", CACHES, (), chosen_table, KV_CACHE),
     Table("openpangu-mini", "mini", (FLOAT,), MODES, card_table, CARD),
@@ -292,12 +309,15 @@ TABLES = (
 )
 
 
-RESULTS = Table(
-    "results",
-    "mini",
-    (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in peers.ROWS if row.tool != OURS)),
-    MODES,
-    results_table,
+RESULTS = (  # of what the other tables have measured, in both READMEs
+    Table("results_real", "real", peers.REAL_ROWS, (), real_results_table),
+    Table(
+        "results",
+        "mini",
+        (FLOAT, *recipes(*MAIN, "w4a8_mixed", "w4a8_rtn"), *(row for row in peers.ROWS if row.tool != OURS)),
+        MODES,
+        results_table,
+    ),
 )
 
 
@@ -316,6 +336,11 @@ def setting_of(table: Table, chosen: argparse.Namespace) -> Setting:
             rescale_outliers.write(MINI, checkpoint, 2.0 if table.folder == "x128" else None)
     if table.folder == "layers_1b":
         checkpoint, calibration, texts = random_checkpoint(work)
+    if table.folder == "real":
+        checkpoint, calibration, texts = (work / "model" / name for name in (real.CHECKPOINT, *real.TEXTS))
+        if not (work / "model" / real.ORIGIN).exists():
+            shutil.rmtree(work / "model", ignore_errors=True)  # of a run that was stopped
+            real.write(work / "model")
     limit = Setting.limit
     if table.folder == "choice":  # the rows on which recipes are chosen
         texts, limit = work / "texts.jsonl", 150
@@ -369,7 +394,7 @@ def page_of(page: Path, into: Path | None) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, example="python tools/dev/tables.py --only retention --into copies")
-    names = [table.name for table in (*TABLES, RESULTS)]
+    names = [table.name for table in (*TABLES, *RESULTS)]
     parser.add_argument("--only", nargs="+", choices=names, help="these tables alone")
     parser.add_argument("--into", type=Path, help="folder for copies of the pages to write into, in place of themselves")
     parser.add_argument("--as-is", action="store_true", help="write what has been measured so far, measure nothing")
@@ -389,11 +414,13 @@ def main(arguments: list[str] | None = None) -> int:
             failed = failed or any("failure" in record for record in records)
             text = f"{table.render(records, setting)}\n\n{peers.provenance(records)}"
             write(page_of(table.page, chosen.into), table.name, text)
-        if not chosen.only or RESULTS.name in chosen.only:  # of what the other tables have measured
-            setting = setting_of(RESULTS, chosen)
-            records = [{**recorded(row, setting), "row": vars(row)} for row in RESULTS.rows]
+        for table in RESULTS:
+            if chosen.only and table.name not in chosen.only:
+                continue
+            setting = setting_of(table, chosen)
+            records = [{**recorded(row, setting), "row": vars(row)} for row in table.rows]
             for page in READMES:
-                write(page_of(page, chosen.into), RESULTS.name, RESULTS.render(records, setting))
+                write(page_of(page, chosen.into), table.name, table.render(records, setting))
     except (PanguQuantError, make_checkpoint.MakeCheckpointError, ValueError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 2

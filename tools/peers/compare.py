@@ -33,26 +33,20 @@ from tools.peers.quantizers import linear_quant
 
 ASSETS = ROOT / "ms_pangu_quant/assets"
 LAYERS = {"targets": "Linear", "ignore": ["lm_head"]}
-W4A8_CHANNEL = {  # not among llm-compressor's presets, whose W4A8 is in groups of 128
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "type": "int", "strategy": "channel", "symmetric": True},
-            "input_activations": {"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True, "symmetric": True},
-        }
-    },
-}
-W8A8_STATIC = {
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True},
-            "input_activations": {"num_bits": 8, "type": "int", "strategy": "tensor", "dynamic": False, "symmetric": True},
-        }
-    },
-}
+
+
+def compressed(*, bits: int = 8, group_size: int = 0, static: bool = False) -> dict[str, Any]:
+    """A modifier's arguments for a scheme that is not among llm-compressor's presets (W8A8; W4A8 in groups of 128)."""
+    weights = {"num_bits": bits, "type": "int", "strategy": "group" if group_size else "channel", "symmetric": True}
+    inputs = {"num_bits": 8, "type": "int", "strategy": "tensor" if static else "token", "dynamic": not static}
+    if group_size:
+        weights["group_size"] = group_size
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": {**inputs, "symmetric": True}}
+    return {"ignore": ["lm_head"], "config_groups": {"group_0": group}}
+
+
+W4A8_CHANNEL, W8A8_STATIC = compressed(bits=4), compressed(static=True)
+W4A8_G64 = compressed(bits=4, group_size=64)
 SMOOTH_08 = {"SmoothQuantModifier": {"smoothing_strength": 0.8}}
 SMOOTH_05 = {"SmoothQuantModifier": {"smoothing_strength": 0.5}}
 SPIN = {"SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_type": "hadamard"}}
@@ -136,6 +130,37 @@ ROWS = (
     Row("slim_w4a8_flex", CHANNEL, MSMODELSLIM, "flex_smooth, ssz", [FLEX_SMOOTH, linear_quant(bits=4, method="ssz")]),
     Row("slim_w4a8_gptq", CHANNEL, MSMODELSLIM, "iter_smooth, gptq", [ITER_SMOOTH, linear_quant(bits=4, method="gptq")]),
     Row("slim_w4a8_quarot", CHANNEL, MSMODELSLIM, "quarot, ssz", [{"type": "quarot"}, linear_quant(bits=4, method="ssz")]),
+)
+
+
+GROUP_64 = "W4A8, groups of 64"
+ONLINE_W8A8, ONLINE_W4A8, CACHED = "W8A8, Hadamard online", "W4A8, Hadamard online", "W8A8, int8 cache"
+SPIN_RANDOM = {"SpinQuantModifier": {"rotations": ["R1", "R2"], "transform_type": "random-hadamard"}}  # of 36 * 2^n too
+
+
+def llmc(name: str, scheme: str, what: str, modifiers: Mapping[str, Any]) -> Row:
+    return Row(name, scheme, LLM_COMPRESSOR, what, modifiers)
+
+
+# On a pretrained model, whose widths 128 does not divide; SpinQuant and AutoRound in each scheme.
+REAL_ROWS = (
+    FLOAT,
+    Row("w8a8", W8A8, OURS, "`w8a8`", "w8a8"),
+    Row("w8a8_rtn", W8A8, OURS, "`w8a8_rtn`", "w8a8_rtn"),
+    *(row for row in ROWS if row.scheme == W8A8 and row.tool != OURS),
+    llmc("llmc_w8a8_spin", W8A8, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": {**LAYERS, "scheme": "W8A8"}}),
+    Row("w8a8_online", ONLINE_W8A8, OURS, "`w8a8_online`", "w8a8_online"),
+    Row("w8a8_kv8", CACHED, OURS, "`w8a8_kv8`", "w8a8_kv8"),
+    *(row for row in ROWS if row.scheme == STATIC),
+    llmc("llmc_w8a8_static_spin", STATIC, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": W8A8_STATIC}),
+    *(row for row in ROWS if row.scheme == CHANNEL),
+    llmc("llmc_w4a8_channel_spin", CHANNEL, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": W4A8_CHANNEL}),
+    llmc("llmc_w4a8_channel_autoround", CHANNEL, "AutoRound", {"AutoRoundModifier": {**W4A8_CHANNEL, "iters": 200}}),
+    Row("w4a8_online", ONLINE_W4A8, OURS, "`w4a8_online`", "w4a8_online"),
+    Row("w4a8_g64", GROUP_64, OURS, "`w4a8_g64`", "w4a8_g64"),
+    llmc("llmc_w4a8_g64_gptq", GROUP_64, "SmoothQuant 0.8, GPTQ", {**SMOOTH_08, "GPTQModifier": W4A8_G64}),
+    llmc("llmc_w4a8_g64_spin", GROUP_64, "SpinQuant R1 R2, GPTQ", {**SPIN_RANDOM, "GPTQModifier": W4A8_G64}),
+    llmc("llmc_w4a8_g64_autoround", GROUP_64, "AutoRound", {"AutoRoundModifier": {**W4A8_G64, "iters": 200}}),
 )
 
 

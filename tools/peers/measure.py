@@ -23,16 +23,16 @@ from typing import Any
 
 from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import find_tokenizer
 from ms_pangu_quant.evaluation.samples import write_json
 from ms_pangu_quant.formats.reader import QuantizedReader, open_checkpoint
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.recipe import CalibrationSettings
 from tools.peers import quantizers
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS, LLM_COMPRESSOR, MSMODELSLIM = "pangu-quant", "llm-compressor", "msmodelslim"
-SAMPLES, MAX_LENGTH, SEED = 128, 512, 0  # of calibration: what the shipped recipes draw, given to every tool
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+AMOUNT = CalibrationSettings(samples=128, max_length=512, tokens=24576, seed=0)  # as the shipped recipes; for every tool
 Record = dict[str, Any]
 
 # Between us and the process: a fork of this large one would begin with our peak memory as its own, a fork of a small one
@@ -125,7 +125,7 @@ def _begin(directory: Path, row: Row, setting: Setting) -> Record:
     settings = row.settings
     if row.tool == OURS and isinstance(settings, str):
         settings = find_recipe(settings).read_text(encoding="utf-8")
-    parts = [row.tool, settings, setting.limit, (SAMPLES, MAX_LENGTH, SEED)]
+    parts = [row.tool, settings, setting.limit, asdict(AMOUNT)]
     files = [setting.calibration, setting.texts, setting.checkpoint / "config.json"]
     files += sorted(setting.checkpoint.glob("*.safetensors"))
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
@@ -177,9 +177,7 @@ def _quantize(row: Row, setting: Setting, directory: Path) -> Record:
         cost = run(command, setting, directory / "quantize.log")
     else:
         cost = run(_peer_command(row, setting, output), setting, directory / "quantize.log")
-        for name in TOKENIZER_FILES:  # in the place of the words that the peer was given
-            if (setting.checkpoint / name).exists():
-                shutil.copyfile(setting.checkpoint / name, output / name)
+        quantizers.give_back_tokenizer(setting.checkpoint, output)
         if not isinstance(open_checkpoint(output), QuantizedReader):
             raise quantizers.PeerError(f"{row.tool} wrote a float checkpoint; did it ignore its settings?")
     return {**cost, "bytes": sum(path.stat().st_size for path in output.glob("*.safetensors"))}
@@ -197,15 +195,15 @@ def _peer_command(row: Row, setting: Setting, output: Path) -> list[str]:
 
 
 def _calibration(setting: Setting) -> Sequence[Any]:
-    """The token ids that this project's recipes calibrate on."""
-    has_tokenizer = (setting.checkpoint / "tokenizer.model").exists()
+    """The token ids that this project's recipes calibrate on, those that they hold out included."""
     return load_token_data(
         setting.calibration,
-        tokenizer=Tokenizer(setting.checkpoint) if has_tokenizer else None,
+        tokenizer=find_tokenizer(setting.checkpoint),
         vocab_size=CheckpointReader(setting.checkpoint).config.vocab_size,
-        max_length=MAX_LENGTH,
-        samples=SAMPLES,
-        seed=SEED,
+        max_length=AMOUNT.max_length,
+        samples=AMOUNT.texts,
+        tokens=AMOUNT.all_tokens,
+        seed=AMOUNT.seed,
     ).sequences
 
 

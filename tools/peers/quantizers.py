@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, carry_over
 
 PACKAGES = {"llm-compressor": "llmcompressor", "msmodelslim": "msmodelslim"}
 ANSWERS = "n\n" * 9  # msModelSlim asks whether it may go on with settings that it has no experience with
@@ -154,6 +155,13 @@ def write_source(checkpoint: Path, directory: Path, dtype: str = "float32") -> N
         ("config.json", {**config, "torch_dtype": dtype}),
     ):
         (directory / name).write_text(json.dumps(value))
+
+
+def give_back_tokenizer(checkpoint: Path, directory: Path) -> None:
+    """The checkpoint's own tokenizer files in a directory that has the words, or what a peer made of them."""
+    for name in CARRIED_OVER:
+        (directory / name).unlink(missing_ok=True)
+    carry_over(checkpoint, directory)
 
 
 def write_calibration(sequences: Sequence[NDArray[np.int32]], directory: Path) -> None:

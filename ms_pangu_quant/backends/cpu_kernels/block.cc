@@ -4,10 +4,12 @@
 #include <cstring>
 #include <vector>
 
+#include "hadamard.h"
 #include "layer.h"
 #include "linear.h"
 #include "operator.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace pangu {
 namespace {
@@ -28,21 +30,22 @@ Linear linear_at(const Arguments& a, const char** dtypes, int i) {
   return p;
 }
 
+// The matrix whose signs and scale are inputs i and i + 1; signs of one element: there is none.
+Hadamard hadamard_at(const Arguments& a, int i, int64_t size) {
+  if (a.size(i) == 1) return Hadamard{};
+  return {a.data<uint8_t>(i), a.dim(i, 0), size, *a.data<float>(i + 1)};
+}
+
 void run(Linear p, int64_t rows, const InputRow& input, const float* residual, float* y) {
   p.rows = rows, p.residual = residual, p.y = y;
   linear(p, input);
-}
-
-float* floats(std::vector<float>& v, int64_t count) {
-  if (v.size() < static_cast<size_t>(count)) v.resize(count);
-  return v.data();
 }
 
 // Rotates the first `heads` heads of each row in place.
 void rotate(float* x, int64_t rows, int64_t stride, int64_t heads, int64_t dim, const float* cosine, const float* sine) {
   const auto row = [&](int64_t m) {
     static thread_local std::vector<float> room;
-    float* y = floats(room, heads * dim);
+    float* y = room_for(heads * dim, room);
     rope(x + m * stride, cosine + m * dim, sine + m * dim, heads, dim, y);
     memcpy(x + m * stride, y, heads * dim * sizeof(float));
   };
@@ -61,21 +64,22 @@ extern "C" {
 
 // x [tokens, hidden], cos, sin [tokens, dim], key_cache, value_cache (both written), slot_mapping, block_tables,
 // batch_valid_length, q_seq_lens, attention scale [1], cache_grid (see PanguAttention), eps [1], weights of the two norms
-// [hidden], and the linear layers of query, key and value together, of the attention's output, of gate and up together, and
-// down -> like x
+// [hidden], signs and scale of the Hadamard matrix in front of down (see PanguHadamard; signs [1]: there is none), and the
+// linear layers of query, key and value together, of the attention's output, of gate and up together, and down -> like x
 OPERATOR(PanguBlock) {
   const Arguments a(params, ndims, shapes);
-  constexpr int kFirst = 14;
+  constexpr int kFirst = 16;
   const Linear qkv = linear_at(a, dtypes, kFirst), out = linear_at(a, dtypes, kFirst + kLinearInputs);
   const Linear gate_up = linear_at(a, dtypes, kFirst + 2 * kLinearInputs);
   const Linear down = linear_at(a, dtypes, kFirst + 3 * kLinearInputs);
+  const Hadamard turn = hadamard_at(a, 14, down.inputs);
   const int64_t tokens = a.dim(0, 0), hidden = a.dim(0, 1);
   const float *x = a.data<float>(0), eps = *a.data<float>(11);
   static thread_local std::vector<float> scratch[4];
-  float* packed = floats(scratch[0], tokens * qkv.outputs);
-  float* context = floats(scratch[1], tokens * out.inputs);
-  float* middle = floats(scratch[2], tokens * hidden);
-  float* inner = floats(scratch[3], tokens * gate_up.outputs);
+  float* packed = room_for(tokens * qkv.outputs, scratch[0]);
+  float* context = room_for(tokens * out.inputs, scratch[1]);
+  float* middle = room_for(tokens * hidden, scratch[2]);
+  float* inner = room_for(tokens * gate_up.outputs, scratch[3]);
 
   Attention p{};
   p.key_cache = a.data<void>(3), p.value_cache = a.data<void>(4);
@@ -88,6 +92,7 @@ OPERATOR(PanguBlock) {
   p.query_stride = p.key_stride = qkv.outputs, p.out = context;
   if (qkv.outputs != (p.heads + 2 * p.kv_heads) * p.dim || gate_up.outputs != 2 * down.inputs || !valid(p)) return 1;
   if (p.grid && a.size(10) != 4 * p.kv_heads * p.dim) return 1;
+  if (turn.order && (!valid(turn) || a.size(14) != turn.order * turn.order / 4)) return 1;
 
   const auto normed = [&](const float* from, int weight) -> InputRow {
     return [=, &a](int64_t m, float* room) {
@@ -103,6 +108,7 @@ OPERATOR(PanguBlock) {
   const InputRow gated = [&](int64_t m, float* room) {
     const float* gate = inner + m * gate_up.outputs;
     swiglu(gate, gate + down.inputs, down.inputs, room);
+    if (turn.order) hadamard(turn, room, room);
     return room;
   };
   run(down, tokens, gated, middle, a.data<float>(kFirst + 4 * kLinearInputs));

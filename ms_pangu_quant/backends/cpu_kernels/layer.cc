@@ -14,20 +14,6 @@ namespace {
 #define PANGU_BODY "layer_body.h"
 #include "every_isa.h"
 
-// f(row) for each of so many rows of so many floats; serially where threads would cost more than they save.
-template <class F>
-void each_row(int64_t rows, int64_t floats, const F& f) {
-  constexpr int64_t kSmall = 16384;
-  if (rows * floats < kSmall) {
-    for (int64_t m = 0; m < rows; m++) f(m);
-    return;
-  }
-  const int64_t at_once = floats < kSmall / 4 ? kSmall / 4 / (floats ? floats : 1) : 1;
-  parallel_for((rows + at_once - 1) / at_once, [&](int64_t i) {
-    for (int64_t m = i * at_once; m < rows && m < (i + 1) * at_once; m++) f(m);
-  });
-}
-
 template <class T>
 T stored(float x, const float*, const float*, int64_t) {
   return x;

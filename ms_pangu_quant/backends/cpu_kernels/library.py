@@ -35,10 +35,12 @@ PATHS = ("portable", "avx2", "vnni")  # in the order of the library's numbers
 SETTING, CACHE = "MS_PANGU_QUANT_KERNELS", "MS_PANGU_QUANT_CACHE"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
-# Linear layers promise the exact bits of the operations as written; the others may use fused multiply-add.
+# Linear layers and the Hadamard matrix promise the exact bits of the operations as written; the others may use fused
+# multiply-add.
 _UNITS = {
     "parallel.cc": (),
     "linear.cc": ("-ffp-contract=off",),
+    "hadamard.cc": ("-ffp-contract=off",),
     "layer.cc": ("-ffp-contract=fast",),
     "matrix.cc": ("-ffp-contract=fast",),
     "limits.cc": (),

@@ -8,6 +8,7 @@
 #include "isa.h"
 #include "operator.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace pangu {
 namespace {
@@ -37,9 +38,8 @@ void linear(Linear p, const InputRow& input) {
     p.rows = all - first < kRowsAtOnce ? all - first : kRowsAtOnce;
     s.codes.resize(p.rows * stride), s.sums.resize(p.rows * groups), s.scale.resize(p.rows);
     const auto quantize = [&](int64_t m) {
-      static thread_local std::vector<float> room;
-      if (room.size() < static_cast<size_t>(p.inputs)) room.resize(p.inputs);
-      const float* x = input(first + m, room.data());
+      static thread_local std::vector<float> kept;
+      const float* x = input(first + m, room_for(p.inputs, kept));
       DISPATCH(quantize_row(p, x, s.codes.data() + m * stride, stride, s.sums.data() + m * groups, &s.scale[m]));
     };
     if (p.rows * p.inputs < 16384)

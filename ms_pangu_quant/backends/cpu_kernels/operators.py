@@ -26,6 +26,7 @@ _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
     "PanguRMSNorm": (_F32, _F32, _F32),
     "PanguRope": (_F32, _F32, _F32),
     "PanguSwiGLU": (_F32,),
+    "PanguHadamard": (_F32, _U8, _F32),
     "PanguEmbedding": (_I32, _U16),
     "PanguHead": (_F32, _U16),
     "PanguStack": (_F32, _F32, _F32, _I32, _I32, _I32, _I32, _I64),
@@ -55,7 +56,7 @@ def block_operator(library: Library) -> ops.Custom:
         library,
         "PanguBlock",
         [
-            (*_attention(cache), _F32, _F32, _F32, *(dtype for weight in weights for dtype in (weight, *rest)))
+            (*_attention(cache), _F32, _F32, _F32, _U8, _F32, *(dtype for weight in weights for dtype in (weight, *rest)))
             for cache, *weights in product(_CACHES, *[(_I8, _U8)] * 4)
         ],
     )

@@ -1,0 +1,134 @@
+"""Chats -> text: a checkpoint's jinja2 template in a sandbox, openPangu's where there is none, and the thinking modes.
+
+The environment is transformers' (blocks trimmed, loop controls, generation blocks, tojson as it is) but for strftime_now: a
+prompt must not depend on the day, and templates that ask whether there is one have a date of their own. A hostile template
+cannot reach Python or print without end, but it can still waste time in nested loops.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jinja2 import Template, TemplateError
+from jinja2.ext import Extension
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.suggestion import did_you_mean
+
+THINKING_MODES = ("slow_think", "auto_think", "no_think")
+
+_SUFFIXES = ("", " /auto_think", " /no_think")
+_ROLES = ("system", "user", "assistant", "tool", "function")
+_MAX_TEMPLATE, _MAX_RENDERED = 64 << 10, 4 << 20  # characters
+OPENPANGU_TEMPLATE = (
+    "{% set label = {'system': '系统', 'user': '用户', 'assistant': '助手', 'tool': '工具', 'function': '方法'} %}"
+    "{% for message in messages %}"
+    "{% if loop.first and message['role'] != 'system' %}[unused9]系统：[unused10]{% endif %}"
+    "[unused9]{{ label[message['role']] }}：{{ message['content'] }}[unused10]"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}[unused9]助手：{% endif %}"
+)
+
+
+class _Generation(Extension):
+    """{% generation %} marks what the assistant says, for training; here it is only text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Refuses the operators that turn a short template into a huge value."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> NoReturn:
+        raise TemplateError(f"operator {operator} is not allowed")
+
+
+def _raise_exception(message: object) -> NoReturn:
+    raise RequestError(f"the checkpoint's chat_template refuses these messages: {message}")
+
+
+def compile_template(template: Any, where: Path) -> Template:
+    """template  text, or transformers' list of named ones, of which "default" is taken. Raises CheckpointError."""
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if not isinstance(template, str) or len(template) > _MAX_TEMPLATE:
+        raise CheckpointError(f"{where}: chat_template is not a string of at most {_MAX_TEMPLATE} characters")
+    sandbox = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation])
+    sandbox.globals["raise_exception"] = _raise_exception
+    sandbox.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # jinja's own would escape < and >
+    try:
+        return sandbox.from_string(template)
+    except (TemplateError, RecursionError) as error:
+        raise CheckpointError(f"{where}: chat_template is not a jinja2 template ({error})") from None
+
+
+def render(template: Template, chat: Sequence[Mapping[str, str]], where: Path, **variables: Any) -> str:
+    """Raises RequestError where the template refuses the chat or leaves a message out, CheckpointError where it fails."""
+    rendered, size = [], 0
+    try:
+        for part in template.generate(messages=chat, tools=None, documents=None, **variables):
+            rendered.append(part)
+            size += len(part)
+            if size > _MAX_RENDERED:
+                raise TemplateError(f"more than {_MAX_RENDERED} characters of output")
+    except RequestError:
+        raise
+    except Exception as error:  # a template can fail in any way
+        raise CheckpointError(
+            f"{where}: chat_template fails, {type(error).__name__}: {error}; take "
+            "the original checkpoint's, or none for the openPangu format"
+        ) from None
+    prompt = "".join(rendered)
+    for index, message in enumerate(chat):
+        if message["content"].strip() not in prompt:
+            raise RequestError(f"messages[{index}]: the chat_template leaves out this {message['role']} message")
+    return prompt
+
+
+def checked_chat(
+    messages: Sequence[Mapping[str, str]], mode: str | None, modes: Sequence[str] = THINKING_MODES
+) -> list[dict[str, str]]:
+    """A copy of messages with the mode's suffix on the last user message; modes are those of the model."""
+    if mode is not None and mode not in THINKING_MODES:
+        close = did_you_mean(mode, THINKING_MODES)
+        raise RequestError(f"thinking mode {mode!r} is unknown{close}, wanted one of {', '.join(THINKING_MODES)}")
+    if mode is not None and mode not in modes:
+        raise RequestError(f"thinking mode {mode!r}: this model has no thinking tokens, wanted {', '.join(modes)}")
+    if not messages:
+        raise RequestError("messages is empty, wanted at least one user message")
+    for index, message in enumerate(messages):
+        if message.get("role") not in _ROLES:
+            raise RequestError(f"messages[{index}]: role is {message.get('role')!r}, wanted one of {', '.join(_ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise RequestError(f"messages[{index}]: content is {message.get('content')!r}, wanted a string")
+    chat = [dict(message) for message in messages]
+    if mode is not None and len(modes) > 1:  # the only mode of a model that does not think needs no word
+        _append_suffix(chat, mode)
+    return chat
+
+
+def _append_suffix(chat: Sequence[dict[str, str]], mode: str) -> None:
+    suffix = _SUFFIXES[THINKING_MODES.index(mode)]
+    if not suffix:
+        return
+    user = next((message for message in reversed(chat) if message["role"] == "user"), None)
+    if user is None:
+        raise RequestError(f"mode {mode!r} is asked for at the end of a user message, and there is none")
+    if not user["content"].endswith(suffix):
+        if user["content"].endswith(_SUFFIXES[1:]):
+            raise RequestError(f"mode is {mode!r}, but the last user message asks for another one; remove either")
+        user["content"] += suffix
