@@ -35,10 +35,9 @@ from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.errors import CheckpointError, RecipeError
 from ms_pangu_quant.quantizers.grid import relative_weight_error, row_pieces
 from ms_pangu_quant.transforms.fold import expand_to_input
-from ms_pangu_quant.transforms.rotate import Rotate
+from ms_pangu_quant.transforms.rotate import REWRITES, Rotate
 
 SCALING_TRANSFORMS = ("smooth", "smooth_search")  # transforms that only multiply input channels and divide producers
-REWRITES = {"rotate": Rotate}  # of the checkpoint, which follow from their settings alone
 _SLACK = 2.0**-18  # relative: a few float32 roundings of weight, scale and quotient
 _UNRELATED = 0.5  # relative weight error beyond which a layer is not the checkpoint's at all
 

@@ -20,11 +20,10 @@ from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, CalibrationSettings, Recipe
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.recipe.settings import canonical, setting_names
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
-from ms_pangu_quant.transforms.rotate import Rotate
+from ms_pangu_quant.transforms.rotate import REWRITES
 from ms_pangu_quant.transforms.smooth import SmoothQuant
 from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
-REWRITES: dict[str, Callable[..., Rewrite]] = {"rotate": Rotate}
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
 QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
 _KEYS = ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "kv_cache", "calibration")

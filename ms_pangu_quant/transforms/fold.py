@@ -31,21 +31,13 @@ def scale_channels(block: Block, input_name: str) -> int:
     return block.weight(sites_reading(input_name)[0]).shape[1]
 
 
-def reduce_to_producer(block: Block, input_name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Max of values [in] over the input channels that share one channel of the producer; [scale_channels]."""
+def reduce_to_producer(block: Block, input_name: str, values: NDArray[Real], by: np.ufunc = np.maximum) -> NDArray[Real]:
+    """Max, or what `by` makes, of values [in] over the input channels that share one of the producer; [scale_channels]."""
     if input_name != ATTENTION_OUTPUT:
         return values
     config = block.config
     grouped = values.reshape(config.num_key_value_heads, -1, config.head_dim)
-    return np.asarray(grouped.max(axis=1).reshape(-1), dtype=np.float32)
-
-
-def sum_to_producer(block: Block, input_name: str, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum of values [in] over the input channels that share one channel of the producer; [scale_channels]."""
-    if input_name != ATTENTION_OUTPUT:
-        return values
-    config = block.config
-    return np.asarray(values.reshape(config.num_key_value_heads, -1, config.head_dim).sum(axis=1).reshape(-1))
+    return np.asarray(by.reduce(grouped, axis=1).reshape(-1), dtype=values.dtype)
 
 
 def expand_to_input(block: Block, input_name: str, s: NDArray[Real]) -> NDArray[Real]:

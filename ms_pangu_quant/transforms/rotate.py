@@ -158,3 +158,8 @@ def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: R
 def _of_heads(matrix: NDArray[np.float32], head: Rotation) -> NDArray[np.float32]:
     """matrix [rows, heads * head_dim], every head of a row times Q."""
     return head.of_rows(np.ascontiguousarray(matrix).reshape(-1, head.size)).reshape(matrix.shape)
+
+
+REWRITES = {
+    "rotate": Rotate
+}  # of a checkpoint, by the name that a recipe has for them; each follows from its settings alone

@@ -32,7 +32,7 @@ from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.recipe.scheme import QuantScheme
 from ms_pangu_quant.recipe.settings import check_types
-from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer, sum_to_producer
+from ms_pangu_quant.transforms.fold import expand_to_input, fold_changes, fold_scale, reduce_to_producer
 from ms_pangu_quant.transforms.smooth import check_inputs
 
 _ROWS = 512  # output channels of a layer that stand for all of them
@@ -84,7 +84,8 @@ def best_scale(block: Block, input_name: str, cost: OutputCost) -> NDArray[np.fl
 
     def logarithm(log_s: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         value, gradient = cost.smooth(expand_to_input(block, input_name, np.exp(log_s)))
-        return float(np.log(value)), np.where(used, sum_to_producer(block, input_name, gradient), 0) / value
+        gradient = reduce_to_producer(block, input_name, gradient, np.add)
+        return float(np.log(value)), np.where(used, gradient, 0) / value
 
     if not used.any():
         return start.astype(np.float32) + 1
