@@ -48,6 +48,29 @@ CARRIED_OVER = (
 )
 
 
+def begun_with(output: Path) -> Mapping[str, str]:
+    """The fingerprint of the run, under way or finished, that made this directory; empty where there is none to be read."""
+    for name in (JOURNAL, REPORT_FILE):
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return dict(json.loads((output / name).read_text(encoding="utf-8"))["fingerprint"])
+    return {}
+
+
+def check_room(output: Path, *, resume: bool) -> None:
+    """Raises OutputError where a QuantizedWriter would, as far as it can be told before there is anything to write."""
+    journal = output / JOURNAL
+    if not journal.exists() and output.is_dir() and not (resume and (output / "config.json").exists()):
+        _check_empty(output)
+
+
+def _check_empty(output: Path) -> None:
+    if (output / "config.json").exists():
+        raise OutputError(f"{output}: holds a finished checkpoint; choose another --output")
+    others = sorted(path.name for path in output.iterdir() if not path.match(".*.partial"))
+    if others:
+        raise OutputError(f"{output}: is not empty (it holds {others[0]}); choose another --output")
+
+
 class QuantizedWriter:
     """Use as a context manager: it holds a lock on the directory, which ends with the process at the latest."""
 
@@ -80,11 +103,7 @@ class QuantizedWriter:
             leftover.unlink()
         journal = self.output / JOURNAL
         if not journal.exists():
-            if (self.output / "config.json").exists():
-                raise OutputError(f"{self.output}: holds a finished checkpoint; choose another --output")
-            others = sorted(path.name for path in self.output.iterdir())
-            if others:
-                raise OutputError(f"{self.output}: is not empty (it holds {others[0]}); choose another --output")
+            _check_empty(self.output)
             self._save()
             return
         try:

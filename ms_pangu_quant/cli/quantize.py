@@ -29,7 +29,7 @@ from ms_pangu_quant.cli.inspect import print_layers
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.mixed.budget import Assignment
 from ms_pangu_quant.mixed.sensitivity import total_steps
-from ms_pangu_quant.pipeline.estimate import Estimate
+from ms_pangu_quant.pipeline.estimate import TRIED_BLOCKS, Estimate
 from ms_pangu_quant.pipeline.report import BlockReport, Progress, QuantizeResult
 from ms_pangu_quant.report.inspection import inspection
 
@@ -97,6 +97,8 @@ class Shown:
         self._previous = time.monotonic()
         self.progress = Progress(
             on_open=self._open,
+            on_tried=self._tried,
+            on_decided=self._decided,
             on_measuring=self._measuring,
             on_streams=self._streams,
             on_budget=self._budget,
@@ -109,6 +111,12 @@ class Shown:
             where = reader.directory
             err.print(f"{where}: MindFormers' training form, taken as: {reader.rows}", soft_wrap=True, markup=False)
         self._blocks, self._bytes = reader.config.num_hidden_layers, reader.bytes
+
+    def _tried(self, done: int, total: int) -> None:
+        self._advance("trying transforms", 1, total)
+
+    def _decided(self, said: str) -> None:
+        err.print(f"transforms: {said}", soft_wrap=True, markup=False)
 
     def _measuring(self, path: Path) -> None:
         err.print(f"measuring sensitivities for the budget -> {path}", soft_wrap=True)
@@ -178,6 +186,10 @@ def _print_estimate(found: Estimate) -> None:
             f"{used['max_length']})",
             soft_wrap=True,
         )
+    if found.tried:
+        names = " or ".join(f"[{name}]" for name in found.tried)
+        said = f"transforms: {names}, tried on {TRIED_BLOCKS} blocks first; the size is the last one's"
+        out.print(said, soft_wrap=True, markup=False)
     out.print(
         f"size: {size(found.bytes_before)} -> {size(found.bytes_after)}; peak memory about {size(found.peak_bytes)}; "
         f"about {found.seconds / 60:.1f} minutes on this machine",

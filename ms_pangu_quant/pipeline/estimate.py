@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +18,15 @@ from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.mixed.sensitivity import split
 from ms_pangu_quant.recipe.plan import Plan
-from ms_pangu_quant.recipe.recipe import Recipe
+from ms_pangu_quant.recipe.recipe import Recipe, TransformChoice
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
 _SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
+TRIED_BLOCKS, TRIED_TOKENS = (
+    3,
+    8192,
+)  # on which transforms are tried: statistics are of so many, and errors of so many held-out ones at most
 _PYTHON = 0.15 * 2**30  # resident without them
 
 
@@ -32,6 +36,7 @@ class Estimate:
 
     cache        scheme of keys and values, None for floats.
     calibration  what of the data is used, as the report has it.
+    tried        names of the transforms that are tried first; the figures are those of the last.
     """
 
     groups: tuple[tuple[str, str, str, float], ...]
@@ -41,10 +46,18 @@ class Estimate:
     bytes_after: int
     peak_bytes: float
     seconds: float
+    tried: tuple[str, ...] = ()
 
 
-def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, stored_as: Format = mindformers) -> Estimate:
-    """Raises RecipeError if the recipe does not fit the checkpoint."""
+def estimate(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    data: TokenData | None,
+    stored_as: Format = mindformers,
+    *,
+    tried: Sequence[TransformChoice] = (),
+) -> Estimate:
+    """tried: choices of which `recipe` has the last. Raises RecipeError if the recipe does not fit the checkpoint."""
     reader = recipe.rewritten(reader)
     plan = recipe.plan(reader.config)
     weights = layout.weight_count(reader.config)
@@ -57,10 +70,14 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     # Float, and rounded in a quarter of the time where there are integer kernels; with drift both up to each input as well.
     passes = 4.5 if recipe.seen else 1.3
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
+    if tried:  # one pass, and on each block tried two more for each choice, and what rounding takes
+        some, each = min(tokens, TRIED_TOKENS), len(tried) * min(TRIED_BLOCKS, blocks)
+        products += 2 * (blocks + 2 * each) * some * weights + each * _gram_products(reader.config, recipe, some)
     seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
     used = None if data is None else calibration_facts(recipe, data)
-    return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds)
+    names = tuple(choice.name for choice in tried)
+    return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds, names)
 
 
 def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:

@@ -54,6 +54,7 @@ def prepare(
         "recipe": recipe.digest,
         "calibration data": data.sha256 if data else "none",
         "version of ms_pangu_quant": version("ms_pangu_quant"),
+        **({"transforms": recipe.decision} if recipe.decision else {}),
         **({"number of ranks": str(ranks.size)} if ranks.size > 1 else {}),  # on which the order of sums depends
     }
     if recipe.assignment and recipe.assignment.checkpoint != fingerprint["checkpoint"]:

@@ -47,7 +47,7 @@ class QuantizeResult:
     was_complete: bool = False  # an earlier run had written all of it
 
 
-def _nothing(value: object) -> None:
+def _nothing(*values: object) -> None:
     pass
 
 
@@ -56,6 +56,8 @@ class Progress:
     """What is called while a run is under way.
 
     on_open       with the reader of the checkpoint, before anything else.
+    on_tried      with how many of so many steps are done of trying transforms.
+    on_decided    with what that came to.
     on_measuring  with the file that sensitivities are measured into, where a budget needs them.
     on_streams    with how many more of mixed.sensitivity.total_steps() are done of that.
     on_budget     with what a budget came to.
@@ -64,6 +66,8 @@ class Progress:
     """
 
     on_open: Callable[[CheckpointReader], None] = _nothing
+    on_tried: Callable[[int, int], None] = _nothing
+    on_decided: Callable[[str], None] = _nothing
     on_measuring: Callable[[Path], None] = _nothing
     on_bytes: Callable[[int], None] = _nothing
     on_streams: Callable[[int], None] = _nothing

@@ -16,7 +16,15 @@ from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
-from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, CalibrationSettings, Recipe, Rewrite, Transform, WeightQuantizer
+from ms_pangu_quant.recipe.recipe import (
+    KEEP_FLOAT,
+    CalibrationSettings,
+    Recipe,
+    Rewrite,
+    Transform,
+    TransformChoice,
+    WeightQuantizer,
+)
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.recipe.settings import canonical, setting_names
 from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
@@ -26,6 +34,7 @@ from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
 QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
+AUTO = (("smooth_search",), ("rotate", "smooth_search"))  # what `transforms: auto` is decided between
 _KEYS = ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "kv_cache", "calibration")
 _PACKAGE = Path(__file__).parent.parent
 _RECIPE_FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
@@ -70,7 +79,10 @@ def parse_recipe(text: str, where: str) -> Recipe:
         )
     budget, scheme = _scheme_or_budget(raw["scheme"], f"{where}: scheme")
     cache = raw.get("kv_cache", KEEP_FLOAT)  # or int8, or {int8: {keys: head}}
-    rewrites, transforms = _transforms(raw.get("transforms") or [], f"{where}: transforms")
+    asked, choices = raw.get("transforms") or [], tuple[TransformChoice, ...]()
+    if asked == "auto":
+        asked, choices = [], tuple(TransformChoice(", ".join(names), *_transforms([*names], where)) for names in AUTO)
+    rewrites, transforms = _transforms(asked, f"{where}: transforms")
     return Recipe(
         why=str(raw.get("why", "")),
         scheme=scheme,
@@ -87,6 +99,7 @@ def parse_recipe(text: str, where: str) -> Recipe:
         where=where,
         budget=budget,
         kv_cache=None if cache == KEEP_FLOAT else _build(cache, {"int8": Int8Cache}, f"{where}: kv_cache"),
+        choices=choices,
     )
 
 
@@ -112,7 +125,7 @@ def _spelled(recipe: Recipe) -> dict[str, Any]:
         "scheme": _named(recipe.budget) if recipe.budget else recipe.scheme,
         "layers": {name: scheme for place, (name, scheme) in enumerate(pairs) if name not in dict(pairs[place + 1 :])},
         "weight_range": "full" if recipe.full_range else "narrow",
-        "transforms": [_named(part) for part in (*recipe.rewrites, *recipe.transforms)],
+        "transforms": "auto" if recipe.choices else [_named(part) for part in (*recipe.rewrites, *recipe.transforms)],
         "rounding": _named(recipe.quantizer),
         **_named(recipe.activation_range),
         "kv_cache": _named(recipe.kv_cache) if recipe.kv_cache else KEEP_FLOAT,
@@ -148,7 +161,7 @@ def _scheme_name(name: Any, where: str) -> str:
 def _transforms(raw: Any, where: str) -> tuple[tuple[Rewrite, ...], tuple[Transform, ...]]:
     """What is done to the checkpoint and, after it, to each block."""
     if not isinstance(raw, list):
-        raise RecipeError(f"{where}: got {type(raw).__name__}, wanted a list")
+        raise RecipeError(f"{where}: got {raw!r}, wanted a list, or auto")
     built: list[Any] = [_build(item, {**REWRITES, **TRANSFORMS}, where) for item in raw]
     names = [item if isinstance(item, str) else next(iter(item)) for item in raw]
     count = sum(name in REWRITES for name in names)

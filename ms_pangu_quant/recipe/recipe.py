@@ -58,6 +58,9 @@ class Rewrite(Protocol):
     def changes(self, name: str) -> bool:
         """Whether it rewrites this tensor of a block."""
 
+    def states(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Hidden states [tokens, hidden] between two blocks, as the rewritten checkpoint has them."""
+
     def __call__(self, reader: CheckpointReader) -> CheckpointReader: ...
 
 
@@ -75,6 +78,15 @@ class WeightQuantizer(Protocol):
 
 
 KEEP_FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class TransformChoice:
+    """One of what `transforms: auto` is decided between."""
+
+    name: str
+    rewrites: tuple[Rewrite, ...]
+    transforms: tuple[Transform, ...]
 
 
 @dataclass(frozen=True)
@@ -118,7 +130,8 @@ class Recipe:
     """What a recipe file says. `layers` are (pattern, scheme name) pairs; the last that matches a layer decides.
 
     kv_cache says how keys and values are cached; None: as floats. With a `budget`, `scheme` is its cheaper one, and
-    `assignment`, which the file does not have, says who gets the other.
+    `assignment`, which the file does not have, says who gets the other. With `choices`, rewrites and transforms are still
+    to be taken from one of them; `decision` says which it was and why.
     """
 
     why: str
@@ -135,12 +148,14 @@ class Recipe:
     budget: Budget | None = None
     assignment: Assignment | None = None
     kv_cache: Int8Cache | None = None
+    choices: tuple[TransformChoice, ...] = ()
+    decision: str = ""
 
     @property
     def digest(self) -> str:
         """sha256 of what is done and what its budget came to, however a file says it and whatever its `why`."""
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        for name in ("why", "text", "where"):
+        for name in ("why", "text", "where", "decision", *(() if self.choices else ("choices",))):
             del said[name]
         return digest_of(**{**said, "assignment": self.assignment and self.assignment.schemes})
 
@@ -166,11 +181,17 @@ class Recipe:
 
     @property
     def needs_calibration(self) -> bool:
-        beside = self.budget is not None or self.kv_cache is not None
+        beside = self.budget is not None or self.kv_cache is not None or bool(self.choices)
         return beside or (self.observed | (self.seen or NOTHING)).data
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
-        """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
+        """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes, or if it is not
+        decided what they are."""
+        if self.choices:
+            raise RecipeError(
+                f"{self.where}: transforms: auto is decided by measuring, as `pangu-quant quantize` does; here name them: "
+                f"{' or '.join(f'[{choice.name}]' for choice in self.choices)}"
+            )
         for rewrite in self.rewrites:
             reader = rewrite(reader)
         return reader
@@ -179,6 +200,13 @@ class Recipe:
         """Whether a tensor of a block with these schemes is rewritten before layers are rounded."""
         rewritten = any(rewrite.changes(name) for rewrite in self.rewrites)
         return rewritten or any(transform.changes(name, schemes) for transform in self.transforms)
+
+    def decided(self, name: str, decision: str) -> Recipe:
+        """The recipe with the choice of this name."""
+        chosen = next(choice for choice in self.choices if choice.name == name)
+        return dataclasses.replace(
+            self, rewrites=chosen.rewrites, transforms=chosen.transforms, choices=(), decision=decision
+        )
 
     def uniform(self, scheme: str) -> Recipe:
         """The same recipe with one scheme for all layers."""

@@ -102,6 +102,10 @@ class Rotate:
         untouched = (layout.Q_PROJ, layout.K_PROJ, *(() if self.heads else (layout.V_PROJ,)))
         return name not in [f"{site.name}.bias" for site in untouched]
 
+    def states(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Hidden states [tokens, hidden] of the model as those of the rotated one."""
+        return Rotation(rows.shape[1], self.seed, self.kind).of_rows(rows)
+
     def __call__(self, reader: CheckpointReader) -> CheckpointReader:
         """The same model, rotated. Raises RecipeError if there is no Hadamard matrix of its sizes."""
         config = reader.config
