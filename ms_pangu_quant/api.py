@@ -21,7 +21,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.checkpoint.tokenizer import find_tokenizer
-from ms_pangu_quant.checkpoint.writer import begun_with, check_room
+from ms_pangu_quant.checkpoint.writer import check_room
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
@@ -37,7 +37,7 @@ from ms_pangu_quant.pipeline.estimate import estimate as estimate_run
 from ms_pangu_quant.pipeline.loop import quantize as run_pipeline
 from ms_pangu_quant.pipeline.prepare import check_data
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
-from ms_pangu_quant.pipeline.trial import chosen_in, decide
+from ms_pangu_quant.pipeline.trial import with_transforms
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe, parse_recipe
 from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.report.job import ReportRequest, report
@@ -96,11 +96,8 @@ def quantize(
     request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
     progress.on_open(request.reader)
     check_room(Path(output), resume=resume)
-    if request.recipe.budget is None:
-        _check_request(_with_last_choice(request), allow_unserved)  # what can be refused at once is
-    request = _transforms_decided(request, progress, Path(output) if resume else None)
     request = _budget_spent(request, sensitivity, Path(output), resume, progress)
-    _check_request(request, allow_unserved)
+    _check_request(_with_last_choice(request), allow_unserved)
     return run_pipeline(
         request.reader,
         request.recipe,
@@ -125,7 +122,7 @@ def estimate(
     """What quantize() would make of the same arguments, and what it would take; nothing is written."""
     request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
     choices = request.recipe.choices
-    request = _budget_spent(_with_last_choice(request), sensitivity, None, False, SILENT)
+    request = _with_last_choice(_budget_spent(request, sensitivity, None, False, SILENT))
     _check_request(request, allow_unserved)
     return estimate_run(request.reader, request.recipe, request.data, request.stored_as, tried=choices)
 
@@ -167,25 +164,6 @@ def _check_request(request: _Request, allow_unserved: bool) -> None:
     check_data(request.reader.config, request.recipe, request.data)
 
 
-def _transforms_decided(request: _Request, progress: Progress, resumed: Path | None = None) -> _Request:
-    """The recipe with the transforms that this model wants, or with those that the run in `resumed` was begun with."""
-    recipe, data = request.recipe, request.data
-    if not recipe.choices:
-        return request
-    check_data(request.reader.config, recipe, data)
-    assert data is not None
-
-    def decision() -> str:
-        earlier = begun_with(resumed).get("transforms", "") if resumed else ""
-        if chosen_in(earlier) in [choice.name for choice in recipe.choices]:
-            return earlier
-        return decide(request.reader, recipe, data, progress.on_tried)
-
-    said = runtime.job().from_first(decision)
-    progress.on_decided(said)
-    return replace(request, recipe=recipe.decided(chosen_in(said), said))
-
-
 def _with_last_choice(request: _Request) -> _Request:
     """For estimates: the choice that takes the most."""
     choices = request.recipe.choices
@@ -213,8 +191,9 @@ def _budget_spent(
     elif request.data is None:
         raise RequestError(f"{recipe.where}: a budget needs --calibration FILE, or --sensitivity FILE besides")
     else:
+        chosen = with_transforms(request.reader, recipe, request.data, progress, output if resume else None)
         progress.on_measuring(path)
-        found = _measured(request, path, DEFAULT_TOKENS, resume, progress)
+        found = _measured(replace(request, recipe=chosen), path, DEFAULT_TOKENS, resume, progress)
     spent = assigned(recipe, request.reader.config, found, request.stored_as)
     assert spent.assignment is not None
     progress.on_budget(spent.assignment)
@@ -249,7 +228,8 @@ def sensitivity(
     if path.is_dir() or not path.parent.is_dir():
         raise RequestError(f"--output: {path} is not a file in a directory that exists")
     progress.on_open(request.reader)
-    return _measured(_transforms_decided(request, progress), path, tokens, resume, progress)
+    chosen = with_transforms(request.reader, request.recipe, request.data, progress)
+    return _measured(replace(request, recipe=chosen), path, tokens, resume, progress)
 
 
 def sensitivity_cost(

@@ -87,6 +87,7 @@ def measure(
         "statistics": {"texts": len(known), "tokens": sum(map(len, known))},
         "measured": {"texts": len(measured), "tokens": sum(map(len, measured))},
         "recipe": text_of(recipe),
+        **({"transforms": recipe.decision} if recipe.decision else {}),
         "version": version("ms_pangu_quant"),
     }
     state = _State(folder, {**origin, "schemes": list(schemes)}, resume)

@@ -166,7 +166,8 @@ def method_digest(recipe: Recipe) -> str:
 
 
 def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as: Format) -> Recipe:
-    """The recipe with its budget spent; layers that it names under `layers` keep what it says.
+    """The recipe with its budget spent; layers that it names under `layers` keep what it says. Transforms that it leaves to
+    be decided are those that the sensitivities were measured with.
 
     Bits are those of the tensors that `stored_as` stores, so that inspect finds the same.
     Raises   RecipeError if the sensitivities are of another method or model, or the budget cannot be met.
@@ -174,6 +175,7 @@ def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as:
     budget = recipe.budget
     if budget is None:
         return recipe
+    recipe = _as_measured(recipe, found)
     _check_fits(recipe, config, found)
     layers = [layer for group in found.groups for layer in group.layers]
     named = recipe.named(layers)
@@ -208,6 +210,14 @@ def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as:
         bits, kl = bits + choice.bits[dear], kl + choice.kl[dear]
     made = Assignment(schemes, bits / weights, kl, stored_as.NAME, found.sha256, found.origin["checkpoint"])
     return dataclasses.replace(recipe, assignment=made)
+
+
+def _as_measured(recipe: Recipe, found: Sensitivity) -> Recipe:
+    for choice in recipe.choices:
+        each = recipe.decided(choice.name, found.origin.get("transforms", f"{choice.name}: as the sensitivities"))
+        if found.origin.get("method") == method_digest(each):
+            return each
+    return recipe
 
 
 def _check_fits(recipe: Recipe, config: ModelConfig, found: Sensitivity) -> None:

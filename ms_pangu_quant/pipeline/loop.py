@@ -23,6 +23,7 @@ from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.output import Output, finished
 from ms_pangu_quant.pipeline.prepare import prepare
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
+from ms_pangu_quant.pipeline.trial import with_transforms
 from ms_pangu_quant.recipe.recipe import Recipe
 
 
@@ -43,6 +44,7 @@ def quantize(
     resume    go on with an unfinished run in `output`, or leave a finished one; byte-identical to an undisturbed run's.
     Raises    PanguQuantError for anything wrong with checkpoint, recipe, data or output directory.
     """
+    recipe = with_transforms(reader, recipe, data, progress, output if resume else None)
     run = prepare(reader, recipe, data, stored_as, progress)
     complete = finished(run, output) if resume else None
     if complete is not None:

@@ -13,6 +13,7 @@ import math
 import operator
 from collections.abc import Callable, Sequence
 from functools import reduce
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +23,39 @@ from ms_pangu_quant.calibration.statistics import NOTHING
 from ms_pangu_quant.calibration.stream import NoStream
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
+from ms_pangu_quant.checkpoint.writer import begun_with
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.block import round_block, transform_block
 from ms_pangu_quant.pipeline.estimate import TRIED_BLOCKS, TRIED_TOKENS
+from ms_pangu_quant.pipeline.prepare import check_data
+from ms_pangu_quant.pipeline.report import SILENT, Progress
 from ms_pangu_quant.recipe.recipe import Recipe
+
+
+def with_transforms(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    data: TokenData | None,
+    progress: Progress = SILENT,
+    resumed: Path | None = None,
+) -> Recipe:
+    """The recipe with the transforms that this model wants, or with those of the run that is in the directory `resumed`.
+
+    A recipe that names its transforms is returned as it is. Raises RecipeError where there is nothing to try on.
+    """
+    if not recipe.choices:
+        return recipe
+    check_data(reader.config, recipe, data)
+    assert data is not None
+
+    def decision() -> str:
+        earlier = begun_with(resumed).get("transforms", "") if resumed else ""
+        known = chosen_in(earlier) in [choice.name for choice in recipe.choices]
+        return earlier if known else decide(reader, recipe, data, progress.on_tried)
+
+    said = runtime.job().from_first(decision)
+    progress.on_decided(said)
+    return recipe.decided(chosen_in(said), said)
 
 
 def decide(

@@ -16,6 +16,7 @@ from ms_pangu_quant.quantizers.activation import ActivationRange
 from ms_pangu_quant.quantizers.gptq import Gptq
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
+from ms_pangu_quant.quantizers.signround import SignRound
 from ms_pangu_quant.recipe.recipe import (
     KEEP_FLOAT,
     CalibrationSettings,
@@ -33,7 +34,7 @@ from ms_pangu_quant.transforms.smooth import SmoothQuant
 from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
-QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq}
+QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq, "signround": SignRound}
 AUTO = (("smooth_search",), ("rotate", "smooth_search"))  # what `transforms: auto` is decided between
 _KEYS = ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "kv_cache", "calibration")
 _PACKAGE = Path(__file__).parent.parent

@@ -185,21 +185,24 @@ class Recipe:
         return beside or (self.observed | (self.seen or NOTHING)).data
 
     def rewritten(self, reader: CheckpointReader) -> CheckpointReader:
-        """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes, or if it is not
-        decided what they are."""
-        if self.choices:
-            raise RecipeError(
-                f"{self.where}: transforms: auto is decided by measuring, as `pangu-quant quantize` does; here name them: "
-                f"{' or '.join(f'[{choice.name}]' for choice in self.choices)}"
-            )
+        """The checkpoint as this recipe rounds it. Raises RecipeError if a rewrite does not fit its sizes."""
+        self._check_decided()
         for rewrite in self.rewrites:
             reader = rewrite(reader)
         return reader
 
     def changes(self, name: str, schemes: Mapping[str, QuantScheme | None]) -> bool:
         """Whether a tensor of a block with these schemes is rewritten before layers are rounded."""
+        self._check_decided()
         rewritten = any(rewrite.changes(name) for rewrite in self.rewrites)
         return rewritten or any(transform.changes(name, schemes) for transform in self.transforms)
+
+    def _check_decided(self) -> None:
+        if self.choices:
+            raise RecipeError(
+                f"{self.where}: transforms: auto is decided by measuring, as `pangu-quant quantize` does; here name them: "
+                f"{' or '.join(f'[{choice.name}]' for choice in self.choices)}"
+            )
 
     def decided(self, name: str, decision: str) -> Recipe:
         """The recipe with the choice of this name."""

@@ -223,7 +223,7 @@ def test_calibration_is_needed_by_transforms_and_static_activations_alone(recipe
         ("", r"got NoneType, wanted a mapping"),
         ("- scheme", r"got list, wanted a mapping"),
         ("scheme: w8a8\nlayers: [a]", r"layers: got list, wanted a mapping"),
-        ("scheme: w8a8\ntransforms: {smooth: {}}", r"transforms: got dict, wanted a list"),
+        ("scheme: w8a8\ntransforms: {smooth: {}}", r"transforms: got {.smooth.: {}}, wanted a list, or auto"),
         ("scheme: w8a8\ntransforms: [{smooth: {}, rotate: {}}]", r"transforms: got \['rotate', 'smooth'\], wanted one"),
         ("scheme: w8a8\ntransforms: [{smooth: 3}]", r"smooth: got int, wanted a mapping"),
         ("scheme: w8a8\ntransforms: [7]", r"transforms: got int"),
