@@ -115,18 +115,26 @@ class Rotate:
         for each in (stream, head, inner):
             if each is not None and each.kind == "hadamard":
                 hadamard_factors(each.size)  # fails before anything is written
-        norm = reader.files.read_float32(layout.FINAL_NORM)
-        embedding = reader.files.entries[layout.EMBEDDING]
-        head_source = embedding if config.tie_word_embeddings else reader.files.entries[layout.HEAD]
-        return reader.rewritten(
-            dataclasses.replace(config, tie_word_embeddings=False, online_hadamard=self.online),
-            {
-                layout.EMBEDDING: ComputedEntry.of(embedding, stream.of_rows),
-                layout.HEAD: ComputedEntry.of(head_source, lambda rows: stream.of_rows(rows, norm)),
-                layout.FINAL_NORM: ComputedEntry.of(reader.files.entries[layout.FINAL_NORM], np.ones_like),
-            },
-            lambda block: rotate_block(block, stream, head, inner),
-        )
+        return rotated(reader, stream, head, inner)
+
+
+def rotated(
+    reader: CheckpointReader, stream: Rotation, head: Rotation | None = None, inner: Rotation | None = None
+) -> CheckpointReader:
+    """The same model with its residual stream, and what else is given, rotated; read so, nothing is written."""
+    config = reader.config
+    norm = reader.files.read_float32(layout.FINAL_NORM)
+    embedding = reader.files.entries[layout.EMBEDDING]
+    head_source = embedding if config.tie_word_embeddings else reader.files.entries[layout.HEAD]
+    return reader.rewritten(
+        dataclasses.replace(config, tie_word_embeddings=False, online_hadamard=inner is not None),
+        {
+            layout.EMBEDDING: ComputedEntry.of(embedding, stream.of_rows),
+            layout.HEAD: ComputedEntry.of(head_source, lambda rows: stream.of_rows(rows, norm)),
+            layout.FINAL_NORM: ComputedEntry.of(reader.files.entries[layout.FINAL_NORM], np.ones_like),
+        },
+        lambda block: rotate_block(block, stream, head, inner),
+    )
 
 
 def rotate_block(block: Block, stream: Rotation, head: Rotation | None, inner: Rotation | None = None) -> Block:
