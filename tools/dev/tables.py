@@ -72,7 +72,7 @@ PAPER = tuple(
     )
 )
 EVERY = ("w8a8_rtn", "w8a8", "w8a8_static", "w4a8_rtn", "w4a8_g128_rtn", "w4a8", "w4a8_mixed", "w4a8_g128", "w4a8_g256")
-HALF, GPTQ = {"smooth": {"alpha": 0.5}}, {"gptq": {"damping": 0.01}}
+HALF, GPTQ, ROTATED = {"smooth": {"alpha": 0.5}}, {"gptq": {"damping": 0.01}}, ["rotate", "smooth_search"]
 AUTO = yaml.safe_load(find_recipe("w4a8_g128").read_text(encoding="utf-8"))["rounding"]["gptq"]
 
 
@@ -86,11 +86,13 @@ PARTS = (
     own("smooth_rtn", "smoothing with alpha 0.5, rounding to nearest", transforms=[HALF], rounding="rtn"),
     own("smooth_gptq", "smoothing with alpha 0.5, GPTQ", transforms=[HALF], rounding=GPTQ),
     own("search_gptq", "`smooth_search`, GPTQ", transforms=["smooth_search"], rounding=GPTQ),
-    own("search_auto", "`smooth_search`, GPTQ as in `w4a8_g128`", transforms=["smooth_search"]),
-    own("rotated_gptq", "rotated, `smooth_search`, GPTQ", rounding=GPTQ),
-    own("rotated_correct", "the same with `correct`", rounding={"gptq": {"damping": 0.01, "correct": True}}),
-    *recipes("w4a8_g128", what="the same with damping and strength `auto` and `temper`: `w4a8_g128`"),
-    own("rotated_sweeps", "the same with two sweeps", rounding={"gptq": {**AUTO, "sweeps": 2}}),
+    own("search_signround", "`smooth_search`, learned rounding", transforms=["smooth_search"], rounding="signround"),
+    *recipes("w4a8_g128", what="`smooth_search`, GPTQ with `correct`, damping and strength `auto`, `temper`: `w4a8_g128`"),
+    own(
+        "search_sweeps", "the same with two sweeps", transforms=["smooth_search"], rounding={"gptq": {**AUTO, "sweeps": 2}}
+    ),
+    own("rotated_gptq", "rotated, `smooth_search`, GPTQ", transforms=ROTATED, rounding=GPTQ),
+    own("rotated_auto", "rotated, `smooth_search`, GPTQ as in `w4a8_g128`", transforms=ROTATED),
 )
 
 
