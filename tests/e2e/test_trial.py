@@ -15,7 +15,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import trial
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.report import Progress
-from ms_pangu_quant.pipeline.trial import blocks_tried, chosen_in, decide, try_choices, with_transforms
+from ms_pangu_quant.pipeline.trial import chosen_in, try_choices, with_transforms
 from ms_pangu_quant.recipe.parse import AUTO, parse_recipe
 from tests.conftest import ASSETS, MINI, calibration
 
@@ -34,25 +34,6 @@ def reader():
 @pytest.fixture
 def undecided():
     return parse_recipe(UNDECIDED, "recipe")
-
-
-@pytest.mark.parametrize("blocks", range(1, 80))
-def test_the_blocks_tried_are_different_ones_spread_over_the_model(blocks):
-    tried = blocks_tried(blocks)
-    assert tried == sorted(set(tried))
-    assert {0 <= index < blocks for index in tried} == {True}
-    assert max(np.diff([-1, *tried, blocks])) <= blocks // 3 + 1
-
-
-@pytest.mark.parametrize("least", [0, 1])
-def test_the_choice_with_the_least_error_is_taken_and_told(least, reader, undecided, monkeypatch):
-    errors = [[0.25, 0.01, 0.4], [0.25, 0.01, 0.4]]
-    errors[least] = [0.2, 0.011, 0.3]  # less in the geometric mean, not of every block
-    monkeypatch.setattr(trial, "try_choices", lambda *arguments: errors)
-    said = decide(reader, undecided, calibration(2))
-    assert chosen_in(said) == NAMES[least]
-    assert f"{np.prod(errors[least]) ** (1 / 3):.4f}" in said
-    assert f"{NAMES[1 - least]} 0.1000" in said
 
 
 def test_what_was_tried_is_what_a_run_would_do_with_a_block(reader):
