@@ -121,8 +121,8 @@ def estimate(
 ) -> Estimate:
     """What quantize() would make of the same arguments, and what it would take; nothing is written."""
     request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
-    choices = request.recipe.choices
-    request = _with_last_choice(_budget_spent(request, sensitivity, None, False, SILENT))
+    request = _budget_spent(request, sensitivity, None, False, SILENT)
+    choices, request = request.recipe.choices, _with_last_choice(request)
     _check_request(request, allow_unserved)
     return estimate_run(request.reader, request.recipe, request.data, request.stored_as, tried=choices)
 
