@@ -327,7 +327,7 @@ def test_forty_messages_are_ten_chats_and_the_first_problems_of_both_benchmarks(
 
 # --- verdicts beside other judges' ------------------------------------------------------------------------------------
 
-PARTS = ("half", "all_but_last")  # shapes that do not hold the whole solution
+PARTS = ("half", "torn", "all_but_last")  # shapes that do not hold the whole solution
 PROBLEMS = [problem for each in load_tasks(("humaneval", "mbpp"), {}).values() for problem in [*each.by_id.values()][::9]]
 
 

@@ -40,9 +40,11 @@ def shapes(problem: Problem) -> dict[str, str]:
         "draft": f"{fenced(without_result(code, entry))}That does nothing yet. In full:\n{fenced(code)}",
         "unfenced": f"Here is the function, as you asked:\n\n{code}\nIt does what you asked, doesn't it?\n",
         "main": fenced(f"{code}\n\nif __name__ == '__main__':\n    print({entry})\n    raise SystemExit(1)\n"),
+        "own_test": fenced(f"{code}\n\nassert {entry} is None, 'what an answer may say of itself'\n"),
         "bare": fenced(signature.rstrip() + "\n" + body),  # no imports, no helpers, no docstring
         "open": fenced(code).removesuffix("```\n"),
         "half": "```python\n" + "".join(lines[: len(lines) // 2]),
+        "torn": "```python\n" + code[: len(code) // 2],
         "all_but_last": "```python\n" + "".join(lines[:-1]),
         NONE: fenced(without_result(code, entry)),
         **more,
