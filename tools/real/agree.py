@@ -2,7 +2,8 @@
 """Text in, text out as transformers has it: both answer prompts greedily from one checkpoint, compared token for token.
 
 Both compute in float32, so that rounding alone can tell them apart. Where answers part, the last column says by how much
-this project's logits prefer its own token: if rounding did it, by next to nothing. transformers has a Python of its own:
+this project's logits prefer its own token: if rounding did it, by next to nothing. Asked are ten chats, then problems of
+HumanEval and MBPP in turns, as the evaluation words them. transformers has a Python of its own:
   python -m venv peer && peer/bin/pip install torch==2.13.0 transformers==4.57.1
 
 exit code  0 all answers are the same, 3 some are not, 2 the request cannot be done
@@ -16,17 +17,20 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the rooms import each other from the root
 
 from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.evaluation import prompts as worded
+from ms_pangu_quant.evaluation.tasks import load_tasks
 from ms_pangu_quant.job.arguments import Parser
 from tools.peers.compare import markdown
 from tools.peers.quantizers import give_back_tokenizer, python_command, write_source
 
-PROMPTS = """\
+CHATS = """\
 What is the capital of France?
 Write a Python function that reverses a list.
 Explain in two sentences why the sky is blue.
@@ -52,6 +56,15 @@ for text in json.loads(PROMPTS):
     record = {"prompt": ids[0].tolist(), "answer": answer, "text": tokenizer.decode(answer, skip_special_tokens=True)}
     print("ANSWER", json.dumps(record), flush=True)
 """
+
+
+def messages() -> dict[str, str]:
+    """What a message is called -> the user's message."""
+    benchmarks = load_tasks(("humaneval", "mbpp"), {}).values()
+    problems = chain.from_iterable(zip(*(each.by_id.values() for each in benchmarks), strict=False))
+    wording = worded.PROMPTS["zero_shot_instruct"]
+    asked = {problem.task_id: wording.render(problem)[0]["content"] for problem in problems}
+    return {**{chat: chat for chat in CHATS.splitlines()}, **asked}
 
 
 def theirs(python: str, source: Path, prompts: Sequence[str], tokens: int) -> list[dict[str, Any]]:
@@ -89,18 +102,24 @@ def answers(model: Any, prompts: Sequence[str], others: Sequence[dict[str, Any]]
 def compare(chosen: argparse.Namespace, source: Path) -> list[list[str]]:
     from ms_pangu_quant.inference.model import load
 
-    prompts = (chosen.prompts.read_text(encoding="utf-8") if chosen.prompts else PROMPTS).splitlines()
+    known = messages()
+    if chosen.prompts:
+        known = {line: line for line in chosen.prompts.read_text(encoding="utf-8").splitlines()}
+    asked = dict(islice(known.items(), chosen.count))
+    prompts = [*asked.values()]
     write_source(chosen.checkpoint, source)
     give_back_tokenizer(chosen.checkpoint, source)
     others = theirs(chosen.python, source, prompts, chosen.tokens)
-    return answers(load(source), prompts, others, chosen.tokens)
+    rows = answers(load(source), prompts, others, chosen.tokens)
+    return [[name, *row[1:]] for name, row in zip(asked, rows, strict=True)]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__, example="python tools/real/agree.py real/smollm2 --python peer/bin/python")
     parser.add_argument("checkpoint", type=Path, help="float, with a tokenizer that transformers reads")
     parser.add_argument("--python", required=True, help="interpreter that has torch and transformers")
-    parser.add_argument("--prompts", type=Path, help="file with a user message in each line (default: ten)")
+    parser.add_argument("--prompts", type=Path, help="file with a user message in each line (default: see above)")
+    parser.add_argument("--count", type=int, default=40, help="of prompts (default: 40)")
     parser.add_argument("--tokens", type=int, default=64, help="that an answer may have (default: 64)")
     chosen = parser.parse_args(arguments)
     try:
