@@ -34,7 +34,11 @@ from ms_pangu_quant.transforms.smooth import SmoothQuant
 from ms_pangu_quant.transforms.smooth_search import SmoothSearch
 
 TRANSFORMS: dict[str, Callable[..., Transform]] = {"smooth": SmoothQuant, "smooth_search": SmoothSearch}
-QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {"rtn": RoundToNearest, "gptq": Gptq, "signround": SignRound}
+QUANTIZERS: dict[str, Callable[..., WeightQuantizer]] = {
+    "rtn": RoundToNearest,
+    "gptq": Gptq,
+    "signround": SignRound,
+}
 AUTO = (("smooth_search",), ("rotate", "smooth_search"))  # what `transforms: auto` is decided between
 _KEYS = ("why", "scheme", "layers", "weight_range", "transforms", "rounding", "activation_range", "kv_cache", "calibration")
 _PACKAGE = Path(__file__).parent.parent
