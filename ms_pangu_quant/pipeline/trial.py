@@ -83,9 +83,9 @@ def chosen_in(decision: str) -> str:
 
 
 def blocks_tried(blocks: int) -> list[int]:
-    """The middle ones of so many equal parts of the model."""
+    """The last ones of so many equal parts of the model. What the very last errs by no other block takes up."""
     count = min(TRIED_BLOCKS, blocks)
-    return [blocks * (2 * part + 1) // (2 * count) for part in range(count)]
+    return [blocks * (part + 1) // count - 1 for part in range(count)]
 
 
 def try_choices(
