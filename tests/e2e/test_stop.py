@@ -28,8 +28,9 @@ def test_a_stop_is_one_line_and_leaves_no_stray_file(number, code, word, moment,
     process = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True, env=environment)
     lines = []
     if moment == "blocks are being done":
-        lines.append(process.stderr.readline())
-        assert lines[0].startswith("block 1/4")
+        lines += [process.stderr.readline() for _ in range(2)]
+        assert lines[0].startswith("transforms: ")
+        assert lines[1].startswith("block 1/4")
     else:
         # The frameworks' log folder appears right before they are imported, the output right before the first block.
         begun = folder / "out" if moment == "first block is being compiled" else scratch
@@ -41,7 +42,7 @@ def test_a_stop_is_one_line_and_leaves_no_stray_file(number, code, word, moment,
     lines += process.stderr.readlines()
     assert process.wait(timeout=60) == code
     assert lines[-1] == f"pangu-quant: {word}\n"
-    assert all(line.startswith("block ") for line in lines[:-1])
+    assert all(line.startswith(("transforms: ", "block ")) for line in lines[:-1])
     assert list(scratch.iterdir()) == []
     assert [path.name for path in folder.iterdir()] in ([], ["out"])
     assert not (folder / "out" / "config.json").exists()
