@@ -46,7 +46,7 @@ layers:
   model.layers.0.self_attn.*: w8a8
   model.layers.0.mlp.*: w8a8_static
   model.layers.1.self_attn.o_proj: float
-transforms: [smooth]
+transforms: auto
 rounding: gptq
 kv_cache: int8
 """
