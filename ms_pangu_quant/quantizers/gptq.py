@@ -25,7 +25,6 @@ statistics.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +36,7 @@ from scipy.linalg.lapack import dpotrf
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
-from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
 from ms_pangu_quant.quantizers.refine import refine
 from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -232,7 +231,7 @@ def correction(weight: NDArray[np.float32], gram: NDArray[np.float64], drift: ND
         wanted = weight[rows] @ narrow
         result[rows] = cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
 
-    in_parallel(correct, _row_pieces(weight))
+    in_parallel(correct, row_pieces(weight, _PIECE_ELEMENTS))
     return result
 
 
@@ -268,11 +267,5 @@ def gptq_codes(
                 rounded[j] = code
         codes[rows] = rounded[np.argsort(columns)].T
 
-    in_parallel(round_rows, _row_pieces(weight))
+    in_parallel(round_rows, row_pieces(weight, _PIECE_ELEMENTS))
     return codes
-
-
-def _row_pieces(weight: NDArray[np.float32]) -> Iterator[slice]:
-    step = max(1, _PIECE_ELEMENTS // weight.shape[1])
-    for start in range(0, len(weight), step):
-        yield slice(start, start + step)

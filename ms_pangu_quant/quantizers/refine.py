@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.quantizers.grid import QuantizedWeight
+from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
 from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
@@ -35,7 +35,6 @@ def refine(
     gram     [in, in] float64, symmetric.  damping  what is added to its diagonal (absolute).
     """
     codes, scale = rounded.codes.copy(), rounded.scale.copy()
-    step = max(1, _PIECE_ELEMENTS // weight.shape[1])
     damped = gram.astype(np.float32)
     np.einsum("ii->i", damped)[:] = np.diagonal(gram) + damping
 
@@ -45,7 +44,7 @@ def refine(
             scale[rows] = best_scales(output, codes[rows], scale[rows], scheme, damped)
             codes[rows] = sweep(weight[rows], codes[rows], scale[rows], scheme, damped)
 
-    in_parallel(better, (slice(start, start + step) for start in range(0, len(weight), step)))
+    in_parallel(better, row_pieces(weight, _PIECE_ELEMENTS))
     return QuantizedWeight(codes, scale, rounded.note)
 
 

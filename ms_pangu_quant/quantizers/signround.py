@@ -21,7 +21,7 @@ from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.gptq import checked_diagonal
-from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid, round_up_to_bfloat16
+from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid, round_up_to_bfloat16, row_pieces
 from ms_pangu_quant.quantizers.threads import in_parallel
 from ms_pangu_quant.recipe.scheme import TensorScheme
 from ms_pangu_quant.recipe.settings import check_types
@@ -64,7 +64,7 @@ class SignRound:
         def learn(rows: slice) -> None:
             codes[rows], scale[rows] = learned(weight[rows], codes[rows], scale[rows], scheme, gram, self.steps)
 
-        in_parallel(learn, (slice(start, start + _ROWS) for start in range(0, len(weight), _ROWS)))
+        in_parallel(learn, row_pieces(weight, _ROWS * weight.shape[1]))
         return QuantizedWeight(codes, scale)
 
 
