@@ -97,7 +97,7 @@ def quantize(
     progress.on_open(request.reader)
     check_room(Path(output), resume=resume)
     request = _budget_spent(request, sensitivity, Path(output), resume, progress)
-    _check_request(_with_last_choice(request), allow_unserved)
+    _check_request(request, allow_unserved)
     return run_pipeline(
         request.reader,
         request.recipe,
@@ -122,9 +122,8 @@ def estimate(
     """What quantize() would make of the same arguments, and what it would take; nothing is written."""
     request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
     request = _budget_spent(request, sensitivity, None, False, SILENT)
-    choices, request = request.recipe.choices, _with_last_choice(request)
     _check_request(request, allow_unserved)
-    return estimate_run(request.reader, request.recipe, request.data, request.stored_as, tried=choices)
+    return estimate_run(request.reader, request.recipe, request.data, request.stored_as)
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,6 @@ def _check_request(request: _Request, allow_unserved: bool) -> None:
         config = request.reader.config
         check_served(request.stored_as.NAME, facts_of(config, request.recipe.plan(config)))
     check_data(request.reader.config, request.recipe, request.data)
-
-
-def _with_last_choice(request: _Request) -> _Request:
-    """For estimates: the choice that takes the most."""
-    choices = request.recipe.choices
-    return replace(request, recipe=request.recipe.decided(choices[-1].name, "")) if choices else request
 
 
 def _budget_spent(
@@ -241,7 +234,7 @@ def sensitivity_cost(
     allow_benchmark_overlap: bool = False,
 ) -> SensitivityCost:
     """What sensitivity() would take for the same arguments."""
-    request = _with_last_choice(_request(checkpoint, recipe, calibration, "mindformers", allow_benchmark_overlap))
+    request = _request(checkpoint, recipe, calibration, "mindformers", allow_benchmark_overlap)
     schemes_to_measure(request.recipe)
     assert request.data is not None
     return measuring_cost(request.reader.config, request.recipe, request.data, tokens)

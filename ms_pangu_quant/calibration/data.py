@@ -22,7 +22,7 @@ import json
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -132,10 +132,14 @@ def load_token_data(
         _refuse_benchmarks(path, form, rows, tokenizer)
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
     if tokens is not None:
-        ends = list(accumulate(min(len(ids), max_length) for ids in whole))
-        whole = whole[: max(bisect_right(ends, tokens), 1)]
+        whole = whole[: fitting((min(len(ids), max_length) for ids in whole), tokens)]
     sequences = tuple(ids[:max_length] for ids in whole)
     return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
+
+
+def fitting(lengths: Iterable[int], tokens: int) -> int:
+    """How many of the first texts, of these lengths, have no more than so many tokens together; at least one."""
+    return max(bisect_right(list(accumulate(lengths)), tokens), 1)
 
 
 def _read(path: Path, vocab_size: int) -> list[_Table]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,14 @@ from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.mixed.sensitivity import split
 from ms_pangu_quant.recipe.plan import Plan
-from ms_pangu_quant.recipe.recipe import Recipe, TransformChoice
+from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
 _SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
-TRIED_BLOCKS, TRIED_TOKENS = (
-    3,
-    8192,
-)  # on which transforms are tried: statistics are of so many, and errors of so many held-out ones at most
 _PYTHON = 0.15 * 2**30  # resident without them
+# On which transforms are tried: statistics are of so many tokens, and errors of so many held-out ones at most.
+TRIED_BLOCKS, TRIED_TOKENS = 3, 8192
 
 
 @dataclass(frozen=True)
@@ -49,15 +47,13 @@ class Estimate:
     tried: tuple[str, ...] = ()
 
 
-def estimate(
-    reader: CheckpointReader,
-    recipe: Recipe,
-    data: TokenData | None,
-    stored_as: Format = mindformers,
-    *,
-    tried: Sequence[TransformChoice] = (),
-) -> Estimate:
-    """tried: choices of which `recipe` has the last. Raises RecipeError if the recipe does not fit the checkpoint."""
+def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, stored_as: Format = mindformers) -> Estimate:
+    """Of a recipe that leaves its transforms to be decided: with the last choice, which takes the most, and the trial.
+
+    Raises RecipeError if the recipe does not fit the checkpoint.
+    """
+    tried = tuple(choice.name for choice in recipe.choices)
+    recipe = recipe.decided(tried[-1], "") if tried else recipe
     reader = recipe.rewritten(reader)
     plan = recipe.plan(reader.config)
     weights = layout.weight_count(reader.config)
@@ -76,8 +72,7 @@ def estimate(
     seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
     used = None if data is None else calibration_facts(recipe, data)
-    names = tuple(choice.name for choice in tried)
-    return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds, names)
+    return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds, tried)
 
 
 def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.data import TokenData, fitting
 from ms_pangu_quant.calibration.statistics import NOTHING
 from ms_pangu_quant.calibration.stream import NoStream
 from ms_pangu_quant.checkpoint.block import RoundedBlock
@@ -132,13 +132,9 @@ def _geometric_mean(errors: Sequence[float]) -> float:
 def _some_texts(data: TokenData) -> tuple[list[NDArray[np.int32]], int]:
     """(texts, how many of the last ones are held out): the first of each kind, of TRIED_TOKENS together or one."""
     cut = len(data.sequences) - data.held_out
-    fitted, held = ([*_first(part)] for part in (data.sequences[:cut], data.sequences[cut:]))
+    kinds = data.sequences[:cut], data.sequences[cut:]
+    fitted, held = ([*kind[: fitting(map(len, kind), TRIED_TOKENS)]] for kind in kinds)
     return fitted + held, len(held)
-
-
-def _first(sequences: Sequence[NDArray[np.int32]]) -> Sequence[NDArray[np.int32]]:
-    ends = np.cumsum([len(sequence) for sequence in sequences])
-    return sequences[: max(1, int(np.searchsorted(ends, TRIED_TOKENS, side="right")))]
 
 
 def _error_of_tokens(value: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -172,6 +172,5 @@ def _of_heads(matrix: NDArray[np.float32], head: Rotation) -> NDArray[np.float32
     return head.of_rows(np.ascontiguousarray(matrix).reshape(-1, head.size)).reshape(matrix.shape)
 
 
-REWRITES = {
-    "rotate": Rotate
-}  # of a checkpoint, by the name that a recipe has for them; each follows from its settings alone
+# Of a checkpoint, by the name that a recipe has for them; each follows from its settings alone.
+REWRITES = {"rotate": Rotate}

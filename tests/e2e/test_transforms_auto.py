@@ -38,10 +38,8 @@ def undecided():
 
 def test_what_was_tried_is_what_a_run_would_do_with_a_block(reader):
     """Block 0 sees the same whether it is tried or quantized: the same weights, so the same error."""
-    data, undecided = (
-        calibration(9),
-        parse_recipe("scheme: w4a8\ntransforms: auto\nrounding: {gptq: {damping: auto}}", "recipe"),
-    )
+    undecided = parse_recipe("scheme: w4a8\ntransforms: auto\nrounding: {gptq: {damping: auto}}", "recipe")
+    data = calibration(9)
     choices = [undecided.decided(name, "") for name in NAMES]
     first = dataclasses.replace(reader.config, num_hidden_layers=1)
     tried = try_choices(_cut(reader, first), choices, data, lambda done, total: None)
