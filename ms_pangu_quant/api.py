@@ -95,7 +95,7 @@ def quantize(
     """
     request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
     progress.on_open(request.reader)
-    check_room(Path(output), resume=resume)
+    runtime.job().from_first(lambda: check_room(Path(output), resume=resume))  # it is rank 0 that writes there
     request = _budget_spent(request, sensitivity, Path(output), resume, progress)
     _check_request(request, allow_unserved)
     return run_pipeline(
