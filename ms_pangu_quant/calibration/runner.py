@@ -39,9 +39,11 @@ from ms_pangu_quant.recipe.scheme import TensorScheme
 
 BLOCK_SIZE = 16
 _CACHED = -1  # in the place of an input: the keys and values on their way into the cache
+_ATTENDED, _MLP = 1, 2  # places of the inputs behind which a way through a block can be gone on with
 _INPUTS = len(layout.INPUT_NAMES)  # in the place of an input: all of them, and nothing behind the last
 _LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
 Rounding = tuple[TensorScheme | None, ...]
+Reached = NDArray[np.float32] | None
 _SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up to 16 kinds of block
 
 
@@ -77,13 +79,16 @@ class BlockCell(nn.Cell):
 
     rounding  for each of layout.INPUT_NAMES the scheme it is rounded in, None leaves it as it is. A static one has its
               factor in the first row of `grids` [2, inputs] and its zero point in the second.
+    behind    place of an input: nothing in front of it is computed, `reached` is given instead. It is what Way keeps.
     until     place in layout.INPUT_NAMES of the only output wanted, _CACHED, or _INPUTS: nothing behind it is computed.
-              None: the whole block.
+              None: the whole block. With _MLP the residual stream comes out too.
     online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
     rounds_cache  keys and values are rounded as the int8 cache of `cache_grid` [4, kv_heads * head_dim] would hold them.
     """
 
-    def __init__(self, network, rounding: Rounding, until: int | None, online_hadamard: bool, rounds_cache: bool) -> None:
+    def __init__(
+        self, network, rounding: Rounding, behind: int, until: int | None, online_hadamard: bool, rounds_cache: bool
+    ) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
@@ -92,7 +97,7 @@ class BlockCell(nn.Cell):
         self.rounded = tuple(scheme is not None for scheme in rounding)
         self.dynamic = tuple(scheme is not None and scheme.dynamic for scheme in rounding)
         self.code_max = tuple(0.0 if scheme is None else float(scheme.code_max) for scheme in rounding)
-        self.until, self.rounds_cache = until, rounds_cache
+        self.behind, self.until, self.rounds_cache = behind, until, rounds_cache
         self.hadamard = network.backend.hadamard(self.inner, ms.float32) if online_hadamard else None
 
     def _round(self, x, place, grids):
@@ -104,9 +109,30 @@ class BlockCell(nn.Cell):
         factor, zero_point = grids[0, place], grids[1, place]
         return (ops.clamp(ops.Rint()(x * factor) + zero_point, -128.0, 127.0) - zero_point) / factor
 
-    def construct(self, hidden, grids, cache_grid, *inputs):
+    def construct(self, hidden, reached, grids, cache_grid, *inputs):
+        seen = ()
+        if self.behind < _ATTENDED:
+            seen = self._attend(hidden, grids, cache_grid, *inputs)
+            if self.until is not None and self.until <= _ATTENDED:
+                return seen if self.until == _CACHED else seen[self.until :]
+            reached = seen[-1]
+        if self.behind < _MLP:
+            reached = hidden + self.layer.self_attention.linear_proj(self._round(reached, 1, grids))
+        mlp_input = self.layer.pre_mlp_layernorm(reached)
+        if self.until == _MLP:
+            return (mlp_input, reached)
+        mlp_hidden = self._gated(self.layer.mlp.linear_fc1(self._round(mlp_input, 2, grids)))
+        if self.until == 3:
+            return (mlp_hidden,)
+        seen += (mlp_input, mlp_hidden)
+        if self.until == _INPUTS:
+            return seen
+        return (*seen, reached + self.layer.mlp.linear_fc2(self._round(mlp_hidden, 3, grids)))
+
+    def _attend(self, hidden, grids, cache_grid, *inputs):
+        """The inputs up to attention's output, or keys and values."""
         positions, lengths, contexts, q_seq_lens, block_tables, slot_mapping, attention_mask = inputs
-        attention, mlp = self.layer.self_attention, self.layer.mlp
+        attention = self.layer.self_attention
         cos, sin = self.rope.get_cos_sin_for_decode(positions)
         attention_input = self.layer.input_layernorm(hidden)
         if self.until == 0:
@@ -129,19 +155,7 @@ class BlockCell(nn.Cell):
             q_seq_lens=q_seq_lens,
             attn_mask=attention_mask,
         )
-        if self.until == 1:
-            return (attention_output,)
-        residual = hidden + attention.linear_proj(self._round(attention_output, 1, grids))
-        mlp_input = self.layer.pre_mlp_layernorm(residual)
-        if self.until == 2:
-            return (mlp_input,)
-        mlp_hidden = self._gated(mlp.linear_fc1(self._round(mlp_input, 2, grids)))
-        if self.until == 3:
-            return (mlp_hidden,)
-        if self.until == _INPUTS:
-            return (attention_input, attention_output, mlp_input, mlp_hidden)
-        output = residual + mlp.linear_fc2(self._round(mlp_hidden, 3, grids))
-        return (attention_input, attention_output, mlp_input, mlp_hidden, output)
+        return (attention_input, attention_output)
 
     def _gated(self, gate_and_up):
         mlp = self.layer.mlp
@@ -151,6 +165,38 @@ class BlockCell(nn.Cell):
             gate, up = ops.function.array_func.split_ext(gate_and_up, (self.inner, self.inner), -1)
             hidden = up * mlp.activation_func(gate)
         return hidden if self.hadamard is None else self.hadamard(hidden)
+
+
+class Way:
+    """One model's way through a block, from input to input: what lies in front of the last one is not computed again.
+
+    hidden  in front of the block.
+    """
+
+    def __init__(self, runner: BlockRunner, hidden: Hidden) -> None:
+        self._runner = runner
+        self.begin(hidden)
+
+    def begin(self, hidden: Hidden) -> None:
+        """Another block's."""
+        self._hidden, self._behind = hidden, 0
+        self._reached: Reached = None  # attention's output, and once that is passed the residual stream; [tokens, width]
+
+    def to(self, place: int, block: RoundedBlock) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+        """(rows, input `place` of them, [tokens, in] float32); the layers in front of it are those of block.
+
+        Only the layers behind the input that was asked for last may be others than they were then.
+        """
+        kept: NDArray[np.float32] | None = None
+        for rows, outputs in self._runner.run(block, self._hidden, place, behind=self._behind, reached=self._reached):
+            yield rows, outputs[0].asnumpy()
+            if place in (_ATTENDED, _MLP):
+                last = outputs[-1].asnumpy()
+                if kept is None:
+                    kept = np.empty((len(self._hidden.states), last.shape[1]), np.float32)
+                kept[rows] = last
+        if kept is not None:
+            self._behind, self._reached = place, kept
 
 
 class BlockRunner:
@@ -180,7 +226,7 @@ class BlockRunner:
             for _, batch in each.batches(self._max_tokens)
         )
         self._network = _float_network(config, self._blocks)
-        self._cells: dict[tuple[Rounding, int | None, bool], BlockCell] = {}
+        self._cells: dict[tuple[Rounding, int, int | None, bool], BlockCell] = {}
         self._served: dict[BlockPlan, ServedBlock] = {}
 
     def observe(
@@ -189,7 +235,7 @@ class BlockRunner:
         """The statistics of the inputs of a float block's linear layers, and what comes out of the block, if asked for."""
         builders = [self._builder(needs, f"{where}: {name}") for name in layout.INPUT_NAMES]
         states = np.empty_like(hidden.states) if output else None
-        for place, (*inputs, last) in self._run(RoundedBlock(block), hidden, None if output else _INPUTS):
+        for place, (*inputs, last) in self.run(RoundedBlock(block), hidden, None if output else _INPUTS):
             if states is None:
                 inputs.append(last)
             else:
@@ -201,33 +247,25 @@ class BlockRunner:
         return stats, None if states is None else replace(hidden, states=states)
 
     def observe_input(
-        self,
-        input_name: str,
-        block: RoundedBlock,
-        hidden: Hidden,
-        beside: tuple[BlockRunner, Hidden, Hidden],
-        needs: Needs,
-        where: str,
+        self, input_name: str, block: RoundedBlock, way: Way, beside: tuple[Way, Hidden], needs: Needs, where: str
     ) -> InputStats:
         """Statistics of one input with gram and drift, the layers and the cache in front of it as far as they are rounded.
 
-        beside  another runner of the same sequences, and the float model's hidden states [tokens, hidden] in front of the
-                block, on which it runs the float block at the same time, and behind it.
+        beside  the float model's way through the float block, of the same sequences, and its hidden states behind it.
         """
         place = layout.INPUT_NAMES.index(input_name)
         builder = self._builder(needs, f"{where}: {input_name}")
-        floats, float_hidden, target = beside
-        served = self._run(block, hidden, until=place)
-        reference = floats._run(RoundedBlock(block.floats), float_hidden, until=place)
-        for (rows, (x,)), (_, (y,)) in zip(served, reference, strict=True):
-            add = builder.add if rows.start < hidden.fitted else builder.hold_out
-            add(x.asnumpy(), y.asnumpy(), _weights(input_name, target.states[rows], needs))
+        floats, target = beside
+        served, reference = way.to(place, block), floats.to(place, RoundedBlock(block.floats))
+        for (rows, x), (_, y) in zip(served, reference, strict=True):
+            add = builder.add if rows.start < target.fitted else builder.hold_out
+            add(x, y, _weights(input_name, target.states[rows], needs))
         return builder.finish()
 
     def observe_cache(self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str) -> tuple[RangeStats, RangeStats]:
         """Statistics of the keys, after rope, and of the values that the block's layers, as they are rounded, make."""
         seen: list[list[RangeStats]] = [[], []]
-        for place, outputs in self._run(block, hidden, until=_CACHED):
+        for place, outputs in self.run(block, hidden, until=_CACHED):
             if place.start >= hidden.fitted:
                 break
             for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
@@ -251,25 +289,24 @@ class BlockRunner:
             for rows, states, inputs in self._batches(hidden):
                 output[rows] = served(states, inputs).asnumpy()
         else:
-            for rows, (*_, states) in self._run(block, hidden):
+            for rows, (*_, states) in self.run(block, hidden):
                 output[rows] = states.asnumpy()
         return replace(hidden, states=output)
 
-    def _run(
-        self, block: RoundedBlock, hidden: Hidden, until: int | None = None
+    def run(
+        self, block: RoundedBlock, hidden: Hidden, until: int | None = None, *, behind: int = 0, reached: Reached = None
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """(rows, what a BlockCell gives for them). reached [tokens, width] is that of BlockCell, None where behind is 0."""
         readers = [_first_reading(name, block.linears) for name in layout.INPUT_NAMES]
-        cell = self._cell(
-            tuple(None if linear is None else linear.scheme.activation for linear in readers),
-            until,
-            block.cache is not None,
-        )
+        rounding = tuple(None if linear is None else linear.scheme.activation for linear in readers)
+        cell = self._cell(rounding, behind, until, block.cache is not None)
         channels = self._config.num_key_value_heads * self._config.head_dim
         cache_grid = Tensor(np.zeros((4, channels), np.float32) if block.cache is None else block.cache.rows())
         grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
         self._network.load_tensors(_float_tensors(block))
         for rows, states, inputs in self._batches(hidden):
-            yield rows, cell(states, grids, cache_grid, *inputs.values())
+            begun = states if reached is None else Tensor(reached[rows])
+            yield rows, cell(states, begun, grids, cache_grid, *inputs.values())
 
     def _batches(self, hidden: Hidden) -> Iterator[tuple[slice, Tensor, dict[str, Tensor]]]:
         """(rows, their hidden states, the other inputs of a block) of as many sequences as go through it at a time."""
@@ -286,14 +323,17 @@ class BlockRunner:
             self._served[plan] = ServedBlock(self._config, plan, num_blocks=self._blocks, block_size=BLOCK_SIZE)
         return self._served[plan]
 
-    def _cell(self, rounding: Rounding, until: int | None, rounds_cache: bool) -> BlockCell:
-        key = (rounding, until, rounds_cache)
+    def _cell(self, rounding: Rounding, behind: int, until: int | None, rounds_cache: bool) -> BlockCell:
+        key = (rounding, behind, until, rounds_cache)
         if key not in self._cells:
-            cell = BlockCell(self._network, rounding, until, self._config.online_hadamard, rounds_cache)
+            cell = BlockCell(self._network, rounding, behind, until, self._config.online_hadamard, rounds_cache)
             cell.set_train(False)
             if runtime.mode() == "graph":
+                attended = self._config.num_attention_heads * self._config.head_dim
+                reached = attended if behind == _ATTENDED else self._config.hidden_size
                 cell.set_inputs(
                     Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
+                    Tensor(shape=[None, reached], dtype=ms.float32),
                     Tensor(shape=[2, len(rounding)], dtype=ms.float32),
                     Tensor(shape=[4, self._config.num_key_value_heads * self._config.head_dim], dtype=ms.float32),
                     *dynamic_inputs(self._network.backend),

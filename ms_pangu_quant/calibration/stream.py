@@ -72,7 +72,7 @@ class Stream:
         self, reader: CheckpointReader, data: TokenData, observed: Needs, seen: Needs | None = None, ranks: Ranks = ALONE
     ) -> None:
         runtime.ensure_started()
-        from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+        from ms_pangu_quant.calibration.runner import BlockRunner, Hidden, Way
 
         self.ranks, self._observed, self._seen, self._index = ranks, observed, seen, 0
         lengths = [len(sequence) for sequence in data.sequences]
@@ -88,8 +88,8 @@ class Stream:
         self._runner = BlockRunner(reader.config, own, rows, held_out=held_out)
         self._floats = BlockRunner(reader.config, own, rows, held_out=held_out) if seen else None
         self._measured = data.held_out > 0
-        self._float_hidden = self._hidden  # in front of the block, of the float model
         self._target = self._hidden  # behind the block
+        self._ways = Way(self._runner, self._hidden), Way(self._floats or self._runner, self._hidden)
 
     @property
     def one_by_one(self) -> bool:
@@ -108,7 +108,9 @@ class Stream:
             assert output is not None
             self._target = output
         else:
-            self._float_hidden, self._target = self._target, self._floats.advance(RoundedBlock(block), self._target)
+            for way, hidden in zip(self._ways, (self._hidden, self._target), strict=True):
+                way.begin(hidden)
+            self._target = self._floats.advance(RoundedBlock(block), self._target)
             if not self._observed.data:
                 return {}
             stats, _ = self._runner.observe(block, self._hidden, self._observed, self._where, output=False)
@@ -120,8 +122,8 @@ class Stream:
         if self._floats is None or self._seen is None:
             return stats.pop(input_name)
         stats.pop(input_name, None)
-        beside = self._floats, self._float_hidden, self._target
-        seen = self._runner.observe_input(input_name, block, self._hidden, beside, self._seen, self._where)
+        way, floats = self._ways
+        seen = self._runner.observe_input(input_name, block, way, (floats, self._target), self._seen, self._where)
         return self.ranks.fold(seen, InputStats.merge)
 
     def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:

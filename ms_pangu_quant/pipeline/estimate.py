@@ -63,8 +63,8 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
     peak += _gram_bytes(reader.config, recipe, weights, tokens)
     blocks = reader.config.num_hidden_layers
-    # Float, and rounded in a quarter of the time where there are integer kernels; with drift both up to each input as well.
-    passes = 4.5 if recipe.seen else 1.3
+    # Float, and rounded in a quarter of the time where there are integer kernels; with drift both up to the last input too.
+    passes = 3.2 if recipe.seen else 1.3
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     if tried:  # one pass, and on each block tried two more for each choice, and what rounding takes
         some, each = min(tokens, TRIED_TOKENS), len(tried) * min(TRIED_BLOCKS, blocks)
@@ -97,8 +97,8 @@ def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) 
         total += 8 * sum(size**2 for size in sizes)
     if recipe.quantizer.needs.gram:
         total += widest + 3 * 2**27
-    if recipe.seen:  # and a second network and stream for the float model
-        total += 2.5 * widest + 4 * weights + 2 * 4 * tokens * config.hidden_size
+    if recipe.seen:  # and a second network and stream for the float model, and what is kept of either's way
+        total += 2.5 * widest + 4 * weights + 4 * 4 * tokens * config.hidden_size
     return total
 
 

@@ -12,9 +12,10 @@ from rich.progress import Progress as Bars
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.calibration import runner as running
-from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+from ms_pangu_quant.calibration.runner import BlockRunner, Hidden, Way
 from ms_pangu_quant.calibration.statistics import Needs
-from ms_pangu_quant.checkpoint.block import RoundedBlock
+from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.block import QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.cli.quantize import Shown
 from ms_pangu_quant.formats.reader import QuantizedReader
@@ -24,7 +25,9 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.report import Progress
+from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.scheme import PRESETS
 from tests.conftest import MINI, TIED, calibration, token_data
 from tools.dev import make_checkpoint
 
@@ -105,10 +108,10 @@ def test_each_input_alone_is_seen_as_all_of_them_together(begun, held_out):
     known = Needs(data=True, gram=True, rows=20, temper=0.5, held_out=7)
     together, target = served.observe(block, hidden, known, "test")
     rows = {name: each.held_out.rows for name, each in together.items()}
+    way, beside = Way(served, hidden), (Way(floats, hidden), target)
     for name, wanted in together.items():
-        beside = floats, hidden, target
         needs = dataclasses.replace(known, drift=True)
-        alone = served.observe_input(name, RoundedBlock(block), hidden, beside, needs, "test")
+        alone = served.observe_input(name, RoundedBlock(block), way, beside, needs, "test")
         assert alone.tokens == wanted.tokens == (18 if held_out else 48)
         np.testing.assert_allclose(alone.gram, wanted.gram, atol=1e-4 * np.abs(wanted.gram).max())
         np.testing.assert_allclose(alone.absmax, wanted.absmax, rtol=1e-4)
@@ -119,12 +122,36 @@ def test_each_input_alone_is_seen_as_all_of_them_together(begun, held_out):
         assert np.abs(alone.held_out_drift.rows).sum() <= 1e-4 * np.abs(rows[name]).sum() + 1e-9
 
 
+def test_a_way_gone_on_with_reaches_what_it_does_from_its_beginning(begun):
+    """To the last bit, with the layers in front of each input rounded meanwhile, and where not every input is asked for."""
+    reader, hidden = begun
+    runner, block = BlockRunner(reader.config, hidden.lengths), reader.block(1)
+    scheme = PRESETS["w4a8"]
+    stages = [{}]
+    for name in layout.INPUT_NAMES[:-1]:
+        sites = layout.sites_reading(name)
+        weights = {site.name: RoundToNearest()(block.weight(site), scheme.weight, None) for site in sites}
+        stages.append({**stages[-1], **{name: QuantizedLinear(scheme, weight) for name, weight in weights.items()}})
+    inputs = [RoundedBlock(block, linears=linears) for linears in stages]
+
+    def gone(way, place):
+        return np.concatenate([x for _, x in way.to(place, inputs[place])])
+
+    wanted = [gone(Way(runner, hidden), place) for place in range(4)]
+    for places in ([0, 1, 2, 3], [1, 3], [2, 3], [0, 2], [0, 3], [1, 2]):
+        way = Way(runner, hidden)
+        for _ in range(2):  # another block's way begins anew
+            for place in places:
+                np.testing.assert_array_equal(gone(way, place), wanted[place])
+            way.begin(hidden)
+
+
 def test_without_the_output_the_same_inputs_are_seen_and_nothing_behind_them_is_computed(begun):
     reader, hidden = begun
     runner, block, needs = BlockRunner(reader.config, hidden.lengths), reader.block(1), Needs(data=True, gram=True, rows=20)
     seen, output = runner.observe(block, hidden, needs, "test", output=False)
     assert output is None
-    assert [until for _, until, _ in runner._cells] == [running._INPUTS]
+    assert [until for _, _, until, _ in runner._cells] == [running._INPUTS]
     wanted, _ = runner.observe(block, hidden, needs, "test")
     assert list(seen) == list(wanted)
     for one, two in zip(seen.values(), wanted.values(), strict=True):

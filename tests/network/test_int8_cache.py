@@ -98,7 +98,7 @@ def test_the_kernel_gives_the_logits_of_the_plain_operators(mode, stored, monkey
 def test_what_lies_behind_the_cache_is_calibrated_behind_its_rounding():
     """Values on a grid so coarse that all of them are 0 make a mean that is 0, and o_proj's input with it."""
     runtime.start("cpu", "graph")
-    from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
+    from ms_pangu_quant.calibration.runner import BlockRunner, Hidden, Way
 
     reader = CheckpointReader(MINI)
     config, block, lengths = reader.config, reader.block(0), [9, 5]
@@ -111,7 +111,8 @@ def test_what_lies_behind_the_cache_is_calibrated_behind_its_rounding():
 
     def seen(cache):
         rounded, needs = RoundedBlock(block, cache=cache), Needs(data=True, gram=True, drift=True)
-        return runner.observe_input("attention_output", rounded, hidden, (floats, hidden, hidden), needs, "test").absmax
+        way, beside = Way(runner, hidden), (Way(floats, hidden), hidden)
+        return runner.observe_input("attention_output", rounded, way, beside, needs, "test").absmax
 
     assert (seen(QuantizedCache(fine.key, coarse)) == 0).all()
     assert 0 < np.abs(seen(fine) - seen(None)).max() < 0.05 * seen(None).max()
