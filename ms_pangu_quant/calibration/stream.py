@@ -10,8 +10,8 @@ Of a job's ranks each has a share of the data; what they see is merged, so all o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,13 @@ class NoStream:
 
     def advance(self, block: RoundedBlock) -> BlockError:
         return BlockError()
+
+    @property
+    def states(self) -> dict[str, NDArray[np.float32]]:
+        return {}
+
+    def restore(self, states: Mapping[str, NDArray[np.float32]]) -> None:
+        return None
 
     def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
         return None
@@ -145,6 +152,18 @@ class Stream:
             for rows in (slice(cut), slice(cut, None))
         )
         return BlockError(fitted, held_out if self._measured else None)
+
+    @property
+    def states(self) -> dict[str, NDArray[np.float32]]:
+        """All that `restore` needs to go on from here, [tokens, hidden] each."""
+        found = {"quantized": self._hidden.states}
+        return found if self._floats is None else {**found, "float": self._target.states}
+
+    def restore(self, states: Mapping[str, NDArray[np.float32]]) -> None:
+        """Go where another run was when these were its states."""
+        self._hidden = replace(self._hidden, states=states["quantized"])
+        if self._floats is not None:
+            self._target = replace(self._target, states=states["float"])
 
     def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
         """Go behind a block that an earlier run has rounded; read gives it."""

@@ -34,6 +34,7 @@ from ms_pangu_quant.checkpoint.files import (
 from ms_pangu_quant.errors import OutputError
 
 JOURNAL = ".quantize_journal.json"
+STATES = ".states-*.safetensors"  # hidden states of a run that is under way, each rank's
 HASHES_FILE = "SHA256SUMS"
 REPORT_FILE = "quantization_report.json"
 SHARD_BYTES = 4 << 30
@@ -99,8 +100,7 @@ class QuantizedWriter:
             raise
 
     def _begin(self, resume: bool) -> None:
-        for leftover in self.output.glob(".*.partial"):  # of a run that was killed while writing
-            leftover.unlink()
+        self._remove(".*.partial")  # of a run that was killed while writing
         journal = self.output / JOURNAL
         if not journal.exists():
             _check_empty(self.output)
@@ -120,8 +120,8 @@ class QuantizedWriter:
                 f"{self.output}: holds an unfinished run; continue it with --resume, or choose another --output"
             )
         if not records:  # stopped before its first block was entered: there is nothing to lose
-            for leftover in self.output.glob("model-*-of-*.safetensors"):
-                leftover.unlink()
+            for pattern in ("model-*-of-*.safetensors", STATES):
+                self._remove(pattern)
             self._save()
             return
         changed = sorted(
@@ -134,6 +134,10 @@ class QuantizedWriter:
             )
         self._records = self._intact(records)
         self._save()
+
+    def _remove(self, pattern: str) -> None:
+        for leftover in self.output.glob(pattern):
+            leftover.unlink()
 
     def _intact(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The leading records whose files are there and unchanged."""
@@ -195,6 +199,7 @@ class QuantizedWriter:
         lines = "".join(f"{digest}  {file}\n" for file, digest in sorted(hashes.items()))
         write_atomically(self.output / HASHES_FILE, [lines.encode()])
         write_json(self.output / "config.json", json_files["config.json"])
+        self._remove(STATES)
         (self.output / JOURNAL).unlink()
         return total
 
@@ -212,7 +217,9 @@ class QuantizedWriter:
         """Release the lock; a directory that this run created and wrote no block to is removed."""
         os.close(self._lock)
         with suppress(OSError):
-            if self._created and {path.name for path in self.output.iterdir()} <= {JOURNAL} and not self._records:
+            left = {path.name for path in self.output.iterdir() if not path.match(STATES)}
+            if self._created and left <= {JOURNAL} and not self._records:
+                self._remove(STATES)
                 (self.output / JOURNAL).unlink(missing_ok=True)
                 self.output.rmdir()
 

@@ -51,13 +51,17 @@ def quantize(
         return complete
     with Output(run, output, resume) as written:
         stream = Stream(run.reader, data, recipe.observed, recipe.seen, run.ranks) if data else NoStream(run.ranks)
+        kept = written.kept()
+        if kept is not None:
+            stream.restore(kept)
         for report in written.reports:
-            stream.replay(run.reader, report.index, written.read)
+            if kept is None:
+                stream.replay(run.reader, report.index, written.read)
             progress.on_block(report)
         for index in range(len(written.reports), len(run.plan.blocks)):
             block = run.reader.block(index)
             block, stats = transform_block(block, stream.observe(block, index), recipe, run.plan.blocks[index])
             rounded = round_block(block, stats, recipe, run.plan.blocks[index], stream)
             del block, stats  # as large as all that is still to come
-            progress.on_block(written.add(rounded, stream.advance(rounded)))
+            progress.on_block(written.add(rounded, stream.advance(rounded), stream.states))
         return written.finish()

@@ -220,7 +220,7 @@ def test_the_recipes_hold_whatever_the_outliers(factor, name, limit, rounded, tm
 
 @pytest.mark.slow
 def test_a_corrected_and_rotated_run_resumes_to_the_same_bytes(recipe, tmp_path):
-    """The longest path: a rewritten reader, and the float model beside the quantized stream, both replayed."""
+    """The longest path: a rewritten reader, and the float model beside the quantized stream, both kept or both replayed."""
 
     class Stopped(Exception):
         pass
@@ -233,9 +233,11 @@ def test_a_corrected_and_rotated_run_resumes_to_the_same_bytes(recipe, tmp_path)
     reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe("w4a8_g128")), calibration(16)
     quantize(reader, chosen, tmp_path / "whole", data=data)
     with pytest.raises(Stopped):
-        quantize(reader, chosen, tmp_path / "stopped", data=data, progress=Progress(on_block=stop))
-    quantize(reader, chosen, tmp_path / "stopped", data=data, resume=True)
-    whole, resumed = (
-        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "stopped")
+        quantize(reader, chosen, tmp_path / "kept", data=data, progress=Progress(on_block=stop))
+    shutil.copytree(tmp_path / "kept", tmp_path / "replayed", ignore=shutil.ignore_patterns(".states-*"))
+    for name in ("kept", "replayed"):
+        quantize(reader, chosen, tmp_path / name, data=data, resume=True)
+    whole, *resumed = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("whole", "kept", "replayed")
     )
-    assert whole == resumed
+    assert resumed == [whole, whole]

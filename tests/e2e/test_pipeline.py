@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from ms_pangu_quant.calibration.runner import BlockRunner
+from ms_pangu_quant.calibration.stream import Stream
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.reader import QuantizedReader
@@ -83,13 +84,19 @@ def test_the_size_is_known_beforehand(recipe, quantized):
 @pytest.mark.parametrize(
     "recipe", ["w8a8", *(pytest.param(name, marks=pytest.mark.slow) for name in ("w8a8_static", "w4a8_g128"))]
 )
-def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, quantized, tmp_path):
+def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, quantized, tmp_path, monkeypatch):
+    """From the hidden states that it kept; where they are damaged or gone, by running through the finished blocks."""
+
     class Stopped(Exception):
         pass
 
+    replayed = []
+    replay = Stream.replay
+    monkeypatch.setattr(Stream, "replay", lambda stream, *given: [replayed.append(given[1]), replay(stream, *given)])
+
     reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe(recipe)), calibration(128)
     runtime.start("cpu", "graph")
-    for stop_after in (0, 2):
+    for stop_after, damage in ((1, "nothing"), (0, "damaged"), (2, "gone")):
         output = tmp_path / f"stopped{stop_after}"
 
         def stop(report, last=stop_after):
@@ -99,8 +106,15 @@ def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, qua
         with pytest.raises(Stopped):
             quantize(reader, chosen, output, data=data, progress=Progress(on_block=stop))
         assert not (output / "config.json").exists()
+        (states,) = output.glob(".states-*")
+        if damage != "nothing":
+            raw = bytearray(states.read_bytes())
+            raw[-1] ^= 1
+            states.write_bytes(raw) if damage == "damaged" else states.unlink()
+        replayed.clear()
         result = quantize(reader, chosen, output, data=data, resume=True)
         assert result.resumed_at == stop_after + 1
+        assert replayed == ([] if damage == "nothing" else [*range(stop_after + 1)])
         assert contents(output) == contents(quantized(recipe))
 
 
