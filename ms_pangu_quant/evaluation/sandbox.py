@@ -238,9 +238,18 @@ class _Server:
 
     def complaint(self) -> str:
         """What it printed before it died; empty while it lives."""
+        if self._has_hung_up():  # it is about to end
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
         if self._process.poll() is None or self._process.stderr is None:
             return ""
         return self._process.stderr.read(2000).decode("ascii", "backslashreplace").strip().rpartition("\n")[2]
+
+    def _has_hung_up(self) -> bool:
+        try:
+            return not self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def hang_up(self) -> None:
         with suppress(OSError):
