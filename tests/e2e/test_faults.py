@@ -28,7 +28,7 @@ def command(*arguments: object) -> list[str]:
 
 def run(arguments: Sequence[str], folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_DEFAULT_PATH"}
-    return subprocess.run(arguments, cwd=folder, env=environment | changes, capture_output=True, text=True, timeout=600)
+    return subprocess.run(arguments, cwd=folder, env=environment | changes, capture_output=True, text=True, timeout=1500)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -114,7 +114,7 @@ def test_too_little_address_space_is_one_line(limit, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert result.returncode == 2
@@ -132,7 +132,7 @@ def test_any_address_space_is_enough_or_refused_in_one_line(limit, tmp_path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)),
     )
     assert result.returncode in (0, 2), result.stderr

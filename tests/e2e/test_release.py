@@ -32,7 +32,7 @@ def test_five_loads_leave_less_than_a_tenth_of_the_weights_of_four(tmp_path):
     make_checkpoint.write_checkpoint(tmp_path / "model", config, seed=0, dtype="float32", shard_bytes=10**9)
     weights = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
     command = [sys.executable, "-c", LOADS, str(tmp_path / "model")]
-    result = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=300, check=True)
+    result = subprocess.run(command, cwd=tmp_path, env=os.environ, capture_output=True, text=True, timeout=1500, check=True)
     held = [int(line) for line in result.stdout.split()]
     assert len(held) == 5
     assert held[-1] - held[0] < 0.1 * 4 * weights, [round(each / 2**20) for each in held]

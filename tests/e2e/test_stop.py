@@ -34,13 +34,13 @@ def test_a_stop_is_one_line_and_leaves_no_stray_file(number, code, word, moment,
     else:
         # The frameworks' log folder appears right before they are imported, the output right before the first block.
         begun = folder / "out" if moment == "first block is being compiled" else scratch
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 500
         while not (begun.exists() and any(begun.iterdir())) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.3)
     process.send_signal(number)
     lines += process.stderr.readlines()
-    assert process.wait(timeout=60) == code
+    assert process.wait(timeout=500) == code
     assert lines[-1] == f"pangu-quant: {word}\n"
     assert all(line.startswith(("transforms: ", "block ")) for line in lines[:-1])
     assert list(scratch.iterdir()) == []

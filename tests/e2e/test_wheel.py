@@ -64,11 +64,11 @@ def test_the_demo_runs_outside_the_repository_is_stopped_and_goes_on(pangu_quant
         [pangu_quant, "demo"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     first = tmp_path / "demo_output/w8a8/config.json"
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1500
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=500)
     assert process.returncode == 130, said
     assert said.splitlines()[-1] == "pangu-quant: interrupted"
     written = first.stat().st_mtime_ns

@@ -9,8 +9,9 @@ import argparse
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from itertools import groupby, pairwise, takewhile
+from itertools import groupby, pairwise, takewhile, zip_longest
 from pathlib import Path
 
 import pytest
@@ -247,6 +248,46 @@ def code_blocks(page: str) -> list[tuple[str, list[str]]]:
     return found
 
 
+NUMBERS = {  # in words -> in English, in Chinese
+    "1/4": ("a quarter", "四分之一"),
+    "1/3": ("a third", "三分之一"),
+    "1/2": ("half", "减半|一半"),
+    "2": ("two", "两个|双核"),
+    "3": ("three", "三种|三个"),
+}
+
+
+def sections(text: str) -> list[dict[str, list[str]]]:
+    """Of the text in front of the first heading and below each: its figures, in digits or words, what is code, and links.
+
+    Sorted, since languages differ in their order; blocks of code are left out.
+    """
+    found: list[dict[str, list[str]]] = [{"figures": [], "code": [], "links": []}]
+    for token in tokens(text):
+        if token.type == "heading_open":
+            found.append({"figures": [], "code": [], "links": []})
+        if token.type == "code_inline":
+            found[-1]["code"].append(token.content)
+        if token.type == "text":
+            found[-1]["figures"] += re.findall(r"\d+(?:[.,]\d+)*(?:e-\d+)?", token.content)
+            for figure, (english, chinese) in NUMBERS.items():
+                found[-1]["figures"] += [figure] * len(re.findall(rf"\b{english}\b|{chinese}", token.content))
+        target = token.attrs.get("href") or token.attrs.get("src")
+        found[-1]["links"] += [str(target)] if target else []
+    return [{kind: sorted(each) for kind, each in section.items()} for section in found]
+
+
+def differences(english: str, chinese: str) -> list[str]:
+    """What one language says and the other does not; each links to the other."""
+    found = []
+    ours, theirs = sections(english.replace(READMES[1], READMES[0])), sections(chinese)
+    for number, (one, other) in enumerate(zip_longest(ours, theirs, fillvalue={})):
+        for kind in ("figures", "code", "links"):
+            a, b = Counter(one.get(kind, ())), Counter(other.get(kind, ()))
+            found += [f"section {number}, {kind}: {each} is in one only" for each in [*(a - b), *(b - a)]]
+    return found
+
+
 def table_rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
 
@@ -255,11 +296,11 @@ def results(page: str, table: str) -> str:
     return re.search(rf"<!-- table: {table} -->\n(.*?)<!-- end -->", text_of(page), re.DOTALL)[1]
 
 
-def test_both_readmes_have_the_same_sections_commands_links_and_results():
+def test_both_readmes_have_the_same_sections_commands_figures_links_and_results():
     english, chinese = READMES
     assert outline(english) == outline(chinese)
     assert code_blocks(english) == code_blocks(chinese)
-    assert set(links(text_of(english))) - {chinese} == set(links(text_of(chinese))) - {english}
+    assert differences(text_of(english), text_of(chinese)) == []
     for table in ("results", "results_real"):
         assert results(english, table) == results(chinese, table)
     arrows = [len(re.findall("-->|-- ", text_of(page))) for page in READMES]
@@ -314,6 +355,27 @@ def test_a_command_that_cannot_be_given_is_found(line, command_line, monkeypatch
     (words,) = commands(f"```bash\n{line}  # a comment\n```")
     with pytest.raises((AssertionError, SystemExit)):
         check(words, "README.md", command_line, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("english", "chinese"),
+    [
+        ("128 are enough", "126 条即可"),
+        ("5.2 times as fast", "5.3 倍"),
+        ("a third of the time", "时间的四分之一"),
+        ("on two cores", "在三个核上"),
+        ("with `--resume`", "加 `--dry-run`"),
+        ("with `--resume`", "加 --resume"),
+        ("[a](x.md)", "[a](y.md)"),
+        ("[a](https://x.org)", "a"),
+        ("# A\n\n1\n\n# B\n\n2", "# 甲\n\n2\n\n# 乙\n\n1"),
+        ("# A\n\n1\n\n# B\n\n2", "# 甲\n\n1"),
+        ("once: 7", "一次：7，又一次：7"),
+    ],
+)
+def test_a_difference_between_two_languages_is_found(english, chinese):
+    assert differences(english, english) == differences(chinese, chinese) == []
+    assert differences(english, chinese)
 
 
 def test_headings_get_githubs_anchors():

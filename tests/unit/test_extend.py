@@ -128,7 +128,7 @@ def run(copy) -> Callable[..., str]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1500,
         )
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout

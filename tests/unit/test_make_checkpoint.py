@@ -184,11 +184,11 @@ def test_a_killed_run_leaves_nothing_that_looks_complete(tmp_path, sent):
     process = subprocess.Popen(
         [sys.executable, TOOL, "--shape", "7b", "--layers", "1", "--output", output], stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 500
     while not list(output.glob(".*.partial")) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(sent)
-    message = process.communicate(timeout=20)[1]
+    message = process.communicate(timeout=500)[1]
     if sent == signal.SIGINT:
         assert process.returncode == 130
         assert message == "make_checkpoint: interrupted; nothing was left behind\n"

@@ -363,7 +363,7 @@ def scored(tmp_path):
 
 def judges_that_say(monkeypatch, *said):
     lines = "".join(f"VERDICT {json.dumps([*line, None])}\n" for line in said)
-    monkeypatch.setattr(verdicts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(verdicts, "bwrap", lambda: "bwrap")
     monkeypatch.setattr(
         verdicts.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0, stdout=f"noise\n{lines}")
     )
@@ -387,7 +387,7 @@ def test_judges_that_agree_are_no_difference(scored, monkeypatch, capsys):
 
 
 def test_judges_that_cannot_be_asked_are_named(scored, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(verdicts.shutil, "which", lambda name: None)
+    monkeypatch.setattr(verdicts, "bwrap", lambda: None)
     assert verdicts.main([str(scored), "--python", "p"]) == 2
     assert "bwrap is not installed" in capsys.readouterr().err
     (tmp_path / "results.jsonl").write_text("")

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -93,11 +92,14 @@ import os, signal, sys, time
 rank = os.environ["RANK_ID"] if os.environ["MS_ROLE"] == "MS_WORKER" else "scheduler"
 print("[INFO] DISTRIBUTED(1,7f,python):noise", flush=True)
 print("hello from", rank, flush=True)
+if rank == "0":
+    open(__file__ + ".greeted", "w").close()
+while not os.path.exists(__file__ + ".greeted"):
+    time.sleep(0.01)
 if rank == "1":
-    time.sleep(0.5)
     {}
 if "{}":
-    time.sleep(60 if rank != "scheduler" else 0)
+    time.sleep(3600 if rank != "scheduler" else 0)  # a job that waits for it does not end
 """
 ENDS = {
     "well": ("pass", "", 0, []),
@@ -113,9 +115,7 @@ def test_a_job_ends_as_its_ranks_do_and_says_which_was_first(end, tmp_path, caps
     does, waits, code, said = ENDS[end]
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(does, waits))
-    started = time.monotonic()
     assert msrun.run(Job(workers=2, log_dir=str(tmp_path / "logs")), "quantize", [str(script)]) == code
-    assert time.monotonic() - started < 50
     shown = capsys.readouterr()
     assert shown.out == "hello from 0\n"
     assert all(text in shown.err for text in said)
@@ -144,7 +144,7 @@ def test_a_job_that_is_stopped_takes_all_its_processes_with_it(root, tmp_path):
     )
     assert process.stdout.readline() == "hello from 0\n"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=50) == 128 + signal.SIGTERM
+    assert process.wait(timeout=500) == 128 + signal.SIGTERM
     running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(script) not in running
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["program.py", "scratch"]
+    assert {path.name for path in tmp_path.iterdir()} - {"program.py.greeted"} == {"program.py", "scratch"}

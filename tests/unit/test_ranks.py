@@ -68,7 +68,7 @@ def test_the_greeting_makes_links_over_tcp(monkeypatch):
             assert len(message) <= ranks._GREETING
             said.append(message)
             heard.set()
-        assert heard.wait(30)
+        assert heard.wait(500)
         return said[0]
 
     def work(rank):

@@ -12,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import chunks
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, OutputError
+from ms_pangu_quant.network import merge as merging
+from ms_pangu_quant.network.merge import merge
 
 NAMES = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
@@ -258,3 +260,75 @@ def test_the_table_of_names_covers_every_tensor_once(trained):
     )
     assert sum(entry.nbytes for entry in reader.files.entries.values()) == sum(value.nbytes for value in tensors.values())
     assert layout.EMBEDDING in reader.files.entries
+
+
+# --- merge ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["absent", "nested/deep", "there"])
+def output(request, tmp_path):
+    """What merge is told to write; "there" is an empty folder of the user's, which stays."""
+    (tmp_path / "there").mkdir()
+    return tmp_path / request.param
+
+
+def tree(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("fault", ["no config.json", "no rank_0", "no weights", "a tensor is missing"])
+def test_a_merge_that_is_refused_leaves_nothing(fault, output, trained, tmp_path):
+    source, folder, tensors, _ = trained()
+    strategy = None
+    if fault == "no config.json":
+        (folder / "config.json").unlink()
+    elif fault == "no rank_0":
+        strategy = folder
+    else:
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+    if fault == "a tensor is missing":
+        save_file({name: value for name, value in tensors.items() if "linear_fc2" not in name}, folder / "a.safetensors")
+    before = tree(tmp_path)
+    with pytest.raises(CheckpointError):
+        merge(folder, output, strategy=strategy)
+    assert tree(tmp_path) == before
+    assert merge(source, output) > 0  # the folder can be used
+
+
+@pytest.mark.parametrize("at", range(6))
+@pytest.mark.parametrize("error", [OutputError("disk full"), KeyboardInterrupt()], ids=["full", "interrupted"])
+def test_a_merge_that_fails_while_it_writes_leaves_nothing(at, error, output, trained, tmp_path, monkeypatch):
+    """At any of its writes: a model of two blocks has three files of tensors, an index and a config.json."""
+    source, *_ = trained()
+    calls = []
+
+    def failing(name):
+        real = getattr(merging, name)
+
+        def write(*arguments):
+            calls.append(name)
+            if len(calls) > at:
+                raise error
+            return real(*arguments)
+
+        monkeypatch.setattr(merging, name, write)
+
+    for name in ("write_safetensors", "carry_over", "write_json"):
+        failing(name)
+    before = tree(tmp_path)
+    with pytest.raises(type(error)):
+        merge(source, output)
+    assert len(calls) == at + 1
+    assert tree(tmp_path) == before
+
+
+def test_a_merge_takes_no_file_and_no_folder_with_something_in_it(trained, tmp_path):
+    source, *_ = trained()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine").touch()
+    before = tree(tmp_path)
+    for name, said in [("full", "is not empty"), ("full/mine", "cannot write here"), ("full/mine/x", "cannot write here")]:
+        with pytest.raises(OutputError, match=said):
+            merge(source, tmp_path / name)
+        assert tree(tmp_path) == before

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 PACKAGED = ("ms_pangu_quant/", "configs/")
+BESIDES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 NAMED = (  # a glance at what would be missed first, whatever git says
     "ms_pangu_quant/assets/openpangu-mini/model.safetensors",
     "ms_pangu_quant/assets/openpangu-mini/tokenizer.model",
@@ -29,9 +30,9 @@ NAMED = (  # a glance at what would be missed first, whatever git says
 @pytest.fixture(scope="module")
 def tracked(root) -> list[str]:
     """Files that git knows, or would: a new file that was not added yet counts."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGED, "setup.py", "pyproject.toml"]
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", *PACKAGED, *BESIDES]
     try:
-        listed = subprocess.run([*command, "README.md"], cwd=root, capture_output=True, text=True, check=True).stdout
+        listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("not a git checkout")
     return [name for name in listed.splitlines() if (root / name).exists()]
@@ -67,10 +68,13 @@ def test_a_wheel_holds_the_files_as_they_are(wheel, root):
         assert wheel.read(name) == source.read_bytes()
 
 
-def test_a_wheel_installs_the_command_and_names_every_extra(wheel):
+def test_a_wheel_installs_the_command_and_names_every_extra_and_the_licence(wheel, root):
     (info,) = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
+    (licence,) = (name for name in wheel.namelist() if name.startswith(info) and name.endswith("LICENSE"))
+    assert wheel.read(licence) == (root / "LICENSE").read_bytes()
     assert "pangu-quant=ms_pangu_quant.__main__:run" in wheel.read(f"{info}/entry_points.txt").decode().replace(" ", "")
     lines = wheel.read(f"{info}/METADATA").decode().splitlines()
+    assert "License: Apache-2.0" in lines or "License-Expression: Apache-2.0" in lines
     extras = {line.split(": ")[1] for line in lines if line.startswith("Provides-Extra: ")}
     assert {"all", "dev", "goldens", "peers"} <= extras
     needs = {extra: {line.split(";")[0] for line in lines if f'extra == "{extra}"' in line} for extra in extras}

