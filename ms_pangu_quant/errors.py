@@ -40,6 +40,10 @@ class CheckpointError(PanguQuantError):
     """A checkpoint directory that cannot be used: damaged, inconsistent, of another architecture, or quantized already."""
 
 
+class CheckpointNote(UserWarning):
+    """What was decided in reading a checkpoint directory that could have been meant otherwise."""
+
+
 class RecipeError(PanguQuantError):
     """A recipe that is malformed, or that asks for what the model or the runtime cannot do."""
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+NO_HEAD = "; a model whose head is its embedding has tie_word_embeddings true in config.json"  # why a head may be missing
 
 
 @dataclass(frozen=True)

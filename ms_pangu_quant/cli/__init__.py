@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import inspect as introspection
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -31,7 +33,7 @@ from ms_pangu_quant.cli.quantize import quantize_command
 from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.sensitivity import sensitivity_command
 from ms_pangu_quant.cli.verify import verify_command
-from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.errors import CheckpointNote, PanguQuantError, RequestError
 from ms_pangu_quant.installation import missing_module
 from ms_pangu_quant.suggestion import did_you_mean
 
@@ -130,6 +132,32 @@ for _name, _command in COMMANDS.items():
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; arguments default to the process's. Returns the exit code."""
+    with _notes_shown():
+        return _run(arguments)
+
+
+@contextmanager
+def _notes_shown() -> Iterator[None]:
+    """What reading a checkpoint decided, in one line each; other warnings as ever."""
+    shown: set[str] = set()
+    usual = warnings.showwarning
+
+    def show_note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, CheckpointNote):
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:  # a directory may be opened several times
+            shown.add(str(message))
+            err.print(f"note: {message}", markup=False, soft_wrap=True)
+
+    warnings.simplefilter("always", CheckpointNote)
+    warnings.showwarning = show_note
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="pangu-quant", standalone_mode=False)
     except PanguQuantError as error:
