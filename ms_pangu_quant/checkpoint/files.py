@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from ms_pangu_quant.checkpoint.choice import INDEX_FILE as INDEX_FILE  # for those who write one
 from ms_pangu_quant.checkpoint.choice import Choice, choose
-from ms_pangu_quant.checkpoint.layout import HEAD, NO_HEAD, O_PROJ
+from ms_pangu_quant.checkpoint.layout import HEAD, NO_HEAD, O_PROJ, is_buffer
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.quantizers.threads import by_element
 from ms_pangu_quant.suggestion import fetching
@@ -119,6 +119,10 @@ def _finite(piece: bytes | memoryview, dtype: np.dtype[Any]) -> bool:
     bits = np.frombuffer(piece, infinity.dtype)
     without_sign = infinity.dtype.type(np.iinfo(infinity.dtype).max >> 1)
     return not bits.size or bool((bits & without_sign).max() < infinity)
+
+
+class CheckpointNote(UserWarning):
+    """What was decided in reading a directory that could have been meant otherwise."""
 
 
 class TensorFiles:
@@ -295,11 +299,13 @@ def size(count: float) -> str:
 def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         entry = entries.get(name)
+        if entry is None and is_buffer(name, ()):
+            continue
         if entry is None or entry.file.name != file:
             found = f"it is in {entry.file.name}" if entry else "it is in no file"
             raise CheckpointError(f"{path}: {name} should be in {file}, but {found}")
     for name, entry in entries.items():
-        if name not in weight_map:
+        if name not in weight_map and not is_buffer(name, entry.shape):
             raise CheckpointError(f"{entry.file}: {name} is not in {path.name}; do the two belong together?")
 
 

@@ -23,11 +23,7 @@ _WRAPPER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|module|_fsdp_wrapped_module|_che
 _OWN = "model."  # before the names of all tensors but the head
 _REST = re.compile(r"((?:.*?\.)??)(embed_tokens\.|layers\.\d+\.|norm\.weight$)")
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)(\.|$)")
-_FREQUENCIES = ("inv_freq", "original_inv_freq")
-_TABLES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {"cos_cached": np.cos, "sin_cached": np.sin}
-_OTHERS = ("cos_sin_cache", "freqs_cis", "masked_bias", "causal_mask", "attention_mask", "position_ids")
-_BUFFERS = (*_FREQUENCIES, *_TABLES, *_OTHERS)
-_MASK = re.compile(r"(^|\.)(attn|attention|self_attn|self_attention)\.(bias|mask)")
+_TABLES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {layout.COSINES: np.cos, layout.SINES: np.sin}
 
 
 def without_prefixes(files: TensorFiles) -> TensorFiles:
@@ -41,10 +37,14 @@ def without_prefixes(files: TensorFiles) -> TensorFiles:
     wrappers = {found for name in files.entries for found in _WRAPPER.findall(name)}
     said = [f"{part}. is left out of the names of tensors" for part in sorted(wrappers)]
     prefix = _prefix_of(plain.values())
-    if prefix not in (None, _OWN):
-        taken = f"{prefix} before the names of tensors is taken for {_OWN}"
-        said.append(taken if prefix else f"{_OWN} is put before the names of tensors")
-        plain = {name: _renamed(short, prefix or "") for name, short in plain.items()}
+    if prefix is not None:
+        usual = {name: _renamed(short, prefix) for name, short in plain.items()}
+        if prefix != _OWN:
+            taken = f"{prefix} before the names of tensors is taken for {_OWN}"
+            said.append(taken if prefix else f"{_OWN} is put before the names of tensors")
+        elif usual != plain:
+            said.append(f"{_OWN}{layout.HEAD} is taken for {layout.HEAD}")
+        plain = usual
     if not said:
         return files
     entries: dict[str, TensorEntry] = {}
@@ -75,16 +75,11 @@ def _renamed(name: str, prefix: str) -> str:
 
 def without_buffers(files: TensorFiles, config: ModelConfig) -> TensorFiles:
     """The tensors that are weights. Raises CheckpointError for a buffer of rope that config.json contradicts."""
-    buffers = {name: entry for name, entry in files.entries.items() if _is_buffer(name, entry)}
+    buffers = {name: entry for name, entry in files.entries.items() if layout.is_buffer(name, entry.shape)}
     if not buffers:
         return files
     _check_rope(buffers, config, files.directory / "config.json")
     return files.renamed({name: entry for name, entry in files.entries.items() if name not in buffers})
-
-
-def _is_buffer(name: str, entry: TensorEntry) -> bool:
-    square = len(entry.shape) == 4 and entry.shape[:2] == (1, 1) and entry.shape[2] == entry.shape[3]
-    return name.rpartition(".")[2] in _BUFFERS or bool(_MASK.search(name) and name.endswith((".bias", ".mask")) and square)
 
 
 def _check_rope(buffers: Mapping[str, TensorEntry], config: ModelConfig, where: Path) -> None:
@@ -92,7 +87,7 @@ def _check_rope(buffers: Mapping[str, TensorEntry], config: ModelConfig, where: 
     wanted = config.rope_theta**-exponents
     for name, entry in buffers.items():
         kind = name.rpartition(".")[2]
-        if kind in _FREQUENCIES:
+        if kind in layout.FREQUENCIES:
             got = widen(entry.read()).astype(np.float64)
             if got.shape != wanted.shape or not _close(got, wanted):
                 raise CheckpointError(f"{entry.file}: {name}: {_contradiction(got, exponents, config, where)}")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout, names, slices, training
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, QUANTIZED_KEYS, ModelConfig
-from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles, same
-from ms_pangu_quant.errors import CheckpointError, CheckpointNote
+from ms_pangu_quant.checkpoint.files import CheckpointNote, TensorEntry, TensorFiles, same
+from ms_pangu_quant.errors import CheckpointError, one_line
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
 
@@ -98,7 +98,7 @@ def optional_head(files: TensorFiles, config: ModelConfig) -> list[str]:
 def tell(files: TensorFiles) -> None:
     """What a user should know of how a directory was read."""
     for note in files.notes:
-        warnings.warn(CheckpointNote(note), stacklevel=3)
+        warnings.warn(CheckpointNote(one_line(note)), stacklevel=3)
 
 
 def is_quantized(directory: Path, config: ModelConfig) -> bool:

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ms_pangu_quant.checkpoint.files import CheckpointNote
 from ms_pangu_quant.cli.bench import bench_command
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err, out
@@ -33,7 +34,7 @@ from ms_pangu_quant.cli.quantize import quantize_command
 from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.sensitivity import sensitivity_command
 from ms_pangu_quant.cli.verify import verify_command
-from ms_pangu_quant.errors import CheckpointNote, PanguQuantError, RequestError
+from ms_pangu_quant.errors import PanguQuantError, RequestError
 from ms_pangu_quant.installation import missing_module
 from ms_pangu_quant.suggestion import did_you_mean
 
