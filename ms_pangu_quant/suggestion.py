@@ -47,6 +47,15 @@ def likely_path(path: Path) -> Path | None:
     return found if found != path else None
 
 
+def dangling(path: Path) -> str:
+    """What to do about a link that points nowhere, as a download cache's do when they are copied; or nothing."""
+    if path.is_symlink() and not path.exists():
+        return (
+            f"; it is a link to {os.readlink(path)}, which is not there: copy the folder with what its links name (cp -rL)"
+        )
+    return ""
+
+
 def fetching(content: bytes, otherwise: str = "download it again") -> str:
     """What to do about a file that begins with this and should not: it is what stands for a large file, or a web page."""
     if content.startswith(b"version https://git-lfs"):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.suggestion import fetching
+from ms_pangu_quant.suggestion import dangling, fetching
 
 WHOLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -29,7 +29,7 @@ _TRAINING = re.compile(
     r"([._-].*)?\.safetensors",
     re.IGNORECASE,
 )
-_UNREAD = (".gguf", ".h5", ".msgpack", ".onnx")  # other programs' weights
+_UNREAD = (".gguf", ".h5", ".msgpack", ".onnx", ".safetensors")  # other programs' weights, or in capitals
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,10 @@ def _instead(directory: Path, there: Sequence[str]) -> str:
     """What a directory without weights holds."""
     if any(map(_ADAPTER.fullmatch, there)):
         return f"holds an adapter ({there[0]}) and no model; merge it into the weights that it was trained on"
-    unread = sorted(path.name for path in directory.iterdir() if path.suffix in _UNREAD) if directory.is_dir() else []
-    others = [*there, *unread]
+    unread = (
+        sorted(path.name for path in directory.iterdir() if path.suffix.lower() in _UNREAD) if directory.is_dir() else []
+    )
+    others = [*there, *(name for name in unread if name not in there and not name.startswith("."))]
     return "no *.safetensors file here" + (f" with a model, only {listed(others)}" if others else "")
 
 
@@ -104,10 +106,11 @@ def _check_there(directory: Path, named: Sequence[str], there: Sequence[str]) ->
         return
     others = [name for name in there if name not in named and name in weight_files(directory)]
     more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+    link = dangling(directory / absent[0])
     todo = "download it, or use the index that belongs to these files"
     if others:
         todo = f"download it, or delete the index if {listed(others)} is the model"
-    raise CheckpointError(f"{directory / INDEX_FILE}: names {absent[0]}{more}, which is not in the directory; {todo}")
+    raise CheckpointError(f"{directory / INDEX_FILE}: names {absent[0]}{more}, which is not in the directory; {todo}{link}")
 
 
 def _check_one_set(directory: Path, names: Iterable[str]) -> None:

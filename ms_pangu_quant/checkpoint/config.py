@@ -18,7 +18,7 @@ from typing import Any
 from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES
 from ms_pangu_quant.checkpoint.layout import Sizes
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.suggestion import did_you_mean_path, fetching
+from ms_pangu_quant.suggestion import dangling, did_you_mean_path, fetching
 
 QUANTIZATION_FILE = "quantization_description.json"  # Golden Stick's
 ASCEND_FILE = "quant_model_description.json"  # msModelSlim's
@@ -68,7 +68,7 @@ class ModelConfig(Sizes):
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
         if not path.exists():
-            close = did_you_mean_path(path.parent) or _held_below(path.parent)
+            close = did_you_mean_path(path.parent) or dangling(path) or _held_below(path.parent)
             raise CheckpointError(f"{path.parent}: no config.json here{close}; wanted a Hugging Face checkpoint directory")
         return cls.from_dict(read_json(path), where=str(path))
 

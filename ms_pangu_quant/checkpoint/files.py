@@ -29,7 +29,7 @@ from ms_pangu_quant.checkpoint.choice import Choice, choose
 from ms_pangu_quant.checkpoint.layout import HEAD, NO_HEAD, O_PROJ, is_buffer
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.quantizers.threads import by_element
-from ms_pangu_quant.suggestion import fetching
+from ms_pangu_quant.suggestion import dangling, fetching
 
 _CHUNK = 16 << 20
 _HASHED_AT_A_TIME = 2  # tensors; more are seldom read any faster
@@ -318,7 +318,7 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
         todo = fetching(_beginning(file))
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); {todo}") from None
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); {todo}{dangling(file)}") from None
     entries = {}
     for name, record in header.items():
         if name == "__metadata__":

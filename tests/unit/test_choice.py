@@ -209,7 +209,7 @@ def test_a_fault_of_what_was_chosen_names_what_was_left_out(whole):
 
 
 @pytest.mark.parametrize(
-    "name", ["adapter_model.safetensors", "optimizer.safetensors", "model.gguf", "._model.safetensors"]
+    "name", ["adapter_model.safetensors", "optimizer.safetensors", "model.gguf", "MODEL.SAFETENSORS", "._model.safetensors"]
 )
 def test_a_folder_without_a_model_says_what_it_holds(whole, name):
     folder, _ = whole
@@ -217,6 +217,7 @@ def test_a_folder_without_a_model_says_what_it_holds(whole, name):
     said = {
         "adapter_model.safetensors": "holds an adapter .* and no model; merge it",
         "optimizer.safetensors": r"no \*\.safetensors file here with a model, only optimizer\.safetensors",
+        "MODEL.SAFETENSORS": r"no \*\.safetensors file here with a model, only MODEL\.SAFETENSORS",
         "model.gguf": r"no \*\.safetensors file here with a model, only model\.gguf",
     }
     with pytest.raises(CheckpointError, match=f"{folder}: {said.get(name, 'no .*safetensors file here; wanted')}"):

@@ -304,6 +304,10 @@ def test_a_folder_around_the_checkpoint_names_it(tmp_path):
     assert f"but in {new}: name that" in said_of(cache)
     only = put_checkpoint(tmp_path / "unpacked" / "model")
     assert f"but in {only}: name that" in said_of(only.parent)
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / "config.json").symlink_to("../../blobs/0a1b")
+    assert "it is a link to ../../blobs/0a1b, which is not there: copy" in said_of(copied)
     (tmp_path / "empty").mkdir()
     assert "but in" not in said_of(tmp_path / "empty")
     (tmp_path / "empty" / "adapter_config.json").write_text("{}")
