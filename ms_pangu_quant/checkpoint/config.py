@@ -155,13 +155,13 @@ def _held_below(directory: Path) -> str:
         return ", but an adapter, which counts once it is merged into its model"
     found = [
         sorted(path.parent for path in islice(directory.glob(f"{below}/config.json"), _MOST_FOLDERS))
-        for below in ("snapshots/*", "models--*/snapshots/*", "*")
+        for below in ("snapshots/*", "models--*/snapshots/*", "*", "*/*")
     ]
     held = next(filter(None, found), [])
     current = [path for path in held if _is_current(path)]
     shown = current if len(current) == 1 else held
-    more = f" and {len(shown) - 1} more" if len(shown) > 1 else ""
-    return f", but in {shown[0]}{more}: name that" if shown else ""
+    more = f" and {len(shown) - 1} more: name one" if len(shown) > 1 else ": name that"
+    return f", but in {shown[0]}{more}" if shown else ""
 
 
 def _is_current(snapshot: Path) -> bool:

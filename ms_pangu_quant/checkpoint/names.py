@@ -22,7 +22,9 @@ from ms_pangu_quant.errors import CheckpointError
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OWN = "model."  # before the names of all tensors but the head
 _REST = re.compile(r"((?:.*?\.)??)(embed_tokens\.|layers\.\d+\.|norm\.weight$)")
-_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer)(\.|$)")
+_ADAPTER = re.compile(
+    r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save|original_module)(\.|$)"
+)
 _TABLES: dict[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {layout.COSINES: np.cos, layout.SINES: np.sin}
 
 

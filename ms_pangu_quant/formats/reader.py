@@ -12,7 +12,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZED_KEYS, ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.names import without_buffers
+from ms_pangu_quant.checkpoint.names import without_buffers, without_prefixes
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized, optional_head, tell
 from ms_pangu_quant.errors import CheckpointError, located
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
@@ -77,7 +77,7 @@ class QuantizedReader:
         self.config = ModelConfig.from_file(directory / "config.json")
         self.format = find_format(directory, self.config)
         self.plan, self.rows = self.format.read_plan(directory, self.config), None
-        self.files = without_buffers(TensorFiles(directory), self.config)
+        self.files = without_buffers(without_prefixes(TensorFiles(directory)), self.config)
         if checked:
             with self.files.explained():
                 self._check()

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.checkpoint.files import CheckpointNote
+from ms_pangu_quant.checkpoint.files import INDEX_FILE, CheckpointNote
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.formats.reader import QuantizedReader
@@ -94,7 +94,15 @@ def test_two_tensors_of_one_name_but_for_their_prefixes_are_refused_naming_both(
     assert "are both model.norm.weight without their prefixes" in str(raised.value)
 
 
-@pytest.mark.parametrize("name", ["q_proj.lora_A.default.weight", "q_proj.lora_B.weight", "q_proj.base_layer.weight"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q_proj.lora_A.default.weight",
+        "q_proj.lora_B.weight",
+        "q_proj.base_layer.weight",
+        "q_proj.modules_to_save.default.weight",
+    ],
+)
 def test_an_adapter_that_is_not_merged_is_refused_by_name(checkpoint, edit_tensors, name):
     folder, _ = checkpoint
     rename(folder, lambda each: f"base_model.model.{each}")
@@ -202,3 +210,13 @@ def test_a_quantized_directory_may_have_buffers_too(make_checkpoint, tmp_path):
         else:
             with pytest.raises(CheckpointError, match="is that of rope_theta 500, "):
                 QuantizedReader(tmp_path / "q")
+
+
+def test_a_quantized_directory_may_have_a_prefix_too(make_checkpoint, tmp_path):
+    quantize(CheckpointReader(make_checkpoint()), load_recipe(find_recipe("w8a8_rtn")), tmp_path / "q")
+    before = QuantizedReader(tmp_path / "q").files.sha256()
+    for file in (tmp_path / "q").glob("*.safetensors"):
+        save_file({f"module.{name}": value for name, value in load_file(file).items()}, file)
+    (tmp_path / "q" / INDEX_FILE).unlink()
+    with pytest.warns(CheckpointNote, match=r"module\. is left out"):
+        assert QuantizedReader(tmp_path / "q").files.sha256() == before
