@@ -14,17 +14,19 @@ _LONGEST = 400  # characters without a space that a message repeats
 
 
 class PanguQuantError(Exception):
-    """Something outside the program is wrong: a file, a setting, the disk, the machine.
-
-    The message becomes one line that a terminal can show, whatever a file put into it: control characters are escaped,
-    and what is longer than any path is cut in its middle.
-    """
+    """Something outside the program is wrong: a file, a setting, the disk, the machine. The message becomes one_line()."""
 
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(message.split()))
-        super().__init__(re.sub(rf"\S{{{_LONGEST},}}", lambda found: f"{found[0][:200]}...{found[0][-100:]}", line))
+        super().__init__(one_line(message))
+
+
+def one_line(message: str) -> str:
+    """One line that a terminal can show, whatever a file put into it: control characters are escaped, and what is longer
+    than any path is cut in its middle."""
+    line = "".join(each if each.isprintable() else repr(each)[1:-1] for each in " ".join(message.split()))
+    return re.sub(rf"\S{{{_LONGEST},}}", lambda found: f"{found[0][:200]}...{found[0][-100:]}", line)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What was probably meant by a name or a path that does not exist: the end of an error message, or nothing."""
+"""What was probably meant, or happened: the end of an error message, or nothing."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 _MOST = 10_000  # names of a folder that are looked at
+_PAGE = (b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error", b"<!--")  # in small letters
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -44,3 +45,21 @@ def likely_path(path: Path) -> Path | None:
             part = close
         found /= part
     return found if found != path else None
+
+
+def dangling(path: Path) -> str:
+    """What to do about a link that points nowhere, as a download cache's do when they are copied; or nothing."""
+    if path.is_symlink() and not path.exists():
+        return (
+            f"; it is a link to {os.readlink(path)}, which is not there: copy the folder with what its links name (cp -rL)"
+        )
+    return ""
+
+
+def fetching(content: bytes, otherwise: str = "download it again") -> str:
+    """What to do about a file that begins with this and should not: it is what stands for a large file, or a web page."""
+    if content.startswith(b"version https://git-lfs"):
+        return "run git lfs pull"
+    if content[:1000].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGE):
+        return "it is a web page (a login or proxy page?); download it again"
+    return otherwise

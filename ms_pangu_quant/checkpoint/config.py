@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES
 from ms_pangu_quant.checkpoint.layout import Sizes
 from ms_pangu_quant.errors import CheckpointError
-from ms_pangu_quant.suggestion import did_you_mean_path
+from ms_pangu_quant.suggestion import dangling, did_you_mean_path, fetching
 
 QUANTIZATION_FILE = "quantization_description.json"  # Golden Stick's
 ASCEND_FILE = "quant_model_description.json"  # msModelSlim's
 HADAMARD_METHOD = "golden-stick-hadamard"
+QUANTIZED_KEYS = ("quantization_config", "compression_config")  # the latter is compressed-tensors' older
+
+_MOST_FOLDERS = 1000  # that are looked into
 
 # A key that only another architecture's config has -> what that architecture is.
 _OTHER_GRAPHS = {
@@ -63,7 +68,7 @@ class ModelConfig(Sizes):
     @classmethod
     def from_file(cls, path: Path) -> ModelConfig:
         if not path.exists():
-            close = did_you_mean_path(path.parent)
+            close = did_you_mean_path(path.parent) or dangling(path) or _held_below(path.parent)
             raise CheckpointError(f"{path.parent}: no config.json here{close}; wanted a Hugging Face checkpoint directory")
         return cls.from_dict(read_json(path), where=str(path))
 
@@ -144,12 +149,39 @@ def quantization_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings if isinstance(settings, Mapping) else {}
 
 
+def _held_below(directory: Path) -> str:
+    """Where the checkpoint is that a folder around it was named for; the current snapshot of a download cache."""
+    if (directory / "adapter_config.json").exists():
+        return ", but an adapter, which counts once it is merged into its model"
+    found = [
+        sorted(path.parent for path in islice(directory.glob(f"{below}/config.json"), _MOST_FOLDERS))
+        for below in ("snapshots/*", "models--*/snapshots/*", "*", "*/*")
+    ]
+    held = next(filter(None, found), [])
+    current = [path for path in held if _is_current(path)]
+    shown = current if len(current) == 1 else held
+    more = f" and {len(shown) - 1} more: name one" if len(shown) > 1 else ": name that"
+    return f", but in {shown[0]}{more}" if shown else ""
+
+
+def _is_current(snapshot: Path) -> bool:
+    """Whether the cache's branch main is at it."""
+    with suppress(OSError, ValueError):
+        return (snapshot.parent.parent / "refs" / "main").read_text(encoding="utf-8").strip() == snapshot.name
+    return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}){did_you_mean_path(path)}") from None
+        content = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot read ({error.strerror}){did_you_mean_path(path)}") from None
+    try:
+        raw = json.loads(content)  # of bytes, it takes a byte order mark
+    except (ValueError, RecursionError) as error:
+        todo = fetching(content, "")
+        raise CheckpointError(f"{path}: not readable as JSON ({error}){todo and f'; {todo}'}") from None
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, wanted an object")
     return raw

@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from ms_pangu_quant.checkpoint.layout import O_PROJ
+from ms_pangu_quant.checkpoint.choice import INDEX_FILE as INDEX_FILE  # for those who write one
+from ms_pangu_quant.checkpoint.choice import Choice, choose
+from ms_pangu_quant.checkpoint.layout import HEAD, NO_HEAD, O_PROJ, is_buffer
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.quantizers.threads import by_element
+from ms_pangu_quant.suggestion import dangling, fetching
 
-INDEX_FILE = "model.safetensors.index.json"
 _CHUNK = 16 << 20
 _HASHED_AT_A_TIME = 2  # tensors; more are seldom read any faster
 _PIECE = 1 << 18  # numbers widened at a time
-_LONGEST_NAME = 255  # bytes, on every common file system
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -104,7 +105,11 @@ def chunks(entry: TensorEntry) -> Iterator[memoryview]:
     rows = entry.shape[0] if entry.shape else 1
     step = max(1, _CHUNK * rows // max(entry.nbytes, 1))
     for start in range(0, rows, step):
-        yield np.ascontiguousarray(entry.read(start, start + step)).reshape(-1).view(np.uint8).data
+        yield _bytes(entry.read(start, start + step)).data
+
+
+def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
 
 def _finite(piece: bytes | memoryview, dtype: np.dtype[Any]) -> bool:
@@ -116,6 +121,10 @@ def _finite(piece: bytes | memoryview, dtype: np.dtype[Any]) -> bool:
     return not bits.size or bool((bits & without_sign).max() < infinity)
 
 
+class CheckpointNote(UserWarning):
+    """What was decided in reading a directory that could have been meant otherwise."""
+
+
 class TensorFiles:
     """All tensors of a directory: `entries` maps name -> where it lies, or how it is made."""
 
@@ -125,32 +134,36 @@ class TensorFiles:
         only    read this one file, whatever the index says.
         """
         self.directory = directory
-        index_path = directory / INDEX_FILE
-        weight_map = None
-        if only is not None:
-            self.files = [only]
-        elif index_path.exists():
-            weight_map = _read_index(index_path)
-            self.files = sorted({directory / name for name in weight_map.values()})
-            for file in self.files:
-                if not file.is_file():
-                    raise CheckpointError(
-                        f"{index_path}: names {file.name}, which is not in the directory; "
-                        "download it, or use the index that belongs to these files"
-                    )
-        else:
-            self.files = sorted(directory.glob("*.safetensors"))
-        if not self.files:
-            raise CheckpointError(f"{directory}: no *.safetensors file here; wanted a Hugging Face checkpoint directory")
+        choice = choose(directory) if only is None else Choice((only,))
+        self.files = list(choice.files)
+        self.notes = (choice.note,) if choice.note else ()
         self.entries: dict[str, TensorEntry] = {}
-        for file in self.files:
-            for name, entry in _read_header(file).items():
-                if name in self.entries:
-                    raise CheckpointError(f"{name}: is in both {self.entries[name].file.name} and {file.name}")
-                self.entries[name] = entry
-        if weight_map is not None:
-            _check_index(index_path, weight_map, self.entries)
+        with self.explained():
+            for file in self.files:
+                self._add(_read_header(file), choice.weight_map or {})
+            if choice.weight_map is not None:
+                _check_index(directory / INDEX_FILE, choice.weight_map, self.entries)
         self._stored = self.entries
+
+    def _add(self, found: Mapping[str, TensorEntry], weight_map: Mapping[str, str]) -> None:
+        """A tensor that is in two files is one where it is the same in both."""
+        for name, entry in found.items():
+            earlier = self.entries.get(name)
+            if earlier is not None and not same(earlier, entry):
+                raise CheckpointError(
+                    f"{self.directory}: {name} is in both {earlier.file.name} and {entry.file.name}, with other values; "
+                    "delete or download again the file that is not of this model"
+                )
+            if earlier is None or weight_map.get(name) == entry.file.name:
+                self.entries[name] = entry
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """An error over these tensors says too what was left out, which may be what was meant."""
+        try:
+            yield
+        except CheckpointError as error:
+            raise CheckpointError("; ".join([str(error), *self.notes])) from None
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +184,12 @@ class TensorFiles:
         """The same files, their tensors under other names or taken apart: these, and no others."""
         files = copy.copy(self)
         files.entries = files._stored = dict(entries)
+        return files
+
+    def noting(self, note: str) -> TensorFiles:
+        """The same files, with something more that the user should know of how they are read."""
+        files = copy.copy(self)
+        files.notes = (*self.notes, note)
         return files
 
     def sha256(self, progress: Callable[[int], None] | None = None) -> str:
@@ -209,13 +228,9 @@ class TensorFiles:
         for name, shape in expected.items():
             entry = self.entries.get(name)
             if entry is None:
-                hint = (
-                    "; this layer's bias is part of the model, a checkpoint without it is another one"
-                    if name.endswith(f".{O_PROJ.name}.bias")
-                    else ""
-                )
                 raise CheckpointError(
-                    f"{self.directory}: {name} is missing; {config.name} implies a tensor of shape {list(shape)}{hint}"
+                    f"{self.directory}: {name} is missing; {config.name} implies a tensor of shape {list(shape)}"
+                    f"{self._likely_cause(name)}"
                 )
             if entry.shape != shape:
                 raise CheckpointError(
@@ -234,6 +249,30 @@ class TensorFiles:
                 f"{self.entries[extra[0]].file}: {extra[0]}{more}: not a tensor of the model that "
                 f"{config.name} describes; is config.json from another checkpoint?"
             )
+
+    def _likely_cause(self, name: str) -> str:
+        """Of a missing tensor: the end of the message, or nothing."""
+        if name.endswith(f".{O_PROJ.name}.bias"):
+            return "; this layer's bias is part of the model, a checkpoint without it is another one"
+        if name == HEAD:
+            return NO_HEAD
+        other = next((found for found in self.entries if f".{found}".endswith(f".{name.removeprefix('model.')}")), None)
+        return f"; {other} is there: its prefix is not before all names" if other else ""
+
+
+def same(one: TensorEntry, other: TensorEntry) -> bool:
+    """Whether two tensors hold the same numbers; in the same dtype, the same bits."""
+    if one.shape != other.shape or ({one.dtype.kind, other.dtype.kind} & set("iub") and one.dtype != other.dtype):
+        return False
+    rows = one.shape[0] if one.shape else 1
+    step = max(1, _CHUNK * rows // max(one.nbytes, 1))
+    for start in range(0, rows, step):
+        mine, theirs = (each.read(start, start + step) for each in (one, other))
+        if one.dtype != other.dtype:
+            mine, theirs = widen(mine), widen(theirs)
+        if not np.array_equal(_bytes(mine), _bytes(theirs)):
+            return False
+    return True
 
 
 def widen(raw: NDArray[Any]) -> NDArray[np.float32]:
@@ -257,28 +296,16 @@ def size(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.2f} MiB"
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: not a safetensors index ({type(error).__name__}: {error})") from None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path}: weight_map is not an object of tensor name -> file name")
-    for file in set(weight_map.values()):
-        too_long = len(file.encode("utf-8", "replace")) > _LONGEST_NAME
-        if file != os.path.basename(file) or not file.endswith(".safetensors") or too_long:
-            raise CheckpointError(f"{path}: names {file!r}; wanted the plain name of a .safetensors file beside it")
-    return weight_map
-
-
 def _check_index(path: Path, weight_map: Mapping[str, str], entries: Mapping[str, TensorEntry]) -> None:
     for name, file in weight_map.items():
         entry = entries.get(name)
+        if entry is None and is_buffer(name, ()):
+            continue
         if entry is None or entry.file.name != file:
             found = f"it is in {entry.file.name}" if entry else "it is in no file"
             raise CheckpointError(f"{path}: {name} should be in {file}, but {found}")
     for name, entry in entries.items():
-        if name not in weight_map:
+        if name not in weight_map and not is_buffer(name, entry.shape):
             raise CheckpointError(f"{entry.file}: {name} is not in {path.name}; do the two belong together?")
 
 
@@ -290,7 +317,8 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); download it again") from None
+        todo = fetching(_beginning(file))
+        raise CheckpointError(f"{file}: damaged or not a safetensors file ({error}); {todo}{dangling(file)}") from None
     entries = {}
     for name, record in header.items():
         if name == "__metadata__":
@@ -300,6 +328,12 @@ def _read_header(file: Path) -> dict[str, TensorEntry]:
             raise CheckpointError(f"{file}: {name}: dtype {record['dtype']} is not supported")
         entries[name] = TensorEntry(file, 8 + length + record["data_offsets"][0], tuple(record["shape"]), dtype)
     return entries
+
+
+def _beginning(file: Path) -> bytes:
+    with suppress(OSError), open(file, "rb") as stream:
+        return stream.read(1024)
+    return b""
 
 
 @dataclass(frozen=True)
@@ -332,7 +366,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, NDArray[Any] | TensorEnt
             if isinstance(tensor, TensorEntry):
                 yield from chunks(tensor)
             else:
-                yield np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data
+                yield _bytes(tensor).data
 
     return write_atomically(path, pieces())
 

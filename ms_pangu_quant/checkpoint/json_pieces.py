@@ -20,12 +20,12 @@ from tokenizers.processors import TemplateProcessing
 from ms_pangu_quant.checkpoint.tokenizer_files import (
     TokenizerFiles,
     added_tokens_decoder,
-    fetching,
     read,
     read_json,
     token_text,
 )
 from ms_pangu_quant.errors import CheckpointError, PanguQuantError, RequestError
+from ms_pangu_quant.suggestion import fetching
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _LLAMA = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}

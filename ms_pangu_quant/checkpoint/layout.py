@@ -6,12 +6,14 @@ Every other module that needs a tensor's name, shape or neighbour asks here; not
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
+NO_HEAD = "; a model whose head is its embedding has tie_word_embeddings true in config.json"  # why a head may be missing
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,19 @@ def outer_shapes(config: Sizes) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = vocab
     return shapes
+
+
+FREQUENCIES = ("inv_freq", "original_inv_freq")
+COSINES, SINES = "cos_cached", "sin_cached"
+_MASKS = ("causal_mask", "attention_mask", "attn_mask", "tril", "masked_bias")
+_BUFFERS = (*FREQUENCIES, COSINES, SINES, "cos_sin_cache", "freqs_cis", *_MASKS, "position_ids")
+_MASK = re.compile(r"(?:.*\.)?(?:attn|attention|self_attn|self_attention)\.(?:bias|mask)")
+
+
+def is_buffer(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor follows from config.json and is no weight: rope's frequencies and tables, masks, positions."""
+    square = len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+    return name.rpartition(".")[2] in _BUFFERS or bool(square and _MASK.fullmatch(name))
 
 
 def layer_names(config: Sizes) -> list[str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.checkpoint import layout, slices, training
+from ms_pangu_quant.checkpoint import layout, names, slices, training
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
-from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig
-from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, QUANTIZED_KEYS, ModelConfig
+from ms_pangu_quant.checkpoint.files import CheckpointNote, TensorEntry, TensorFiles, same
+from ms_pangu_quant.errors import CheckpointError, one_line
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.suggestion import did_you_mean_path
 
@@ -37,13 +38,15 @@ class CheckpointReader:
             raise CheckpointError(f"{directory}: is quantized already; wanted the float checkpoint")
         self.files = slices.put_together(directory) or TensorFiles(directory)
         self.rows: training.RowLayout | None = None
-        if training.is_trained(self.files):
-            self.files, self.config, self.rows = training.as_hugging_face(self.files, self.config)
+        with self.files.explained():
+            self.files = names.without_buffers(names.without_prefixes(self.files), self.config)
+            if training.is_trained(self.files):
+                self.files, self.config, self.rows = training.as_hugging_face(self.files, self.config)
+            self.plan, self.format = Plan.uniform(self.config), None
+            self.files.check(self.plan.float_shapes(self.config), optional=optional_head(self.files, self.config))
         self.bytes = self.files.nbytes
-        self.plan, self.format = Plan.uniform(self.config), None
         self._rewrite: Callable[[Block], Block] | None = None
-        optional = [layout.HEAD] if self.config.tie_word_embeddings else []
-        self.files.check(self.plan.float_shapes(self.config), optional=optional)
+        tell(self.files)
 
     def block(self, index: int) -> Block:
         prefix = layout.block_prefix(index)
@@ -76,9 +79,30 @@ def embedding_rows(files: TensorFiles, token_ids: NDArray[np.int32]) -> NDArray[
     return table[inverse]
 
 
+def optional_head(files: TensorFiles, config: ModelConfig) -> list[str]:
+    """The head's name where it is tied, and may be stored all the same. Raises CheckpointError for one that is another.
+
+    Of such a checkpoint, older versions of transformers take the embedding and newer ones the head.
+    """
+    if not config.tie_word_embeddings:
+        return []
+    head, embedding = files.entries.get(layout.HEAD), files.entries.get(layout.EMBEDDING)
+    if head is not None and embedding is not None and not same(head, embedding):
+        raise CheckpointError(
+            f"{head.file}: {layout.HEAD} is not the embedding, but {files.directory / 'config.json'} has "
+            "tie_word_embeddings true; set it to false if the head was trained, or else remove the head"
+        )
+    return [layout.HEAD]
+
+
+def tell(files: TensorFiles) -> None:
+    """What a user should know of how a directory was read."""
+    for note in files.notes:
+        warnings.warn(CheckpointNote(one_line(note)), stacklevel=3)
+
+
 def is_quantized(directory: Path, config: ModelConfig) -> bool:
-    return (
-        (directory / QUANTIZATION_FILE).exists()
-        or (directory / ASCEND_FILE).exists()
-        or bool(config.raw.get("quantization_config"))
-    )
+    """By any program: msModelSlim's older versions put the scheme's name into the description's."""
+    stem = Path(ASCEND_FILE).stem
+    described = any(path.exists() for path in (directory / QUANTIZATION_FILE, *directory.glob(f"{stem}*.json")))
+    return described or any(config.raw.get(key) for key in QUANTIZED_KEYS)

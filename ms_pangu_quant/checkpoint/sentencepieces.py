@@ -22,12 +22,12 @@ from sentencepiece import SentencePieceProcessor
 from ms_pangu_quant.checkpoint.tokenizer_files import (
     TokenizerFiles,
     added_tokens_decoder,
-    fetching,
     read,
     read_json,
     token_text,
 )
 from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.suggestion import fetching
 
 
 class SentencePieces:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.suggestion import fetching
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, UTF-8 cannot
 
@@ -60,10 +61,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """Empty where there is no such file."""
     if not path.exists():
         return {}
+    content = read(path)
     try:
-        value = json.loads(read(path))
+        value = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); copy it from the original checkpoint") from None
+        todo = fetching(content, "copy it from the original checkpoint")
+        raise CheckpointError(f"{path}: not JSON ({error}); {todo}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: got a JSON {type(value).__name__}, wanted an object")
     return value
@@ -85,8 +88,3 @@ def added_tokens_decoder(files: TokenizerFiles) -> dict[str, Any]:
             "wanted an object of ids"
         )
     return decoder
-
-
-def fetching(content: bytes) -> str:
-    """What to do about a file that holds this and should not."""
-    return "run git lfs pull" if content.startswith(b"version https://git-lfs") else "download it again"

@@ -25,6 +25,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.choice import weight_files
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorEntry, TensorFiles
 from ms_pangu_quant.errors import CheckpointError
@@ -103,6 +104,7 @@ def as_hugging_face(files: TensorFiles, config: ModelConfig) -> tuple[TensorFile
                 continue
             raise CheckpointError(
                 f"{files.directory}: {part.fused} is missing; config.json implies a tensor of shape {list(part.shape)}"
+                f"{layout.NO_HEAD if name == layout.HEAD else ''}"
             )
         if source.shape != part.shape:
             raise CheckpointError(
@@ -174,7 +176,8 @@ def _tails(name: str, used: set[str]) -> set[str]:
 
 def check_directory(directory: Path) -> None:
     """Raises CheckpointError that says what to do with what training leaves behind and is not read as it is."""
-    if any(directory.glob("*.safetensors")) and (directory / "config.json").exists():
+    weights = weight_files(directory)
+    if weights and (directory / "config.json").exists():
         return
     merge = f"pangu-quant merge {directory} --strategy FOLDER --config START --output MERGED"
     if any(directory.glob("rank_[0-9]*/*.safetensors")):
@@ -190,12 +193,12 @@ def check_directory(directory: Path) -> None:
             f"mindspore.ckpt_to_safetensors('{directory}', 'CONVERTED')\""
         )
     pickles = [path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in directory.glob(pattern)]
-    if pickles and not any(directory.glob("*.safetensors")):
+    if pickles and not weights:
         raise CheckpointError(
             f"{directory}: holds {sorted(pickles)[0]}, a pickle, which can run code and is not read; save the checkpoint "
             "as safetensors"
         )
-    if any(directory.glob("*.safetensors")):
+    if weights:
         raise CheckpointError(
             f"{directory}: has weights but no config.json, which MindFormers' training does not write; copy config.json "
             "and the tokenizer's files of the checkpoint it started from into it, or write a directory that has all: "

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import inspect as introspection
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
+from ms_pangu_quant.checkpoint.files import CheckpointNote
 from ms_pangu_quant.cli.bench import bench_command
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err, out
@@ -130,6 +133,32 @@ for _name, _command in COMMANDS.items():
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; arguments default to the process's. Returns the exit code."""
+    with _notes_shown():
+        return _run(arguments)
+
+
+@contextmanager
+def _notes_shown() -> Iterator[None]:
+    """What reading a checkpoint decided, in one line each; other warnings as ever."""
+    shown: set[str] = set()
+    usual = warnings.showwarning
+
+    def show_note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, CheckpointNote):
+            usual(message, category, *where, **more)
+        elif str(message) not in shown:  # a directory may be opened several times
+            shown.add(str(message))
+            err.print(f"note: {message}", markup=False, soft_wrap=True)
+
+    warnings.simplefilter("always", CheckpointNote)
+    warnings.showwarning = show_note
+    try:
+        yield
+    finally:
+        warnings.showwarning = usual
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=None if arguments is None else list(arguments), prog_name="pangu-quant", standalone_mode=False)
     except PanguQuantError as error:

@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
-from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZED_KEYS, ModelConfig
 from ms_pangu_quant.checkpoint.files import TensorFiles
-from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized
+from ms_pangu_quant.checkpoint.names import without_buffers, without_prefixes
+from ms_pangu_quant.checkpoint.reader import CheckpointReader, is_quantized, optional_head, tell
 from ms_pangu_quant.errors import CheckpointError, located
 from ms_pangu_quant.formats import ascend, compressed_tensors, kv_cache, mindformers
 from ms_pangu_quant.formats.linear import TensorSpec
@@ -53,10 +54,14 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
     for each in FORMATS.values():
         if each.recognises(directory, config):
             return each
-    settings = config.raw.get("quantization_config")
+    others = sorted(path.name for path in directory.glob(f"{Path(ASCEND_FILE).stem}?*.json"))
+    if others:
+        raise CheckpointError(f"{directory / others[0]}: of an older msModelSlim, which is not read; wanted {ASCEND_FILE}")
+    key = next((key for key in QUANTIZED_KEYS if config.raw.get(key)), QUANTIZED_KEYS[0])
     raise CheckpointError(
-        f"{directory / 'config.json'}: quantization_config is {settings!r}, wanted quant_method 'golden-stick' or "
-        "'compressed-tensors', or none beside a quant_model_description.json; other quantized formats are not read here"
+        f"{directory / 'config.json'}: {key} is {config.raw.get(key)!r}, wanted quantization_config with quant_method "
+        "'golden-stick' or 'compressed-tensors', or none beside a quant_model_description.json; other quantized formats "
+        "are not read here"
     )
 
 
@@ -72,13 +77,15 @@ class QuantizedReader:
         self.config = ModelConfig.from_file(directory / "config.json")
         self.format = find_format(directory, self.config)
         self.plan, self.rows = self.format.read_plan(directory, self.config), None
-        self.files = TensorFiles(directory)
+        self.files = without_buffers(without_prefixes(TensorFiles(directory)), self.config)
         if checked:
-            self._check()
+            with self.files.explained():
+                self._check()
+        tell(self.files)
 
     def _check(self) -> None:
         quantized = quantized_specs(self.format, self.config, self.plan)
-        optional = [layout.HEAD] if self.config.tie_word_embeddings else []
+        optional = optional_head(self.files, self.config)
         self.files.check(self.plan.float_shapes(self.config), optional=[*optional, *quantized])
         for name, spec in quantized.items():
             entry = self.files.entries.get(name)

@@ -60,7 +60,7 @@ def find_recipe(name: str) -> Path:
 def load_recipe(path: Path) -> Recipe:
     """Raises RecipeError naming the file and the key."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
     return parse_recipe(text, str(path))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.consumers import facts_of, rows_for
 from ms_pangu_quant.formats.reader import FORMATS, Reader, open_checkpoint
@@ -22,8 +23,7 @@ def inspection(directory: Path) -> dict[str, Any]:
     """Scheme, bits and error of each layer, and the totals."""
     reader = open_checkpoint(directory)
     quantized = reader.format is not None
-    report_path = directory / REPORT_FILE
-    report = json.loads(report_path.read_text(encoding="utf-8")) if quantized and report_path.exists() else {}
+    report = _report(directory / REPORT_FILE) if quantized else {}
     blocks = report.get("blocks", [])
     layers, bits, weights = [], 0.0, 0
     for place, (name, site, scheme) in enumerate(reader.plan):
@@ -49,7 +49,7 @@ def inspection(directory: Path) -> dict[str, Any]:
         "quantized": quantized,
         "trained_rows": str(reader.rows) if reader.rows else None,
         "layers": layers,
-        "output_error": [block["output_error"] for block in blocks],
+        "output_error": [block.get("output_error") for block in blocks],
         "held_out_error": [block.get("held_out_error") for block in blocks],
         "bytes": reader.files.nbytes,
         "bytes_before": report.get("bytes_before"),
@@ -57,6 +57,26 @@ def inspection(directory: Path) -> dict[str, Any]:
         "weights": weights,
         "cache": cache_of(reader),
     }
+
+
+def _report(path: Path) -> dict[str, Any]:
+    """What is shown of it has been looked at; empty where there is none. Raises CheckpointError."""
+    report = read_json(path) if path.exists() else {}
+    blocks = report.get("blocks", [])
+    whole = isinstance(blocks, list) and all(
+        isinstance(block, dict)
+        and isinstance(block.get("weight_error"), dict)
+        and all(map(_is_number, block["weight_error"].values()))
+        and all(block.get(key) is None or _is_number(block[key]) for key in ("output_error", "held_out_error"))
+        for block in blocks
+    )
+    if not whole or not _is_number(report.get("bytes_before", 1)):
+        raise CheckpointError(f"{path}: is not a report of pangu-quant; delete it to see the layers without it")
+    return report
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def cache_of(reader: Reader) -> dict[str, Any]:

@@ -97,11 +97,31 @@ def test_a_truncated_file_is_named(checkpoint, tmp_path, capsys):
 
 def test_an_index_that_names_an_absent_shard_is_named(checkpoint, tmp_path, capsys):
     names = list(load_file(checkpoint / "model.safetensors"))
+    (checkpoint / "model.safetensors").rename(checkpoint / "whole.safetensors")
     index = {"weight_map": dict.fromkeys(names, "model-00002-of-00002.safetensors")}
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "model-00002-of-00002.safetensors, which is not in the directory" in quantize_fails(
-        capsys, checkpoint, tmp_path / "out"
-    )
+    line = quantize_fails(capsys, checkpoint, tmp_path / "out")
+    assert "model-00002-of-00002.safetensors, which is not in the directory" in line
+    assert "delete the index if whole.safetensors is the model" in line
+
+
+def test_what_lies_beside_the_weights_changes_nothing_and_is_named_in_a_line(checkpoint, tmp_path, capsys):
+    """As do names with a prefix, buffers, and a byte order mark."""
+    path = checkpoint / "model.safetensors"
+    tensors = {f"_orig_mod.{name}": value for name, value in load_file(path).items()}
+    inverse = 10000.0 ** -(np.arange(32, dtype=np.float32) / 32)
+    save_file({**tensors, "_orig_mod.model.rotary_emb.inv_freq": inverse}, path)
+    (checkpoint / "._model.safetensors").write_bytes(b"Mac OS X")
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"")
+    config = checkpoint / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    for source, name in ((MINI, "plain"), (checkpoint, "odd")):
+        assert main(["quantize", str(source), "--recipe", "w8a8_rtn", "--output", str(tmp_path / name)]) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert len(notes) == 2
+    assert "what is not: adapter_model.safetensors" in notes[0]
+    assert "_orig_mod. is left out" in notes[1]
+    assert (tmp_path / "odd" / "SHA256SUMS").read_bytes() == (tmp_path / "plain" / "SHA256SUMS").read_bytes()
 
 
 def test_a_quantized_directory_is_not_quantized_again(quantized, tmp_path, capsys):

@@ -258,6 +258,64 @@ def test_a_file_that_is_no_config_is_refused_naming_it(tmp_path, content, said):
     assert str(tmp_path) in str(raised.value)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-8"])
+def test_a_file_as_windows_editors_save_it_is_read(tmp_path, encoding):
+    (tmp_path / "config.json").write_bytes(json.dumps({**PANGU_1B, "_note": "\u4e2d"}, ensure_ascii=False).encode(encoding))
+    assert ModelConfig.from_file(tmp_path / "config.json").raw == {**PANGU_1B, "_note": "\u4e2d"}
+
+
+@pytest.mark.parametrize(
+    ("content", "todo"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "; run git lfs pull$"),
+        (b"<!DOCTYPE html><title>Sign in</title>", r"; it is a web page \(a login or proxy page\?\); download it again$"),
+        (b"\n <html>", r"; it is a web page \(a login or proxy page\?\); download it again$"),
+        (b'{"a": 1,}', r"\)$"),
+    ],
+)
+def test_a_file_that_was_not_downloaded_says_what_to_do(tmp_path, content, todo):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"config\.json: not readable as JSON \(.*{todo}"):
+        ModelConfig.from_file(tmp_path / "config.json")
+
+
+def put_checkpoint(folder):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(PANGU_1B))
+    return folder
+
+
+def said_of(folder):
+    with pytest.raises(CheckpointError, match=f"^{folder}: no config.json here") as raised:
+        ModelConfig.from_file(folder / "config.json")
+    return str(raised.value)
+
+
+def test_a_folder_around_the_checkpoint_names_it(tmp_path):
+    cache = tmp_path / "hub" / "models--org--name"
+    old = put_checkpoint(cache / "snapshots" / ("0" * 40))
+    assert f"but in {old}: name that" in said_of(cache)
+    assert f"but in {old}: name that" in said_of(cache / "snapshots")
+    assert f"but in {old}: name that" in said_of(cache.parent)
+    new = put_checkpoint(cache / "snapshots" / ("f" * 40))
+    assert f"but in {old} and 1 more: name one" in said_of(cache)
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(new.name)
+    assert f"but in {new}: name that" in said_of(cache)
+    only = put_checkpoint(tmp_path / "unpacked" / "model")
+    assert f"but in {only}: name that" in said_of(only.parent)
+    deep = put_checkpoint(tmp_path / "models" / "org" / "name")
+    assert f"but in {deep}: name that" in said_of(tmp_path / "models")
+    copied = tmp_path / "copied"
+    copied.mkdir()
+    (copied / "config.json").symlink_to("../../blobs/0a1b")
+    assert "it is a link to ../../blobs/0a1b, which is not there: copy" in said_of(copied)
+    (tmp_path / "empty").mkdir()
+    assert "but in" not in said_of(tmp_path / "empty")
+    (tmp_path / "empty" / "adapter_config.json").write_text("{}")
+    assert "an adapter, which counts once it is merged" in said_of(tmp_path / "empty")
+
+
 def test_from_file_reads_what_from_dict_reads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(PANGU_7B), encoding="utf-8")
     assert ModelConfig.from_file(tmp_path / "config.json") == read(PANGU_7B)

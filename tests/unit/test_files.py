@@ -148,13 +148,62 @@ def test_a_tensor_that_only_the_index_has_and_one_that_it_lacks_are_refused(shar
         TensorFiles(directory)
 
 
-def test_a_tensor_in_two_files_is_refused_naming_both(sharded):
+def put_into(directory, source, target, change):
+    """The first tensor of one file into another too, changed."""
+    tensors = load_file(directory / target)
+    name, value = next(iter(load_file(directory / source).items()))
+    save_file({**tensors, name: change(value)}, directory / target)
+    return name
+
+
+DIFFERENT = {
+    "values": lambda value: value * 2,
+    "a last value": lambda value: np.concatenate([value.reshape(-1)[:-1], value.reshape(-1)[-1:] * 2]).reshape(value.shape),
+    "shape": lambda value: value[:1],
+    "kind": lambda value: np.ones(value.shape, np.int8),
+}
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("change", DIFFERENT)
+def test_another_tensor_of_the_same_name_in_two_files_is_refused_naming_both(sharded, change, indexed):
     directory, names = sharded
-    tensors = load_file(directory / names[0])
-    tensors.update(list(load_file(directory / names[2]).items())[:1])
-    save_file(tensors, directory / names[0])
-    with pytest.raises(CheckpointError, match=f"is in both {names[0]} and {names[2]}"):
-        TensorFiles(directory)
+    if not indexed:
+        (directory / INDEX_FILE).unlink()
+    for source, target in ((2, 0), (0, 2)):
+        kept = (directory / names[target]).read_bytes()
+        name = put_into(directory, names[source], names[target], DIFFERENT[change])
+        with pytest.raises(
+            CheckpointError, match=f"{directory}: {name} is in both {names[0]} and {names[2]}, with other values; delete"
+        ):
+            TensorFiles(directory)
+        (directory / names[target]).write_bytes(kept)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("dtype", [BFLOAT16, np.float32], ids=["same dtype", "wider"])
+def test_the_same_tensor_in_two_files_is_one_and_the_index_says_where(sharded, indexed, dtype):
+    directory, names = sharded
+    before = TensorFiles(directory)
+    digest, values = before.sha256(), {each: before.read_float32(each) for each in before.entries}
+    if not indexed:
+        (directory / INDEX_FILE).unlink()
+    name = put_into(directory, names[2], names[0], lambda value: value.astype(dtype))
+    opened = TensorFiles(directory)
+    assert opened.entries.keys() == before.entries.keys()
+    assert opened.entries[name].file.name == names[2 if indexed else 0]
+    np.testing.assert_array_equal(opened.read_float32(name), values[name])
+    if indexed:
+        assert opened.sha256() == digest
+
+
+def test_a_buffer_that_only_one_of_index_and_files_knows_is_no_contradiction(sharded):
+    directory, names = sharded
+    weight_map = json.loads((directory / INDEX_FILE).read_text())["weight_map"]
+    write_index(directory, {**weight_map, "model.layers.0.self_attn.rotary_emb.inv_freq": names[0]})
+    buffer = {"model.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    save_file({**load_file(directory / names[0]), **buffer}, directory / names[0])
+    assert TensorFiles(directory).entries.keys() == {*weight_map, *buffer}
 
 
 @pytest.mark.parametrize(
@@ -213,18 +262,25 @@ def test_a_truncated_file_is_refused_before_anything_is_read(make_checkpoint, ke
         TensorFiles(file.parent)
 
 
+PAGE = r"it is a web page \(a login or proxy page\?\); download it again$"
+
+
 @pytest.mark.parametrize(
-    "content",
+    ("content", "todo"),
     [
-        b"not safetensors at all, but long enough",
-        b"\xff" * 64,
-        b"\0" * 64,
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a",
+        (b"not safetensors at all, but long enough", r"\); download it again$"),
+        (b"\xff" * 64, r"\); download it again$"),
+        (b"\0" * 64, r"\); download it again$"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "; run git lfs pull$"),
+        (b"<!DOCTYPE html>\n<html><body>Sign in</body></html>", PAGE),
+        (b"\xef\xbb\xbf\r\n  <HTML lang=en>", PAGE),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", PAGE),
     ],
+    ids=lambda content: str(content)[:20],
 )
-def test_a_file_that_is_something_else_is_refused(tmp_path, content):
+def test_a_file_that_is_something_else_is_refused(tmp_path, content, todo):
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: damaged or not a safetensors file \(.*{todo}"):
         TensorFiles(tmp_path)
 
 
@@ -233,8 +289,8 @@ def test_a_directory_and_a_dangling_link_in_place_of_a_file_are_refused(tmp_path
     (tmp_path / "one/model.safetensors").mkdir()
     (tmp_path / "two").mkdir()
     (tmp_path / "two/model.safetensors").symlink_to(tmp_path / "gone")
-    for name in ("one", "two"):
-        with pytest.raises(CheckpointError, match=f"{name}/model.safetensors"):
+    for name, todo in (("one", ""), ("two", rf".*a link to {tmp_path}/gone, which is not there: copy .* \(cp -rL\)$")):
+        with pytest.raises(CheckpointError, match=f"{name}/model.safetensors{todo}"):
             TensorFiles(tmp_path / name)
 
 
@@ -260,6 +316,22 @@ def test_a_file_that_shrinks_after_it_was_opened_is_noticed(make_checkpoint):
         last.read()
     with pytest.raises(CheckpointError, match="ends early"):
         list(chunks(last))
+
+
+def test_an_index_that_was_not_downloaded_says_what_to_do(make_checkpoint):
+    directory = make_checkpoint()
+    for content, todo in ((b"version https://git-lfs.github.com/spec/v1\n", "; run git lfs pull$"), (b"<html>", PAGE)):
+        (directory / INDEX_FILE).write_bytes(content)
+        with pytest.raises(CheckpointError, match=f"{INDEX_FILE}: not a safetensors index .*{todo}"):
+            TensorFiles(directory)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_an_index_as_windows_editors_save_it_is_read(sharded, encoding):
+    directory, names = sharded
+    index = directory / INDEX_FILE
+    index.write_bytes(index.read_text().encode(encoding))
+    assert [file.name for file in TensorFiles(directory).files] == names
 
 
 def check(directory, expected, optional=()):
@@ -310,7 +382,8 @@ def test_the_hash_is_of_the_tensors_and_not_of_how_they_are_spread_over_files(sh
     directory, names = sharded
     before = TensorFiles(directory).sha256()
     (directory / INDEX_FILE).unlink()
-    (directory / names[0]).rename(directory / "model-a.safetensors")
+    for letter, name in zip("cab", names, strict=False):
+        (directory / name).rename(directory / f"model-{letter}.safetensors")
     assert TensorFiles(directory).sha256() == before
     tensors = {name: entry.read() for name, entry in TensorFiles(directory).entries.items()}
     name, value = next((name, value) for name, value in tensors.items() if value.ndim == 2)

@@ -11,8 +11,10 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -37,6 +39,7 @@ from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.report.inspection import inspection
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.speed import load_speeds
 from tests.unit.test_report import make as make_results
@@ -175,6 +178,22 @@ def write_fast(folder):
     made.save(str(folder / "tokenizer.json"))
 
 
+def write_odd(folder, tensors, config):
+    """A tied model as a wrapper saves it, with rope's buffers, a head, another set of weights, and an index."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes(dumped(config))
+    found = {f"_orig_mod.base_model.model.{name}": tensors.read_float32(name) for name in tensors.entries}
+    found["_orig_mod.base_model.model.lm_head.weight"] = tensors.read_float32("model.embed_tokens.weight")
+    frequencies = config["rope_theta"] ** -(np.arange(0, 16, 2, np.float32) / 16)
+    found["_orig_mod.base_model.model.model.rotary_emb.inv_freq"] = frequencies
+    found["_orig_mod.base_model.model.model.rotary_emb.cos_cached"] = np.cos(
+        np.outer(np.arange(4), np.tile(frequencies, 2))
+    )
+    save_file(found, folder / "model.safetensors")
+    save_file({"a": np.ones(3)}, folder / "model-00001-of-00002.safetensors")
+    (folder / INDEX_FILE).write_bytes(dumped({"weight_map": dict.fromkeys(found, "model.safetensors")}))
+
+
 def newer_places(base, root):
     """What else is read: training's slices, another format, what quantize, evaluate, bench and sensitivity write."""
     reader = QuantizedReader(base / "quantized")
@@ -198,6 +217,7 @@ def newer_places(base, root):
               "report": {"index": 0}}]}  # fmt: skip
     (base / "journal" / JOURNAL).write_bytes(dumped(report))
     problems = {"mini": load_problems(TASKS["mini"])}
+    write_odd(base / "odd", tensors, config)
 
     def read_verified(folder):
         for fault in verify(folder, CheckpointReader(base / "float")).faults:
@@ -218,6 +238,9 @@ def newer_places(base, root):
         "slices": ("sliced", "metadata.json", lambda folder: CheckpointReader(folder).block(0)),
         "ascend": ("ascend", ASCEND_FILE, lambda folder: open_checkpoint(folder).rounded_block(0)),
         "report": ("quantized", REPORT_FILE, read_report),
+        "inspected report": ("quantized", REPORT_FILE, inspection),
+        "odd safetensors": ("odd", "model.safetensors", lambda folder: CheckpointReader(folder).block(0)),
+        "odd index": ("odd", INDEX_FILE, lambda folder: CheckpointReader(folder).block(0)),
         "hashes": ("quantized", HASHES_FILE, read_verified),
         "journal": ("journal", JOURNAL, read_journal),
         "budget": ("budget", "recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
@@ -233,6 +256,9 @@ PLACES = (
     "slices",
     "ascend",
     "report",
+    "inspected report",
+    "odd safetensors",
+    "odd index",
     "hashes",
     "journal",
     "budget",
@@ -264,7 +290,7 @@ PLACES = (
 def test_a_damaged_file_is_read_or_refused_by_name(place, cases, places, tmp_path):
     source, file, read = places[place]
     folder = shutil.copytree(source, tmp_path / "copy")
-    refused = 0
+    refused, held = 0, sorted(folder.rglob("*"))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in cases:
         (folder / file).write_bytes(damaged(source / file, random.Random(f"{place} {number}")))
@@ -275,6 +301,9 @@ def test_a_damaged_file_is_read_or_refused_by_name(place, cases, places, tmp_pat
             refused, message = refused + 1, str(error)
         except Exception as error:
             raise AssertionError(f"case {number} of {place!r}: {type(error).__name__}: {error}") from error
+        assert sorted(folder.rglob("*")) in (held, sorted({*held} - {folder / HASHES_FILE})), (
+            f"case {number}: wrote something"
+        )
         assert message.isprintable(), f"case {number}: {message!r}"
         assert 0 < len(message) < 4000, f"case {number}: {message}"
         assert time.process_time() - started < SECONDS, f"case {number}"

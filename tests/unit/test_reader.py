@@ -13,6 +13,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows, is_quantized
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.recipe.plan import Plan
 
 SHAPES = [
@@ -172,11 +173,43 @@ def test_a_tied_checkpoint_may_ship_its_head_and_an_untied_one_must(make_checkpo
     untied = make_checkpoint("untied", tie_word_embeddings=False)
     assert shapes(CheckpointReader(untied))["lm_head.weight"] == (96, 64)
     edit_tensors(untied, lambda tensors: tensors.pop("lm_head.weight"))
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing.*tie_word_embeddings true in config\.json"):
         CheckpointReader(untied)
 
 
-@pytest.mark.parametrize("mark", ["quantization_description.json", "quant_model_description.json", "quantization_config"])
+OTHER_HEADS = {
+    "rows in another order": lambda embedding: embedding[::-1],
+    "one number": lambda embedding: np.concatenate([embedding[:-1], embedding[-1:] * 2]),
+    "another dtype": lambda embedding: embedding.astype(np.float32) * 1.001,
+    "another shape": lambda embedding: np.concatenate([embedding, embedding]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_HEADS)
+def test_a_trained_head_is_not_dropped_for_a_config_that_ties_it(make_checkpoint, edit_tensors, kind):
+    directory = make_checkpoint()
+    change = OTHER_HEADS[kind]
+    edit_tensors(directory, lambda tensors: tensors.update({layout.HEAD: change(tensors[layout.EMBEDDING])}))
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: lm_head\.weight is not the embedding.*tie_word_embeddings true; set it"
+    ):
+        CheckpointReader(directory)
+
+
+def test_a_head_that_is_the_embedding_in_a_wider_type_is_the_embedding(make_checkpoint, edit_tensors):
+    directory = make_checkpoint()
+    wider = {layout.HEAD: lambda tensors: tensors[layout.EMBEDDING].astype(np.float32)}
+    edit_tensors(directory, lambda tensors: tensors.update({name: make(tensors) for name, make in wider.items()}))
+    assert layout.HEAD not in shapes(CheckpointReader(directory))
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        *("quantization_description.json", "quant_model_description.json", "quant_model_description_w8a8.json"),
+        *("quantization_config", "compression_config"),
+    ],
+)
 def test_a_quantized_directory_is_refused_by_any_of_its_marks(make_checkpoint, mark):
     directory = make_checkpoint()
     reader = CheckpointReader(directory)
@@ -188,6 +221,9 @@ def test_a_quantized_directory_is_refused_by_any_of_its_marks(make_checkpoint, m
         (directory / "config.json").write_text(json.dumps({**config, mark: {"quant_method": "golden-stick"}}))
     with pytest.raises(CheckpointError, match="is quantized already; wanted the float checkpoint"):
         CheckpointReader(directory)
+    if mark in ("quant_model_description_w8a8.json", "compression_config"):  # which are not read either
+        with pytest.raises(CheckpointError, match=mark):
+            open_checkpoint(directory)
 
 
 def test_a_directory_that_is_none_is_refused(tmp_path):

@@ -156,6 +156,13 @@ def test_only_what_is_used_is_observed(recipe, text, gram, rows):
     assert (made.observed.gram, made.observed.rows) == (gram, rows)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path):
+    for name, mark in (("plain", b""), ("marked", b"\xef\xbb\xbf")):
+        (tmp_path / f"{name}.yaml").write_bytes(mark + b"scheme: w8a8\n")
+    plain, marked = (load_recipe(tmp_path / f"{name}.yaml") for name in ("plain", "marked"))
+    assert dataclasses.replace(marked, where=plain.where) == plain
+
+
 def test_a_recipe_of_one_line_has_the_documented_defaults(recipe):
     made = recipe("scheme: w8a8")
     assert (made.why, made.layers, made.transforms, made.full_range) == ("", (), (), False)
