@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jinja2 import Template
@@ -30,7 +30,7 @@ from ms_pangu_quant.checkpoint.sentencepieces import SentencePieces
 from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles
 from ms_pangu_quant.errors import CheckpointError, RequestError
 
-__all__ = ["THINKING_MODES", "Thought", "Tokenizer", "end_ids", "find_tokenizer"]
+__all__ = ["THINKING_MODES", "Thought", "Tokenizer", "completed_generation", "end_ids", "find_tokenizer", "unusable"]
 
 _FAST, _SLOW = "tokenizer.json", "tokenizer.model"
 
@@ -194,3 +194,33 @@ def find_tokenizer(directory: Path) -> Tokenizer | None:
 def end_ids(directory: Path) -> frozenset[int]:
     """What ends an answer in a directory without a tokenizer."""
     return TokenizerFiles.of(directory).end_ids
+
+
+def unusable(directory: Path) -> CheckpointError | None:
+    """Why the tokenizer that a directory has encodes no text, or its template no chat."""
+    try:
+        if (tokenizer := find_tokenizer(directory)) is not None:
+            _ = tokenizer.template
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def completed_generation(directory: Path) -> dict[str, Any] | None:
+    """generation_config.json with all that ends an answer, for programs that look nowhere else: in config.json only where
+    there is no such file, in the tokenizer's own never. None where they find all of it."""
+    files = TokenizerFiles.of(directory)
+    try:
+        tokenizer = find_tokenizer(directory)
+    except CheckpointError:
+        tokenizer = None
+    ends = files.end_ids if tokenizer is None else tokenizer.end_ids
+    found = (files.generation or files.model).get("eos_token_id")
+    said = [token_id for token_id in (found if isinstance(found, list) else [found]) if type(token_id) is int]
+    value = [*said, *sorted(ends.difference(said))]
+    if value == said:
+        return None
+    others = files.generation or {
+        name: files.model[name] for name in ("bos_token_id", "pad_token_id") if files.model.get(name) is not None
+    }
+    return {**others, "eos_token_id": value if len(value) > 1 else value[0]}
