@@ -20,9 +20,9 @@ from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.checkpoint.tokenizer import find_tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer, find_tokenizer
 from ms_pangu_quant.checkpoint.writer import check_room
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
 from ms_pangu_quant.formats.export import export as run_export
@@ -384,10 +384,10 @@ def read_data(
     tokens: int | None = None,
     allow_benchmark_overlap: bool = False,
 ) -> TokenData:
-    """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one."""
+    """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one; token_ids need none that works."""
     return load_token_data(
         Path(path),
-        tokenizer=find_tokenizer(checkpoint),
+        tokenizer=_tokenizer(checkpoint),
         vocab_size=config.vocab_size,
         max_length=max_length,
         samples=samples,
@@ -395,3 +395,10 @@ def read_data(
         seed=seed,
         allow_benchmark_overlap=allow_benchmark_overlap,
     )
+
+
+def _tokenizer(checkpoint: Path) -> Tokenizer | CheckpointError | None:
+    try:
+        return find_tokenizer(checkpoint)
+    except CheckpointError as error:
+        return error

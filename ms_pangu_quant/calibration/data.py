@@ -35,7 +35,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
-from ms_pangu_quant.errors import DataError, RequestError, located
+from ms_pangu_quant.errors import CheckpointError, DataError, RequestError, located
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class _Table:
 def load_token_data(
     path: Path,
     *,
-    tokenizer: Tokenizer | None,
+    tokenizer: Tokenizer | CheckpointError | None,
     vocab_size: int,
     max_length: int,
     samples: int | None = None,
@@ -98,7 +98,7 @@ def load_token_data(
 ) -> TokenData:
     """Reads a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a save_to_disk directory.
 
-    tokenizer   the checkpoint's; None will do for token_ids
+    tokenizer   the checkpoint's; for token_ids None will do, or why it has none, which is raised for other rows
     vocab_size  the model's; every id must be below
     max_length  tokens; a longer sequence keeps its beginning
     samples     rows to use, None for all; that there are fewer is no error, see TokenData
@@ -114,6 +114,10 @@ def load_token_data(
             raise RequestError(f"calibration {name}: got {number}, wanted {least} or more")
     tables = _read(path, vocab_size)
     form = _common_form(path, tables)
+    if isinstance(tokenizer, CheckpointError):
+        if form != "token_ids":
+            raise tokenizer
+        tokenizer = None
     if form != "token_ids" and tokenizer is None:
         raise DataError(
             f"{path}: the rows hold {form!r}, and the checkpoint has no tokenizer.json or tokenizer.model to "

@@ -7,6 +7,7 @@ Not here: add_prefix_space of LlamaTokenizer, for which transformers makes anoth
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
@@ -20,11 +21,13 @@ from tokenizers.processors import TemplateProcessing
 from ms_pangu_quant.checkpoint.tokenizer_files import (
     TokenizerFiles,
     added_tokens_decoder,
+    beyond_the_model,
+    check_ids,
     read,
     read_json,
     token_text,
 )
-from ms_pangu_quant.errors import CheckpointError, PanguQuantError, RequestError
+from ms_pangu_quant.errors import CheckpointError, PanguQuantError
 from ms_pangu_quant.suggestion import fetching
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -49,7 +52,7 @@ class JsonPieces:
         self._path = path = files.directory / "tokenizer.json"
         content = read(path)
         with _refused(path, "not a tokenizer of the tokenizers library", fetching(content)):
-            self._backend = backend = Backend.from_buffer(content)
+            self._backend = backend = Backend.from_buffer(content.removeprefix(codecs.BOM_UTF8))
             padding = backend.padding or {}
             backend.no_truncation()
             backend.no_padding()
@@ -72,6 +75,10 @@ class JsonPieces:
         eos = [self.named.pop("eos_token", files.limit), *sorted(files.end_ids)]
         self.named.update([("eos_token", i) for i in eos if i < files.limit and backend.id_to_token(i)][:1])
 
+    def ids(self) -> Collection[int]:
+        found: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return found.values()
+
     def find(self, text: str) -> int | None:
         found: int | None = self._backend.token_to_id(text)
         return found
@@ -89,17 +96,12 @@ class JsonPieces:
         with _refused(self._path, "cannot encode", _COPY):
             ids: list[int] = self._backend.encode(text, add_special_tokens=bos).ids
         for token_id in self._beyond.keys() & ids if self._beyond else ():
-            raise RequestError(
-                f"token {self._beyond[token_id]!r} of the text has id {token_id}, which the model does not know: "
-                f"config.json's vocab_size is {self._limit}; leave the token out"
-            )
+            raise beyond_the_model(self._beyond[token_id], token_id, self._limit)
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         size = max(self.vocab_size, self._limit)  # a model may have more rows than there are tokens; those are no text
-        for token_id in ids:
-            if not 0 <= token_id < size:
-                raise RequestError(f"no token of {self._path.parent} has the id {token_id}; wanted 0 to {size - 1}")
+        check_ids(ids, size, self._path.parent)
         with _refused(self._path, "cannot decode", _COPY):
             text: str = self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         for written in _CLEANED if self._clean else ():

@@ -6,13 +6,16 @@ models trained for the purpose: same ids, texts and prompts. Its own tokenizer.m
 whether that puts a space in front of each segment (what the file says is done), whether its pieces agree with the added
 tokens (those win), and any id of ordinary text.
 
+What transformers never uses is not minded: a token with an id beyond the model or with flags that are not supported, a pad
+or unk token without an id. A text that has one is refused.
+
 Not here: add_eos_token (a prompt that ends in eos is over).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,8 @@ from sentencepiece import SentencePieceProcessor
 from ms_pangu_quant.checkpoint.tokenizer_files import (
     TokenizerFiles,
     added_tokens_decoder,
+    beyond_the_model,
+    check_ids,
     read,
     read_json,
     token_text,
@@ -29,11 +34,14 @@ from ms_pangu_quant.checkpoint.tokenizer_files import (
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.suggestion import fetching
 
+_USED, _NAMED = ("bos_token", "eos_token"), ("bos_token", "eos_token", "pad_token", "unk_token")
+_MOST_IDS = 2**31  # a token's id may lie beyond the model
+
 
 class SentencePieces:
     def __init__(self, files: TokenizerFiles) -> None:
         directory, limit = files.directory, files.limit
-        self._directory = directory
+        self._directory, self._limit = directory, limit
         self._model = pieces = _read_sentencepiece(directory / "tokenizer.model")
         read(directory / "tokenizer_config.json")  # it names the tokens
         if (count := pieces.GetPieceSize()) > limit:
@@ -43,12 +51,17 @@ class SentencePieces:
             )
         self._listed = _added_tokens(files)
         self.named = _named_tokens(files, self._listed, pieces)
+        self._refused = dict(_refused_texts(files, self._listed, pieces))
         self._texts = {i: pieces.IdToPiece(i) for i in self.named.values() if i < count}
         self._texts |= {token_id: text for text, token_id in self._listed.items()}
         self._added = {text: token_id for token_id, text in self._texts.items()}  # all that sentencepiece never sees
-        self._splitter = re.compile("(" + "|".join(map(re.escape, sorted(self._added, key=len, reverse=True))) + ")")
+        cuts = sorted({*self._added, *self._refused}, key=len, reverse=True)
+        self._splitter = re.compile("(" + "|".join(map(re.escape, cuts)) + ")")
         self.vocab_size = max(count, 1 + max(self._texts, default=0))
         self._bos = self.named.get("bos_token") if str(files.config.get("add_bos_token", True)).lower() != "false" else None
+
+    def ids(self) -> Collection[int]:
+        return {*range(self._model.GetPieceSize()), *self._texts}
 
     def find(self, text: str) -> int | None:
         return _find(text, self._listed, self._model)
@@ -58,7 +71,11 @@ class SentencePieces:
 
     def encode(self, text: str) -> list[int]:
         ids = [] if self._bos is None else [self._bos]
+        if self._bos is not None and self._bos >= self._limit:
+            raise beyond_the_model(self.text_of(self._bos), self._bos, self._limit)
         for index, segment in enumerate(self._splitter.split(text)):
+            if index % 2 and segment in self._refused:
+                raise RequestError(self._refused[segment])
             ids += [self._added[segment]] if index % 2 else self._model.Encode(segment)
         return ids
 
@@ -70,12 +87,12 @@ class SentencePieces:
         parts: list[str] = []
         run: list[int] = []
         skipped = self.named.values() if skip_special_tokens else ()
+        check_ids(ids, max(self.vocab_size, self._limit), self._directory)
+        count = self._model.GetPieceSize()
         for token_id in ids:
             text = self._texts.get(token_id)
-            if text is None and not 0 <= token_id < self._model.GetPieceSize():
-                raise RequestError(
-                    f"no token of {self._directory} has the id {token_id}; wanted 0 to {self.vocab_size - 1}"
-                )
+            if text is None and token_id >= count:  # a row of the model that is no token, and no text
+                continue
             if text is None and not self._model.IsControl(token_id):
                 run.append(token_id)
             elif token_id not in skipped:
@@ -102,12 +119,12 @@ def _read_sentencepiece(path: Path) -> SentencePieceProcessor:
 def _added_tokens(files: TokenizerFiles) -> dict[str, int]:
     """Token -> id, from tokenizer_config.json's added_tokens_decoder and from added_tokens.json."""
     where, older = files.directory / "tokenizer_config.json", files.directory / "added_tokens.json"
-    entries = [(where, _plain(entry, where), value) for value, entry in added_tokens_decoder(files).items()]
+    entries = [(where, token_text(entry, where), value) for value, entry in added_tokens_decoder(files).items()]
     entries += [(older, text, value) for text, value in read_json(older).items()]
     added: dict[str, int] = {}
     texts: dict[int, str] = {}
     for path, text, value in entries:
-        token_id = _id(value, f"{path}: added token {text!r}", files.limit)
+        token_id = _id(value, f"{path}: added token {text!r}", _MOST_IDS)
         if added.setdefault(text, token_id) != token_id or texts.setdefault(token_id, text) != text:
             other = texts.get(token_id, text)
             raise CheckpointError(
@@ -117,13 +134,22 @@ def _added_tokens(files: TokenizerFiles) -> dict[str, int]:
     return added
 
 
-def _plain(value: Any, where: Path) -> str:
-    """The text of a token that is matched as it stands."""
-    text = token_text(value, where)
-    for flag in ("lstrip", "rstrip", "single_word"):
-        if isinstance(value, dict) and value.get(flag):
-            raise CheckpointError(f"{where}: token {text!r} sets {flag}, which is not supported (openPangu sets none)")
-    return text
+def _refused_texts(
+    files: TokenizerFiles, added: Mapping[str, int], pieces: SentencePieceProcessor
+) -> Iterator[tuple[str, str]]:
+    """Text of a token that the model has no id for, or that is not matched as it stands -> why no text may have it."""
+    where = files.directory / "tokenizer_config.json"
+    for text, token_id in added.items():
+        if token_id >= files.limit:
+            yield text, str(beyond_the_model(text, token_id, files.limit))
+    tokens = [token for name in _NAMED if (token := files.token(name)) is not None]
+    for token in (*added_tokens_decoder(files).values(), *tokens):
+        text = token_text(token, where)
+        if _find(text, added, pieces) is None:
+            yield text, f"{where}: token {text!r} of the text has no id; list it in added_tokens_decoder"
+        for flag in ("lstrip", "rstrip", "single_word"):
+            if isinstance(token, dict) and token.get(flag):
+                yield text, f"{where}: token {text!r} of the text sets {flag}, which is not supported; leave it out"
 
 
 def _id(value: Any, what: str, limit: int) -> int:
@@ -138,19 +164,34 @@ def _named_tokens(files: TokenizerFiles, added: Mapping[str, int], pieces: Sente
     where = files.directory / "tokenizer_config.json"
     ids = {**files.model, **files.generation}
     named: dict[str, int] = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for name in _NAMED:
         value = ids.get(f"{name}_id")
         value = value[0] if isinstance(value, list) and value else value
-        if (token := files.config.get(name) or files.special.get(name)) is not None:
-            text = _plain(token, where)
-            if (found := _find(text, added, pieces)) is None:
+        token = files.token(name)
+        found = None
+        if token is not None:
+            text = token_text(token, where)
+            found = _find(text, added, pieces)
+            if found is None and name in _USED:
                 raise CheckpointError(
                     f"{where}: {name} {text!r} is neither an added token nor a piece of tokenizer."
                     "model; list it in added_tokens_decoder with its id"
                 )
+        if found is None or (name == "eos_token" and found >= files.limit):  # such an end never comes
+            found = _configured(name, value, added, pieces, files)
+        if found is not None:
             named[name] = found
-        elif isinstance(value, int) and value in added.values():
-            named[name] = value
-        elif value not in (None, -1):  # old Llama configs have pad_token_id -1
-            named[name] = _id(value, f"{files.directory / 'config.json'}: {name}_id", pieces.GetPieceSize())
     return named
+
+
+def _configured(
+    name: str, value: Any, added: Mapping[str, int], pieces: SentencePieceProcessor, files: TokenizerFiles
+) -> int | None:
+    """The id that the configs give a token which the tokenizer's files do not."""
+    if type(value) is int and value in added.values():
+        return value
+    if value in (None, -1):  # old Llama configs have pad_token_id -1
+        return None
+    if name not in _USED and not (type(value) is int and 0 <= value < pieces.GetPieceSize()):
+        return None
+    return _id(value, f"{files.directory / 'config.json'}: {name}_id", pieces.GetPieceSize())

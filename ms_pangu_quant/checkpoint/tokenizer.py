@@ -7,18 +7,30 @@ checkpoint but its chat template is executed, and transformers is not needed. No
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from ms_pangu_quant.checkpoint.chat import OPENPANGU_TEMPLATE, THINKING_MODES, checked_chat, compile_template, render
+import numpy as np
+from jinja2 import Template
+from numpy.typing import NDArray
+
+from ms_pangu_quant.checkpoint.chat import (
+    OPENPANGU_TEMPLATE,
+    THINKING_MODES,
+    checked_chat,
+    compile_template,
+    find_template,
+    render,
+)
 from ms_pangu_quant.checkpoint.json_pieces import JsonPieces
 from ms_pangu_quant.checkpoint.sentencepieces import SentencePieces
-from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles, read
+from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles
 from ms_pangu_quant.errors import CheckpointError, RequestError
 
-__all__ = ["THINKING_MODES", "Thought", "Tokenizer", "end_ids", "find_tokenizer"]
+__all__ = ["THINKING_MODES", "Thought", "Tokenizer", "completed_generation", "end_ids", "find_tokenizer", "unusable"]
 
 _FAST, _SLOW = "tokenizer.json", "tokenizer.model"
 
@@ -43,6 +55,9 @@ class Pieces(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
+    def ids(self) -> Collection[int]:
+        """All that are a token's."""
+
     def find(self, text: str) -> int | None:
         """The id of the one token that is this text."""
 
@@ -55,7 +70,7 @@ class Pieces(Protocol):
         """Of a rendered chat: bos once, or only where the template writes it, as the checkpoint's class does."""
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """Raises RequestError for an id that is no token's."""
+        """An id of the model that is no token's is no text. Raises RequestError for what is no id."""
 
 
 class Tokenizer:
@@ -69,8 +84,8 @@ class Tokenizer:
 
     def __init__(self, directory: Path) -> None:
         """Raises CheckpointError where a file is missing or malformed, or where two of them contradict each other."""
-        self._directory = directory
-        files = TokenizerFiles.of(directory)
+        self._directory, self._files = directory, TokenizerFiles.of(directory)
+        files = self._files
         self._pieces = pieces = _read_pieces(files)
         if "eos_token" not in pieces.named:
             raise CheckpointError(
@@ -82,12 +97,21 @@ class Tokenizer:
         self.end_ids = files.end_ids | {self.eos_id}
         self.think_start_id, self.think_end_id = pieces.find("[unused16]"), pieces.find("[unused17]")
         self.modes = THINKING_MODES if self.think_end_id is not None else THINKING_MODES[-1:]
-        template = files.config.get("chat_template")
-        if (newer := directory / "chat_template.jinja").exists():
-            template = read(newer).decode("utf-8", "replace")
-        if template is None and pieces.find("[unused9]") is not None:
+
+    @cached_property
+    def template(self) -> Template | None:
+        """None where there is none. Raises CheckpointError; only chats need one, and text does not meet its faults."""
+        template, where = find_template(self._directory, self._files.config)
+        if template is None and self._pieces.find("[unused9]") is not None:
             template = OPENPANGU_TEMPLATE
-        self._template = None if template is None else compile_template(template, directory)
+        return None if template is None else compile_template(template, where)
+
+    def without_token(self, size: int) -> NDArray[np.bool_] | None:
+        """[size], True for the ids of a model of so many that are no token's and end no answer: nothing that it can say, as
+        are rows that pad an embedding. None where there is no such id."""
+        found = np.ones(size, bool)
+        found[[token_id for token_id in {*self._pieces.ids(), *self.end_ids} if token_id < size]] = False
+        return found if found.any() else None
 
     def encode(self, text: str) -> list[int]:
         """bos is in front if the files say so: add_bos_token of tokenizer_config.json, or tokenizer.json.
@@ -116,11 +140,11 @@ class Tokenizer:
                 template that fails.
         """
         chat = checked_chat(messages, mode, self.modes)
-        if self._template is None:
+        if self.template is None:
             where = self._directory / "tokenizer_config.json"
             raise RequestError(f"{where}: has no chat_template, and openPangu's needs an [unused9] token")
         tokens = {name: self._pieces.text_of(token_id) for name, token_id in self._pieces.named.items()}
-        return render(self._template, chat, self._directory, **tokens, add_generation_prompt=add_generation_prompt)
+        return render(self.template, chat, self._directory, **tokens, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, mode: str | None = None, add_generation_prompt: bool = True
@@ -170,3 +194,33 @@ def find_tokenizer(directory: Path) -> Tokenizer | None:
 def end_ids(directory: Path) -> frozenset[int]:
     """What ends an answer in a directory without a tokenizer."""
     return TokenizerFiles.of(directory).end_ids
+
+
+def unusable(directory: Path) -> CheckpointError | None:
+    """Why the tokenizer that a directory has encodes no text, or its template no chat."""
+    try:
+        if (tokenizer := find_tokenizer(directory)) is not None:
+            _ = tokenizer.template
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def completed_generation(directory: Path) -> dict[str, Any] | None:
+    """generation_config.json with all that ends an answer, for programs that look nowhere else: in config.json only where
+    there is no such file, in the tokenizer's own never. None where they find all of it."""
+    files = TokenizerFiles.of(directory)
+    try:
+        tokenizer = find_tokenizer(directory)
+    except CheckpointError:
+        tokenizer = None
+    ends = files.end_ids if tokenizer is None else tokenizer.end_ids
+    found = (files.generation or files.model).get("eos_token_id")
+    said = [token_id for token_id in (found if isinstance(found, list) else [found]) if type(token_id) is int]
+    value = [*said, *sorted(ends.difference(said))]
+    if value == said:
+        return None
+    others = files.generation or {
+        name: files.model[name] for name in ("bos_token_id", "pad_token_id") if files.model.get(name) is not None
+    }
+    return {**others, "eos_token_id": value if len(value) > 1 else value[0]}

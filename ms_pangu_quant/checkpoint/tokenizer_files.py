@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.suggestion import fetching
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, UTF-8 cannot
@@ -42,6 +43,10 @@ class TokenizerFiles:
         named = self.config.get("tokenizer_class") or self.model.get("tokenizer_class")
         return str(named or "LlamaTokenizer").removesuffix("Fast")
 
+    def token(self, name: str) -> Any:
+        """bos_token and so on, text or an object; None where neither file has it."""
+        return self.config.get(name) or self.special.get(name)
+
     @property
     def end_ids(self) -> frozenset[int]:
         """What generation_config.json and config.json say ends an answer; what is no id of the model never comes."""
@@ -57,8 +62,18 @@ def read(path: Path, todo: str = "copy it from the original checkpoint") -> byte
         raise CheckpointError(f"{path}: cannot read ({error.strerror}); {todo}") from None
 
 
+def read_text(path: Path) -> str:
+    """UTF-8, or UTF-16 with a byte order mark, which is no part of the text."""
+    content = read(path)
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 ({error}); copy it from the original checkpoint") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file."""
+    """Empty where there is no such file. json takes a byte order mark off bytes."""
     if not path.exists():
         return {}
     content = read(path)
@@ -78,6 +93,20 @@ def token_text(value: Any, where: Path) -> str:
     if not isinstance(text, str) or not text or _SURROGATE.search(text):
         raise CheckpointError(f"{where}: {value!r} is not a token, wanted a string or an object with its content")
     return text
+
+
+def beyond_the_model(text: str, token_id: int, limit: int) -> RequestError:
+    return RequestError(
+        f"token {text!r} of the text has id {token_id}, which the model does not know: config.json's vocab_size is "
+        f"{limit}; leave the token out"
+    )
+
+
+def check_ids(ids: Sequence[int], size: int, directory: Path) -> None:
+    """Raises RequestError for what is no id of the model or its tokenizer, which have `size` together."""
+    for token_id in ids:
+        if not 0 <= token_id < size:
+            raise RequestError(f"no token of {directory} has the id {token_id}; wanted 0 to {size - 1}")
 
 
 def added_tokens_decoder(files: TokenizerFiles) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ms_pangu_quant.checkpoint.chat import OLDER_TEMPLATE_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER
 from ms_pangu_quant.checkpoint.files import (
     INDEX_FILE,
     TensorEntry,
@@ -31,21 +32,24 @@ from ms_pangu_quant.checkpoint.files import (
     write_json,
     write_safetensors,
 )
-from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.checkpoint.tokenizer import completed_generation
+from ms_pangu_quant.errors import CheckpointError, OutputError
 
 JOURNAL = ".quantize_journal.json"
 STATES = ".states-*.safetensors"  # hidden states of a run that is under way, each rank's
 HASHES_FILE = "SHA256SUMS"
 REPORT_FILE = "quantization_report.json"
 SHARD_BYTES = 4 << 30
+GENERATION_FILE = "generation_config.json"
 CARRIED_OVER = (
     "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.json",
-    "chat_template.jinja",
-    "generation_config.json",
+    TEMPLATE_FILE,
+    OLDER_TEMPLATE_FILE,
+    GENERATION_FILE,
 )
 
 
@@ -231,13 +235,20 @@ class QuantizedWriter:
 
 
 def carry_over(source: Path, output: Path) -> list[str]:
-    """Copy those of CARRIED_OVER that `source` has; returns their names. Raises OutputError."""
-    names = [name for name in CARRIED_OVER if (source / name).is_file()]
+    """Copy those of CARRIED_OVER that `source` has, and the templates in its folder; returns their names. What ends an
+    answer is added to generation_config.json where it is said elsewhere only. Raises OutputError."""
+    templates = sorted(f"{TEMPLATES_FOLDER}/{path.name}" for path in (source / TEMPLATES_FOLDER).glob("*.jinja"))
+    names = [name for name in (*CARRIED_OVER, *templates) if (source / name).is_file()]
     for name in names:
         try:
+            (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, output / name)
         except OSError as error:
             raise OutputError(f"{output / name}: cannot write ({error.strerror})") from None
+    with suppress(CheckpointError):  # files that cannot be read are copied as they are
+        if (generation := completed_generation(source)) is not None:
+            write_json(output / GENERATION_FILE, generation)
+            names = [*dict.fromkeys([*names, GENERATION_FILE])]
     return names
 
 

@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.text import Text
 
 from ms_pangu_quant.checkpoint.files import size as size  # for the commands
+from ms_pangu_quant.checkpoint.tokenizer import unusable
 from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.network import runtime
 
@@ -82,3 +83,9 @@ def progress_bars(*columns: str) -> Progress:
 
 def peak_memory() -> str:
     return size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def tell_unusable_tokenizer(directory: Path) -> None:
+    """One line, before anything takes long, for a command that gets by without the tokenizer and hands it on."""
+    if (fault := unusable(directory)) is not None:
+        err.print(f"the tokenizer cannot be used, and stays as it is: {fault}", soft_wrap=True, markup=False)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ms_pangu_quant import api
-from ms_pangu_quant.cli.console import AllowUnserved, Format, err, out, progress_bars, size
+from ms_pangu_quant.cli.console import AllowUnserved, Format, err, out, progress_bars, size, tell_unusable_tokenizer
 
 
 def export_command(
@@ -26,6 +26,7 @@ def export_command(
         pangu-quant export pangu-7b-w8a8 --format ascend \\
             --output pangu-7b-w8a8-ascend
     """
+    tell_unusable_tokenizer(directory)
     with progress_bars() as bars:
         task = bars.add_task("blocks", total=None, kind="count")
         found = api.export(

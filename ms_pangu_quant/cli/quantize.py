@@ -24,6 +24,7 @@ from ms_pangu_quant.cli.console import (
     peak_memory,
     progress_bars,
     size,
+    tell_unusable_tokenizer,
 )
 from ms_pangu_quant.cli.inspect import print_layers
 from ms_pangu_quant.job import ranks
@@ -80,6 +81,7 @@ def quantize_command(
     if dry_run:
         if api.as_recipe(recipe).budget and sensitivity is None and api.sensitivities_of(output).exists():
             asked["sensitivity"] = api.sensitivities_of(output)  # of an earlier run
+        tell_unusable_tokenizer(checkpoint)
         _print_estimate(api.estimate(checkpoint, recipe, **asked))
         return
     started = time.monotonic()
@@ -110,6 +112,8 @@ class Shown:
         if reader.rows is not None:
             where = reader.directory
             err.print(f"{where}: MindFormers' training form, taken as: {reader.rows}", soft_wrap=True, markup=False)
+        if ranks.current().is_first:
+            tell_unusable_tokenizer(reader.directory)
         self._blocks, self._bytes = reader.config.num_hidden_layers, reader.bytes
 
     def _tried(self, done: int, total: int) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear
+from ms_pangu_quant.checkpoint.chat import TEMPLATES_FOLDER
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE, ModelConfig, differences, read_json
 from ms_pangu_quant.checkpoint.files import TensorFiles
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
@@ -90,7 +91,12 @@ def hash_faults(directory: Path) -> Iterator[str]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.partition("  ")
         file = directory / name
-        if not name or Path(name).name != name or len(name) > _LONGEST_NAME or not name.isprintable():
+        if (
+            not name
+            or Path(name).name != name.removeprefix(f"{TEMPLATES_FOLDER}/")
+            or len(name) > _LONGEST_NAME
+            or not name.isprintable()
+        ):
             yield f"{path}: {line[:200]!r} is not a line of hash and file name"
         elif not file.is_file():
             yield f"{file}: is missing; {HASHES_FILE} has its hash"

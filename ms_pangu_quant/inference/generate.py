@@ -68,6 +68,7 @@ class Scheduler:
     """settings give the next token and the texts that end an answer; max_new_tokens is each request's own.
 
     stop_ids   tokens that end an answer; they are not part of it.
+    barred     [vocab], True for ids that are never taken; None where every one may be.
     max_batch  requests under way at a time; None is MAX_BATCH.
     on_tokens  called after each pass with how many tokens it gave.
     """
@@ -79,9 +80,11 @@ class Scheduler:
         settings: GenerationSettings,
         stop_ids: frozenset[int],
         *,
+        barred: NDArray[np.bool_] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> None:
+        self._barred = barred
         self._max_batch = max_batch or MAX_BATCH
         self._on_tokens = on_tokens
         self._model, self._room, self._settings = model, room, settings
@@ -160,6 +163,8 @@ class Scheduler:
         self._on_tokens(len(sequences))
 
     def _take(self, sequence: _Sequence, logits: NDArray[np.float32]) -> None:
+        if self._barred is not None:
+            logits = np.where(self._barred, np.float32(-np.inf), logits)
         sequence.answer.append(self._settings.next_token(logits, sequence.request.generator))
 
     def _without_ended(

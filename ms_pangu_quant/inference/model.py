@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +192,8 @@ class Model:
         max_batch  answers under way at a time, no more than the cache holds; the answers do not depend on it.
         on_tokens  called after each pass with how many tokens it gave.
         settings   temperature, top_p, top_k, seed, stop: those of GenerationSettings.
+
+        An id that the tokenizer has no token for, such as a row that pads the embedding, is never drawn.
         """
         chosen = GenerationSettings(max_new_tokens, **settings)
         return in_order(self.stream(prompts, chosen, mode=mode, streams=streams, max_batch=max_batch, on_tokens=on_tokens))
@@ -213,7 +216,9 @@ class Model:
             for index, prompt in enumerate(prompts)
         ]
         room = Room(self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, self.network.backend.chunked_prefill)
-        scheduler = Scheduler(self, room, settings, self._stop_ids(), max_batch=max_batch, on_tokens=on_tokens)
+        scheduler = Scheduler(
+            self, room, settings, self._stop_ids(), barred=self._barred_ids, max_batch=max_batch, on_tokens=on_tokens
+        )
         for request, completion in scheduler.run(requests):
             yield request.index, self._generation(request, completion)
 
@@ -268,6 +273,11 @@ class Model:
     def _stop_ids(self) -> frozenset[int]:
         tokenizer = self._found_tokenizer()
         return end_ids(self.directory) if tokenizer is None else tokenizer.end_ids
+
+    @cached_property
+    def _barred_ids(self) -> NDArray[np.bool_] | None:
+        tokenizer = self._found_tokenizer()
+        return None if tokenizer is None else tokenizer.without_token(self.config.vocab_size)
 
     def _generation(self, request: Request, completion: Completion) -> Generation:
         ids = completion.token_ids

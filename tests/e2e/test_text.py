@@ -44,3 +44,13 @@ def test_a_checkpoint_with_a_tokenizer_json_goes_from_text_to_text(plain, tmp_pa
     assert main([*command, "--modes", "slow_think", "--output", str(tmp_path / "other")]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "thinking mode 'slow_think': this model has no thinking tokens, wanted no_think" in said
+
+
+def test_rows_that_pad_the_embedding_are_never_drawn_and_may_be_in_a_prompt(plain):
+    tokens = Tokenizer(plain).vocab_size
+    assert tokens < 511  # of the model's 512
+    model = pq.load(plain)
+    drawn = model.generate([[3, 511, 5]] * 8, 150, temperature=100.0, seed=1)
+    assert sum(len(answer.token_ids) for answer in drawn) > 500  # uniformly, one in fifty would be of no token
+    assert all(0 <= token_id < tokens for answer in drawn for token_id in answer.token_ids)
+    model.close()

@@ -78,9 +78,9 @@ def requests_of(pairs, sampling):
     return [Request(index, tuple(prompt), most, sampling.generator(index)) for index, (prompt, most) in enumerate(pairs)]
 
 
-def scheduler(model, *, prefill_tokens=100, sampling=None, stop_ids=(), stop=()):
+def scheduler(model, *, prefill_tokens=100, sampling=None, stop_ids=(), stop=(), barred=None):
     room = Room(len(model.cache), model.block_size, prefill_tokens)
-    return Scheduler(model, room, replace(sampling or GREEDY, stop=stop), frozenset(stop_ids))
+    return Scheduler(model, room, replace(sampling or GREEDY, stop=stop), frozenset(stop_ids), barred=barred)
 
 
 def completions(made, requests):
@@ -119,6 +119,20 @@ def workloads(draw):
         "max_batch": draw(st.integers(1, 5)),
         "prefill_tokens": draw(st.integers(1, 25)),
     }
+
+
+@given(workloads(), SAMPLINGS, st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=VOCAB - 1))
+def test_a_barred_id_is_never_taken_and_the_others_are_as_if_it_were_not_there(work, sampling, ids):
+    barred = np.isin(np.arange(VOCAB), list(ids))
+
+    def without(seen):
+        return np.where(barred, np.float32(-1e30), logits_after(seen))
+
+    pairs = work.pop("pairs")
+    answers, _ = run(pairs, num_blocks=100, block_size=work["block_size"], sampling=sampling, barred=barred)
+    for (prompt, most), request, answer in zip(pairs, requests_of(pairs, sampling), answers, strict=True):
+        assert not ids & set(answer.token_ids)
+        assert answer == alone(prompt, most, sampling, request.generator, next_logits=without)
 
 
 @settings(max_examples=300)

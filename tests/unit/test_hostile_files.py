@@ -25,7 +25,7 @@ from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.checkpoint.config import ASCEND_FILE, QUANTIZATION_FILE
 from ms_pangu_quant.checkpoint.files import INDEX_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer, completed_generation
 from ms_pangu_quant.checkpoint.writer import HASHES_FILE, JOURNAL, REPORT_FILE, QuantizedWriter
 from ms_pangu_quant.errors import CheckpointError, PanguQuantError
 from ms_pangu_quant.evaluation.provenance import of_checkpoint
@@ -45,6 +45,16 @@ from ms_pangu_quant.report.speed import load_speeds
 from tests.unit.test_report import make as make_results
 from tests.unit.test_sensitivity import sensitivity
 from tests.unit.test_training import fused, sliced, tensor_parallel
+
+TEMPLATE = """{% set year = strftime_now('%Y') %}
+{%- macro turn(role, text) %}[unused9]{{ role | trim }}：{{ text }}[unused10]
+{% endmacro %}{% set ns = namespace(system=false, at=0) %}
+{%- for message in messages %}{% if message.role == 'system' %}{% set ns.system = true %}{% endif %}
+{%- set ns.at = ns.at + 1 * loop.index0 %}{% if message['role'] not in ['user', 'assistant'] %}
+{{- raise_exception('roles: ' ~ message | tojson(indent=2)) }}{% endif %}
+{%- generation %}{{ turn(message.role, message.content.split('</think>')[-1].strip()) }}{% endgeneration %}
+{%- if loop.index0 > 99 %}{% break %}{% endif %}{% endfor %}
+{%- if add_generation_prompt and not ns.system %}{{ bos_token[:0] + '[unused9]assistant' }}{{ '=' * 3 }}{% endif %}"""
 
 SECONDS, BYTES = 10.0, 1 << 30
 VALUES = [None, True, -1, 0, 1, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), "", "x", "\ud800",
@@ -123,6 +133,10 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
     for name in ("config.json", "tokenizer_config.json"):
         shutil.copyfile(mini / name, base / "fast" / name)
     write_fast(base / "fast")
+    (base / "template").mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        shutil.copyfile(mini / name, base / "template" / name)
+    write_templates(base / "template")
     (base / "recipe").mkdir()
     shutil.copyfile(root / "configs/w8a8.yaml", base / "recipe" / "recipe.yaml")
     (base / "data").mkdir()
@@ -143,6 +157,8 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
         found = Tokenizer(folder)
         ids = found.encode_chat([{"role": "user", "content": "Write f(x). 中文"}], mode="no_think")
         found.decode(ids, skip_special_tokens=True)
+        found.without_token(2000)
+        completed_generation(folder)
         found.split_thought(ids)
 
     def read_data(name):
@@ -160,6 +176,10 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
         "special tokens": ("chat", "special_tokens_map.json", read_tokenizer),
         "tokenizer json": ("fast", "tokenizer.json", read_tokenizer),
         "fast tokenizer's config": ("fast", "tokenizer_config.json", read_tokenizer),
+        "added tokens": ("template", "added_tokens.json", read_tokenizer),
+        "generation config": ("template", "generation_config.json", read_tokenizer),
+        "template": ("template", "chat_template.jinja", read_tokenizer),
+        "older template": ("older template", "chat_template.json", read_tokenizer),
         "recipe": ("recipe", "recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
         "text": ("data", "text.jsonl", read_data("text.jsonl")),
         "chats": ("data", "chats.jsonl", read_data("chats.jsonl")),
@@ -192,6 +212,19 @@ def write_odd(folder, tensors, config):
     save_file(found, folder / "model.safetensors")
     save_file({"a": np.ones(3)}, folder / "model-00001-of-00002.safetensors")
     (folder / INDEX_FILE).write_bytes(dumped({"weight_map": dict.fromkeys(found, "model.safetensors")}))
+
+
+def write_templates(folder):
+    """A template with all that templates use, and beside it a folder that has it in the file of older processors."""
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "added_tokens.json").write_bytes(dumped({"[x]": 700, "[PAD]": 1024, "[y]": 701}))
+    (folder / "generation_config.json").write_bytes(dumped({"eos_token_id": [4, 9], "pad_token_id": 1024}))
+    older = shutil.copytree(folder, folder.with_name("older template"))
+    (older / "chat_template.jinja").unlink()
+    names = json.loads((older / "tokenizer_config.json").read_bytes())
+    del names["chat_template"]
+    (older / "tokenizer_config.json").write_bytes(dumped(names))
+    (older / "chat_template.json").write_bytes(dumped({"chat_template": {"tool_use": "-", "default": TEMPLATE}}))
 
 
 def newer_places(base, root):
@@ -276,6 +309,10 @@ PLACES = (
     "tokenizer model",
     "tokenizer config",
     "special tokens",
+    "added tokens",
+    "generation config",
+    "template",
+    "older template",
     "tokenizer json",
     "fast tokenizer's config",
     "recipe",

@@ -240,9 +240,30 @@ def test_the_longest_added_token_is_matched(pangu: Path) -> None:
     assert tokenizer.encode("[unused1]0[unused1][unused10][unused")[1:] == [500, 45840, 45892, 501]
 
 
-def test_an_id_in_the_gap_between_pieces_and_added_tokens_is_refused(pangu: Path) -> None:
-    with pytest.raises(RequestError, match=r"no token of .* has the id 45893"):
-        Tokenizer(pangu).decode([45892, 45893])
+def test_an_id_of_the_model_that_no_token_has_is_no_text(pangu: Path) -> None:
+    """In the gap between pieces and added tokens, and behind them all."""
+    write(pangu, "config.json", {"vocab_size": 150_000})
+    tokenizer = Tokenizer(pangu)
+    ids = tokenizer.encode(" a b")[1:]
+    for stray in (45893, 399 + 1, 149_999):
+        assert tokenizer.decode([ids[0], stray, *ids[1:], 45892, stray]) == tokenizer.decode(ids) + "[unused10]"
+        assert tokenizer.decode([stray], skip_special_tokens=True) == ""
+        assert tokenizer.split_thought([stray, 45892]) == Thought(None, (stray,), True)
+    for bad in (150_000, -1):
+        with pytest.raises(RequestError, match=rf"has the id {bad}; wanted 0 to 149999"):
+            tokenizer.decode([bad])
+
+
+def test_the_ids_without_a_token_are_told_but_for_such_as_end_an_answer(pangu: Path) -> None:
+    write(pangu, "config.json", {"vocab_size": 150_000, "eos_token_id": [45892, 149_000]})
+    tokenizer = Tokenizer(pangu)
+    barred = tokenizer.without_token(150_000)
+    assert barred is not None
+    assert set(np.flatnonzero(~barred)) == {*range(400), *OPENPANGU_IDS.values(), 149_000}
+    assert Tokenizer(MINI).without_token(1024) is None
+    padded = Tokenizer(MINI).without_token(1088)
+    assert padded is not None
+    assert padded.tolist() == [False] * 1024 + [True] * 64
 
 
 def test_eos_falls_back_from_the_tokenizer_files_to_the_model_files(copy: Path) -> None:
@@ -348,6 +369,118 @@ def test_of_several_templates_the_default_one_is_taken(copy: Path) -> None:
     assert change(copy, chat_template=templates).render_chat([USER]) == "2+2?"
 
 
+@pytest.mark.parametrize(
+    ("files", "rendered"),
+    [
+        ({"tokenizer_config.json": {"tool_use": "-", "default": "object"}}, "object"),
+        ({"tokenizer_config.json": [{"name": "default", "template": "list"}]}, "list"),
+        ({"tokenizer_config.json": "config", "chat_template.json": "older"}, "config"),
+        ({"tokenizer_config.json": None, "chat_template.json": "older"}, "older"),
+        ({"tokenizer_config.json": {"rag": "-"}, "chat_template.json": "older"}, "older"),
+        ({"tokenizer_config.json": "config", "chat_template.jinja": "file", "chat_template.json": "older"}, "file"),
+        ({"tokenizer_config.json": "config", "additional_chat_templates/tool_use.jinja": "-"}, "config"),
+        ({"chat_template.jinja": "file", "additional_chat_templates/tool_use.jinja": "-"}, "file"),
+        ({"chat_template.jinja": "file", "additional_chat_templates/default.jinja": "folder"}, "folder"),
+        ({"tokenizer_config.json": None, "additional_chat_templates/default.jinja": "folder"}, "folder"),
+    ],
+)
+def test_the_template_is_the_default_one_wherever_it_is(copy: Path, files: dict[str, Any], rendered: str) -> None:
+    add_templates(copy, files)
+    assert Tokenizer(copy).render_chat([USER]) == f"{rendered}2+2?"
+
+
+def add_templates(directory: Path, files: dict[str, Any]) -> None:
+    """Each shows its name in front of the messages."""
+    shown = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def template(value: Any) -> Any:
+        match value:
+            case str():
+                return value + shown
+            case dict():
+                return {name: template(item) for name, item in value.items()}
+            case list():
+                return [{**entry, "template": template(entry["template"])} for entry in value]
+        return value
+
+    for name, value in files.items():
+        path = directory / name
+        path.parent.mkdir(exist_ok=True)
+        if path.suffix == ".json":
+            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            write(directory, name, old | {"chat_template": template(value)})
+        else:
+            path.write_text(template(value), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"tokenizer_config.json": {"tool_use": "-", "rag": "-"}},
+            r"tokenizer_config\.json: of .* 'tool_use', 'rag' none is",
+        ),
+        ({"tokenizer_config.json": [{"name": "rag", "template": "-"}]}, r"tokenizer_config\.json: of the .* 'rag' none is"),
+        (
+            {"tokenizer_config.json": None, "additional_chat_templates/rag.jinja": "-"},
+            r"additional_chat_templates: of the chat templates 'rag' none is the default; save .* as chat_template\.jinja",
+        ),
+    ],
+)
+def test_without_a_default_template_the_names_there_are_are_told(copy: Path, files: dict[str, Any], message: str) -> None:
+    add_templates(copy, files)
+    tokenizer = Tokenizer(copy)
+    assert tokenizer.encode("text needs none")
+    with pytest.raises(CheckpointError, match=message):
+        tokenizer.render_chat([USER])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/default.jinja", "chat_template.json"])
+def test_a_byte_order_mark_is_no_part_of_a_prompt(copy: Path, mini: Tokenizer, name: str, encoding: str) -> None:
+    template = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    change(copy, chat_template=...)
+    (copy / name).parent.mkdir(exist_ok=True)
+    text = json.dumps({"chat_template": template}) if name.endswith(".json") else template
+    (copy / name).write_text(text, encoding=encoding)
+    assert Tokenizer(copy).encode_chat([USER], mode="no_think") == mini.encode_chat([USER], mode="no_think")
+    assert change(copy, chat_template="\ufeff" + template).render_chat([USER]) == mini.render_chat([USER])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_byte_order_mark_in_a_json_file_is_none_of_it(copy: Path, mini: Tokenizer, encoding: str) -> None:
+    write(copy, "added_tokens.json", {"[x]": 7})
+    for path in copy.glob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+    tokenizer = Tokenizer(copy)
+    assert tokenizer.end_ids == mini.end_ids
+    assert tokenizer.encode("[x]")[1:] == [7]
+    assert tokenizer.encode_chat([USER]) == mini.encode_chat([USER])
+
+
+def test_a_template_that_is_not_utf_8_is_refused(copy: Path) -> None:
+    (copy / "chat_template.jinja").write_bytes(b"\xc3(")
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja: not UTF-8 \(.*; copy it"):
+        Tokenizer(copy).render_chat([USER])
+
+
+@pytest.mark.parametrize(
+    ("template", "rendered"),
+    [
+        ("{% set y = strftime_now('%Y') %}{{ messages[0].content }}", "2+2?"),
+        ("{{ strftime_now('%d %b %Y') }} {{ messages[0].content }}", "26 Jul 2024 2+2?"),
+        (
+            "{% if strftime_now is defined %}{{ strftime_now() }}{% else %}own {% endif %}{{ messages[0].content }}",
+            "own 2+2?",
+        ),
+        ("{{ strftime_now('%A') if strftime_now else 'own' }} {{ messages[0].content }}", "own 2+2?"),
+        ("{{ '=' * 3 }} {{ 2 * loop_count | default(3) }} {{ messages[0].content }}", "=== 6 2+2?"),
+    ],
+)
+def test_a_prompt_does_not_depend_on_the_day(copy: Path, template: str, rendered: str) -> None:
+    assert change(copy, chat_template=template).render_chat([USER]) == rendered
+
+
 def test_templates_have_the_extensions_that_transformers_gives_them(copy: Path) -> None:
     template = "{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% endfor %}"
     message = {"role": "user", "content": "<系统>"}
@@ -385,10 +518,14 @@ def test_messages_that_make_no_chat_are_refused(mini: Tokenizer, messages: Any, 
         "{{ '{0.__class__.__mro__}'.format(1) }}",
         "{% for i in range(999999999) %}{% endfor %}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ strftime_now.__init__.__globals__ }}",
+        "{{ strftime_now('%Y', 2) }}",
+        "{{ strftime_now.day }}",
+        "{{ 'ab' * 'c' }}",
         "{{ 1 // 0 }}",
         "{% include '/etc/passwd' %}",
     ],
-    ids=range(12),
+    ids=range(16),
 )
 def test_a_hostile_template_fails_with_our_error_and_reaches_nothing(
     copy: Path, monkeypatch: pytest.MonkeyPatch, template: str
@@ -404,6 +541,8 @@ def test_a_hostile_template_fails_with_our_error_and_reaches_nothing(
     ("template", "message"),
     [
         ("{{ 'x' * 12345678900 }}", r"operator \* is not allowed"),
+        ("{{ (('x' * 60000) * 60000) | length }}", r"operator \* is not allowed"),
+        ("{{ ['x'] * 60000 }}", r"operator \* is not allowed"),
         ("{{ 9 ** 9 ** 9 ** 9 }}", r"operator \*\* is not allowed"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}{{ 'x' }}{% endfor %}{% endfor %}", "more than 4194304 char"),
     ],
@@ -423,12 +562,15 @@ def test_a_template_may_refuse_messages(copy: Path) -> None:
     [
         ("{% if %}", "chat_template is not a jinja2 template"),
         ("{{ 1 }}" * 10_000, "chat_template is not a string of at most 65536 characters"),
-        ([{"name": "tool_use", "template": "x"}], "chat_template is not a string"),
+        ([{"name": "default", "template": 7}], r"tokenizer_config\.json: chat_template is not a string"),
+        (7, "chat_template is not a string"),
     ],
 )
-def test_a_template_that_is_none_is_refused_on_loading(copy: Path, template: Any, message: str) -> None:
+def test_a_template_that_is_none_is_refused_where_a_chat_is_rendered(copy: Path, template: Any, message: str) -> None:
+    tokenizer = change(copy, chat_template=template)
+    assert tokenizer.decode(tokenizer.encode("text needs none")[1:]) == "text needs none"
     with pytest.raises(CheckpointError, match=message):
-        change(copy, chat_template=template)
+        tokenizer.render_chat([USER])
 
 
 def test_another_models_chats_are_not_given_the_openpangu_format(pangu: Path) -> None:
@@ -527,13 +669,11 @@ def test_a_truncated_sentencepiece_model_is_refused(copy: Path) -> None:
         ({"eos_token": "<end>"}, r"config\.json: eos_token '<end>' is neither an added token nor a piece of .*with its id"),
         ({"bos_token": 7}, "7 is not a token, wanted a string"),
         ({"pad_token": {"id": 7}}, r"\{'id': 7\} is not a token"),
-        ({"bos_token": {"content": "<s>", "rstrip": True}}, "token '<s>' sets rstrip, which is not supported"),
         ({"added_tokens_decoder": ["x"]}, "added_tokens_decoder is a list, wanted an object of ids"),
         ({"added_tokens_decoder": {"7": None}}, "None is not a token"),
         ({"added_tokens_decoder": {"7": ""}}, "'' is not a token"),
-        ({"added_tokens_decoder": {"1024": "[x]"}}, r"'\[x\]': got id '1024', wanted 0 to 1023; are the files of one"),
-        ({"added_tokens_decoder": {"-1": "[x]"}}, "got id '-1', wanted 0 to 1023"),
-        ({"added_tokens_decoder": {"x": "[x]"}}, "got id 'x', wanted 0 to 1023"),
+        ({"added_tokens_decoder": {"-1": "[x]"}}, "got id '-1', wanted 0 to 2147483647; are the files of one"),
+        ({"added_tokens_decoder": {"x": "[x]"}}, "got id 'x', wanted 0 to 2147483647"),
         ({"added_tokens_decoder": {"9" * 5000: "[x]"}}, "got id '9999"),
         ({"added_tokens_decoder": {"7": "[x]", "8": "[x]"}}, r"token '\[x\]' with id 8 clashes with '\[x\]' with id 7"),
         ({"added_tokens_decoder": {"7": "[x]", "07": "[y]"}}, r"token '\[y\]' with id 7 clashes with '\[x\]' with id 7"),
@@ -542,6 +682,47 @@ def test_a_truncated_sentencepiece_model_is_refused(copy: Path) -> None:
 def test_a_wrong_tokenizer_config_says_what_is_wrong(copy: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         change(copy, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "text", "message"),
+    [
+        ("added_tokens.json", {"[PAD]": 1024}, "[PAD]", r"token '\[PAD\]' of the text has id 1024, .* vocab_size is 1024"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1025": {"content": "[x]"}}}, "[x]", r"'\[x\]' of .* id 1025"),
+        ("tokenizer_config.json", {"pad_token": "[PAD]"}, "[PAD]", r"token '\[PAD\]' of the text has no id; list it"),
+        ("special_tokens_map.json", {"pad_token": {"content": "[PAD]"}}, None, None),  # tokenizer_config.json has another
+        ("config.json", {"pad_token_id": 1024, "unk_token_id": 5000}, None, None),
+        ("generation_config.json", {"pad_token_id": 1024}, None, None),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"9": {"content": "<mask>", "lstrip": True}}},
+            "<mask>",
+            "token '<mask>' of the text sets lstrip, which is not supported; leave it out",
+        ),
+    ],
+)
+def test_a_token_that_no_text_has_is_not_minded(
+    copy: Path, mini: Tokenizer, name: str, changes: dict[str, Any], text: str | None, message: str | None
+) -> None:
+    """As in transformers; a text that has it is refused."""
+    write(copy, name, json.loads((copy / name).read_text(encoding="utf-8") if (copy / name).exists() else "{}") | changes)
+    tokenizer = Tokenizer(copy)
+    assert tokenizer.encode_chat([USER], mode="no_think") == mini.encode_chat([USER], mode="no_think")
+    assert (tokenizer.end_ids, tokenizer.bos_id) == (mini.end_ids, mini.bos_id)
+    if text is not None:
+        with pytest.raises(RequestError, match=message):
+            tokenizer.encode(f"a {text} b")
+        with pytest.raises(RequestError, match=message):
+            tokenizer.encode_chat([{"role": "user", "content": text}])
+
+
+def test_named_tokens_beyond_the_model_are_no_end_and_no_beginning(copy: Path) -> None:
+    write(copy, "added_tokens.json", {"<end>": 1024, "<begin>": 1025})
+    tokenizer = change(copy, eos_token="<end>")
+    assert (tokenizer.eos_id, tokenizer.end_ids) == (4, {4})
+    with pytest.raises(RequestError, match="token '<begin>' of the text has id 1025, which the model does not know"):
+        change(copy, bos_token="<begin>").encode("a")
+    assert change(copy, bos_token="<begin>", add_bos_token=False).encode("a")
 
 
 @pytest.mark.parametrize(

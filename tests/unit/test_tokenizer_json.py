@@ -212,9 +212,34 @@ def test_rows_of_the_model_that_are_no_token_are_no_text(fast: Path) -> None:
     tokenizer = Tokenizer(fast)
     ids = tokenizer.encode("a b")
     assert tokenizer.decode([*ids, 999]) == "a b"
+    barred = tokenizer.without_token(1000)
+    assert barred is not None
+    assert barred.tolist() == [token_id >= tokenizer.vocab_size for token_id in range(1000)]
+    assert tokenizer.without_token(tokenizer.vocab_size) is None
     for bad in (1000, -1, 10**12):
         with pytest.raises(RequestError, match=rf"has the id {bad}; wanted 0 to 999"):
             tokenizer.decode([*ids, bad])
+
+
+@pytest.mark.parametrize("token_id", [500, 700])
+def test_an_added_token_of_tokenizer_json_beyond_the_model_is_refused_only_where_a_text_has_it(
+    fast: Path, token_id: int
+) -> None:
+    stored = json.loads((fast / "tokenizer.json").read_text(encoding="utf-8"))
+    stored["added_tokens"] = [{**token, "id": token_id} if token["content"] == "<word>" else token
+                              for token in stored["added_tokens"] if token["content"] != "<left>"]  # fmt: skip
+    (fast / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    tokenizer = change(fast, "config.json", vocab_size=500)
+    assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
+    with pytest.raises(RequestError, match=r"'<word>' of the text has id \d+, .* vocab_size is 500"):
+        tokenizer.encode("a<word>b")
+
+
+def test_a_byte_order_mark_is_no_part_of_tokenizer_json(fast: Path) -> None:
+    ids = Tokenizer(fast).encode_chat([USER])
+    for path in fast.glob("*.json"):
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    assert Tokenizer(fast).encode_chat([USER]) == ids
 
 
 def test_a_lone_surrogate_is_refused(fast: Path) -> None:
@@ -228,6 +253,7 @@ def test_a_lone_surrogate_is_refused(fast: Path) -> None:
         (b"", r"tokenizer\.json: not a tokenizer of the tokenizers library \(.*\); download it again"),
         (b"\xff{", "not a tokenizer of the tokenizers library"),
         (b"[]", "not a tokenizer of the tokenizers library"),
+        (b'{"version": "1.0"}', r"tokenizer\.json: not a tokenizer of the tokenizers library \(.*Model missing"),
         (b'{"version": "1.0", "model": {"type": "BPE"}}', "not a tokenizer of the tokenizers library"),
         (b"version https://git-lfs.github.com/spec/v1\n", r"tokenizer\.json: .*; run git lfs pull"),
     ],

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from ms_pangu_quant.api import read_data
 from ms_pangu_quant.checkpoint import writer as writer_module
 from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, HASHES_FILE, JOURNAL, QuantizedWriter, hash_file
-from ms_pangu_quant.errors import OutputError
+from ms_pangu_quant.cli import main
+from ms_pangu_quant.errors import CheckpointError, OutputError
+from ms_pangu_quant.formats.export import export
+from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
+from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.pipeline.loop import quantize
+from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
 BLOCKS = 3
 FINGERPRINT = {"checkpoint": "c0ffee", "recipe": "abc", "calibration data": "none"}
@@ -154,6 +164,113 @@ def test_only_the_tokenizer_and_generation_settings_are_carried_over(tmp_path, s
     carried = contents(tmp_path / "out").keys() & contents(source).keys() - {"config.json"}
     assert carried == set(CARRIED_OVER)
     assert all((tmp_path / "out" / name).read_text() == f"this is {name}" for name in carried)
+
+
+@pytest.fixture
+def model(tmp_path, checkpoint_tool, mini):
+    """A float checkpoint with the embedded one's tokenizer, and without what says how to generate."""
+    config = checkpoint_tool.make_config("tiny", layers=1, vocab_size=1024) | {"eos_token_id": 4, "pad_token_id": 0}
+    checkpoint_tool.write_checkpoint(tmp_path / "model", config, seed=0, dtype="bfloat16")
+    for name in ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(mini / name, tmp_path / "model" / name)
+    (tmp_path / "model" / "generation_config.json").unlink()
+    return tmp_path / "model"
+
+
+def quantized(model, output):
+    quantize(CheckpointReader(model), load_recipe(find_recipe("w8a8_rtn")), output)
+    return output
+
+
+def change(path, **values):
+    old = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(old | values))
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "written"),
+    [
+        (None, 4, "[unused10]", None),  # transformers looks into config.json
+        (None, [4, 9], "[unused10]", None),
+        (None, 4, "</s>", {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": [4, 2]}),
+        (None, None, "[unused10]", {"bos_token_id": 1, "pad_token_id": 0, "eos_token_id": 4}),
+        ({"eos_token_id": [4, 2], "top_k": 5}, 4, "</s>", "as it is"),
+        ({"eos_token_id": [9, 5000]}, [4, 2], "</s>", {"eos_token_id": [9, 5000, 2, 4]}),
+        ({"eos_token_id": 2, "temperature": 0.6}, [4, 2], "</s>", {"eos_token_id": [2, 4], "temperature": 0.6}),
+        ({"temperature": 0.6}, 4, "[unused10]", {"temperature": 0.6, "eos_token_id": 4}),
+    ],
+)
+def test_all_that_ends_an_answer_is_in_every_output(model, tmp_path, generation, config, tokenizer, written):
+    change(model / "config.json", eos_token_id=config, bos_token_id=1)
+    change(model / "tokenizer_config.json", eos_token=tokenizer)
+    if generation is not None:
+        (model / "generation_config.json").write_text(json.dumps(generation, indent=7))
+    out = quantized(model, tmp_path / "out")
+    for name, stored_as in FORMATS.items():
+        export(QuantizedReader(out), stored_as, tmp_path / name)
+        assert Tokenizer(tmp_path / name).end_ids == Tokenizer(model).end_ids
+        found = tmp_path / name / "generation_config.json"
+        if written == "as it is":
+            assert found.read_bytes() == (model / "generation_config.json").read_bytes()
+        else:
+            assert (json.loads(found.read_text()) if found.exists() else None) == written
+        assert not verify(tmp_path / name).faults
+
+
+def test_a_tokenizer_that_cannot_be_used_leaves_the_ends_that_the_configs_name(model, tmp_path):
+    (model / "tokenizer.model").write_bytes(b"?")
+    change(model / "config.json", eos_token_id=[4, 9])
+    change(model / "generation_config.json", eos_token_id=2)
+    out = quantized(model, tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text()) == {"eos_token_id": [2, 4, 9]}
+    assert (out / "tokenizer.model").read_bytes() == b"?"
+
+
+def test_the_templates_of_a_folder_are_carried_over_and_verified(model, tmp_path):
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "default.jinja").write_text("{{ messages[0].content }}!")
+    (model / "additional_chat_templates" / "notes.txt").write_text("x")
+    out = quantized(model, tmp_path / "out")
+    assert Tokenizer(out).render_chat([{"role": "user", "content": "a"}]) == "a!"
+    assert [path.name for path in (out / "additional_chat_templates").iterdir()] == ["default.jinja"]
+    assert not verify(out).faults
+    (out / "additional_chat_templates" / "default.jinja").write_text("{{ 1 }}")
+    assert any("default.jinja: is not the file that was written" in fault for fault in verify(out).faults)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("tokenizer.model", b"?", "tokenizer.model: these 1 bytes are not a sentencepiece model"),
+        ("chat_template.jinja", b"{% if %}", "chat_template.jinja: chat_template is not a jinja2 template"),
+        ("tokenizer_config.json", b"{", "tokenizer_config.json: not JSON"),
+        ("special_tokens_map.json", b"{}", None),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_told_before_it_is_copied(model, tmp_path, capsys, name, content, told):
+    (model / name).write_bytes(content)
+    (tmp_path / "ids.jsonl").write_text('{"token_ids": [1, 2, 3]}\n{"token_ids": [4, 5]}')
+    out, exported, calibration = tmp_path / "out", tmp_path / "exported", tmp_path / "ids.jsonl"
+    for command in (
+        ["quantize", str(model), "--recipe", "w8a8_rtn", "--output", str(out), "--dry-run"],
+        ["quantize", str(model), "--recipe", "w8a8_rtn", "--output", str(out), "--calibration", str(calibration)],
+        ["export", str(out), "--format", "ascend", "--output", str(exported)],
+    ):
+        assert main(command) == 0
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("the tokenizer cannot be used, and stays as it is" in said) == (told is not None)
+        assert told is None or told in said
+    assert (exported / name).read_bytes() == content
+
+
+def test_rows_that_need_a_tokenizer_are_refused_with_what_is_wrong_with_it(model, tmp_path):
+    (model / "tokenizer.model").write_bytes(b"?")
+    (tmp_path / "ids.jsonl").write_text('{"token_ids": [1, 2, 3]}')
+    (tmp_path / "text.jsonl").write_text('{"text": "a b"}')
+    config = CheckpointReader(model).config
+    assert [*map(list, read_data(tmp_path / "ids.jsonl", model, config, None, 64, None).sequences)] == [[1, 2, 3]]
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: these 1 bytes are not a sentencepiece model"):
+        read_data(tmp_path / "text.jsonl", model, config, None, 64, None)
 
 
 @pytest.mark.parametrize("done", range(BLOCKS + 1))
