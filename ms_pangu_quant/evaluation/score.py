@@ -15,7 +15,7 @@ from typing import Any
 
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation import sandbox
-from ms_pangu_quant.evaluation.extract import Extraction, extract, split_text
+from ms_pangu_quant.evaluation.extract import METHOD, Extraction, extract, split_text
 from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
 from ms_pangu_quant.evaluation.sandbox import Sandbox
@@ -112,8 +112,8 @@ def score(
             done[index] = _record(sample, extraction, kept, key)
             on_result(earlier["verdict"])
         elif extraction.code is None:
-            done[index] = _record(sample, extraction, Outcome(extraction.rule), key)
-            on_result(extraction.rule)
+            done[index] = _record(sample, extraction, _nothing_to_run(sample, extraction), key)
+            on_result(done[index]["verdict"])
         else:
             waiting.append((index, extraction, key))
     if waiting:
@@ -128,6 +128,12 @@ def score(
     records = [done[index] for index in range(len(samples))]
     write_records(results, records)
     return records
+
+
+def _nothing_to_run(sample: Sample, extraction: Extraction) -> Outcome:
+    if extraction.rule == METHOD:
+        return Outcome("no_code", f"{sample.problem.entry_point} is a method of a class, and the test calls a function")
+    return Outcome(extraction.rule)
 
 
 def _results(path: Path) -> Iterable[Record]:

@@ -19,6 +19,7 @@ from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 
 SCORE = ("evaluate", "--score-only", "--tasks", "humaneval", "--sandbox", "rlimits", "--cpu-seconds", "2")
+ENTRY = "separate_paren_groups"  # HumanEval/1's
 
 
 def write(path, rows):
@@ -46,6 +47,7 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
         {**good[0], "sample_id": 1, "completion": "[unused16]hm[unused17]```python\nreturn False\n```[unused10]"},
         {**good[0], "sample_id": "c", "completion": "[unused16]I think"},
         {**good[1], "completion": "I do not know"},
+        {**good[1], "sample_id": 1, "completion": f"class S:\n    def {ENTRY}(self, x):\n        return []"},
     ]
     assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out", "--json") == 0
     results = rows_of(tmp_path / "out" / "results.jsonl")
@@ -54,13 +56,15 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
         ("HumanEval/0", 1, "wrong_answer", "fenced_body"),
         ("HumanEval/0", "c", "unclosed_thought", "unclosed_thought"),
         ("HumanEval/1", 0, "no_code", "no_code"),
+        ("HumanEval/1", 1, "no_code", "method"),
     ]
+    assert results[-1]["detail"] == f"{ENTRY} is a method of a class, and the test calls a function"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert json.loads(capsys.readouterr().out) == summary
     (entry,) = summary["entries"]
     assert entry["pass@1"]["value"] == pytest.approx((1 / 3 + 0) / 2)
-    assert (entry["problems"], entry["of"], entry["samples"], entry["passed"]) == (2, 164, 4, 1)
-    assert entry["verdicts"] == {"pass": 1, "wrong_answer": 1, "no_code": 1, "unclosed_thought": 1}
+    assert (entry["problems"], entry["of"], entry["samples"], entry["passed"]) == (2, 164, 5, 1)
+    assert entry["verdicts"] == {"pass": 1, "wrong_answer": 1, "no_code": 2, "unclosed_thought": 1}
     assert entry["data_sha256"] == TASKS["humaneval"].sha256
     assert summary["sandbox"]["kind"] == "rlimits"
     assert "reachable" in summary["sandbox"]["description"]
