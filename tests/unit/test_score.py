@@ -10,6 +10,8 @@ import sys
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import DataError, OutputError
@@ -19,6 +21,7 @@ from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 
 SCORE = ("evaluate", "--score-only", "--tasks", "humaneval", "--sandbox", "rlimits", "--cpu-seconds", "2")
+HUMANEVAL = {"humaneval": load_problems(TASKS["humaneval"])}
 ENTRY = "separate_paren_groups"  # HumanEval/1's
 
 
@@ -179,9 +182,23 @@ def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
     [
         (["{"], "line 1 is not JSON"),
         (["[]"], "got a JSON list"),
-        (['{"completion": ""}'], 'has no "task_id"'),
-        (['{"task_id": "HumanEval/0"}'], 'has no "completion"'),
-        (['{"task_id": "HumanEval/0", "completion": 5}'], "completion is int"),
+        (["["], r"line 1 is not JSON .*jq -c '\.\[\]' writes an array as lines"),
+        (['[{"task_id": "HumanEval/0"}]'], "got a JSON list, wanted an object; jq"),
+        (["\xff\xfe{"], "line 1 is UTF-16"),
+        (['{"completion": ""}'], 'has no "task_id"; wanted task_id, sample_id and completion, got "completion"'),
+        (['{"doc_id": 1, "completion": ""}'], 'has no "task_id".*; rename "doc_id"$'),
+        (['{"task_id": "HumanEval/0"}'], 'has no "completion"; wanted .*, got "task_id"$'),
+        (['{"task_id": "HumanEval/0", "solution": ""}'], 'has no "completion".*; rename "solution"$'),
+        (['{"task_id": "HumanEval/0", "Completion": ""}'], 'rename "Completion"$'),
+        (['{"task_id": "HumanEval/0", "prompt": "", "generation": ""}'], 'rename "generation"$'),
+        (['{"task_id": "HumanEval/0", "resps": [[""]]}'], 'rename "resps", with a line for each of its texts$'),
+        (['{"task_id": "HumanEval/0", "new\\nline": ""}'], r'got "task_id", "new\\nline"$'),
+        (['{"task_id": "HumanEval/0", "completion": 5}'], "completion is int, wanted a text$"),
+        (['{"task_id": "HumanEval/0", "completion": [""]}'], "completion is list, wanted a text; write a line for each"),
+        (
+            ['{"task_id": "MBPP/0", "completion": ""}'],
+            "line 1: humaneval has no problem 'MBPP/0', only such as HumanEval/0",
+        ),
         (['{"task_id": "HumanEval/999", "completion": ""}'], "has no problem 'HumanEval/999', only such as HumanEval/0"),
         (
             ['{"task_id": "HumanEval/0", "sample_id": 1, "completion": ""}'] * 2,
@@ -192,9 +209,44 @@ def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
 )
 def test_a_malformed_samples_file_is_one_clear_line(lines, said, tmp_path):
     path = tmp_path / "samples.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="latin-1")
     with pytest.raises(DataError, match=said):
         load_samples(path, {"humaneval": load_problems(TASKS["humaneval"])})
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=9),
+    st.sampled_from(["HumanEval/0", "humaneval", [], {}, ["x"], {"a": {}}, True, "\udc80", "a\nb"]),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["task", "mode", "task_id", "sample_id", "completion", "solution", "answer", "closed", "a\nb"]),
+            VALUES,
+        ),
+        max_size=4,
+    ),
+    cut=st.integers(0, 400),
+)
+def test_any_samples_file_gives_samples_or_one_clear_line(rows, cut, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    whole = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    for content in (whole, whole[:cut], json.dumps(rows, indent=1).encode(), whole.decode().encode("utf-16")):
+        path.write_bytes(content)
+        said = f"{path}: nothing"
+        try:
+            for sample in load_samples(path, HUMANEVAL):
+                sample.extraction()
+        except DataError as error:
+            said = str(error)
+        assert said.startswith(f"{path}: ")
+        assert "\n" not in said
 
 
 def test_samples_without_an_id_are_numbered_and_several_tasks_need_a_name(tmp_path):
