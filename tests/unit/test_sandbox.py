@@ -21,7 +21,7 @@ from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.evaluation import sandbox
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, _Pair, find_isolation
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
-from ms_pangu_quant.evaluation.verdict import Limits, Program
+from ms_pangu_quant.evaluation.verdict import Limits, Outcome, Program
 
 SUITE = json.loads((Path(__file__).parent / "adversarial.json").read_text(encoding="utf-8"))
 VERDICTS = {
@@ -289,27 +289,30 @@ def test_an_interruption_does_not_wait_for_what_is_being_judged():
 
     programs = [("quick", add_program("def add(a, b):\n    return a + b\n"))]
     programs += [(number, add_program(SUITE["cases"]["38_sleep"]["code"])) for number in range(4)]
-    before = servers()
-    started = time.monotonic()
+    before, ended = servers(), []
+
+    class Watched(Sandbox):
+        def judge(self, program):
+            ended.append(super().judge(program).verdict)
+            return Outcome(ended[-1])
+
     try:
-        with Sandbox(find_isolation(RLIMITS), Limits(wall_seconds=60.0), workers=2) as judging:
+        with Watched(find_isolation(RLIMITS), Limits(wall_seconds=600.0), workers=2) as judging:
             assert next(judging.judge_all(programs))[0] == "quick"
             raise Stopped
     except Stopped:
         pass
-    assert time.monotonic() - started < 20
+    assert set(ended[2:]) <= {"infra_error"}  # had it waited, the sleepers would have ended by their limit, or slept out
     assert servers() == before
 
 
 def test_a_program_that_a_worker_takes_while_the_sandbox_closes_is_not_judged():
     pair = _Pair(find_isolation(RLIMITS), Limits(wall_seconds=60.0), 0)
     pair.interrupt()  # its servers are not there yet
-    started = time.monotonic()
     try:
         assert pair.judge(add_program(SUITE["cases"]["38_sleep"]["code"])).verdict == "infra_error"
     finally:
         pair.close()
-    assert time.monotonic() - started < 20
 
 
 def test_without_bubblewrap_it_refuses_and_says_what_to_do(monkeypatch):

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ms_pangu_quant.checkpoint.writer import lock
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import DataError, OutputError
+from ms_pangu_quant.evaluation.job import alone_in
 from ms_pangu_quant.evaluation.samples import Journal, read_records
 from ms_pangu_quant.evaluation.score import load_samples
 from ms_pangu_quant.evaluation.summary import summarize
@@ -161,6 +163,56 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path):
     assert score_file(samples, tmp_path / "undisturbed") == 0
     assert results.read_bytes() == (tmp_path / "undisturbed" / "results.jsonl").read_bytes()
     assert all(row in rows_of(results) for row in kept)
+
+
+def test_two_evaluations_into_one_folder_are_one_too_many(tmp_path, capsys):
+    samples, output = write(tmp_path / "samples.jsonl", solutions(1)), tmp_path / "out"
+    output.mkdir()
+    other = lock(output)  # as another process
+    try:
+        assert score_file(samples, output) == 2
+        assert main(["evaluate", str(tmp_path / "absent"), "--output", str(output)]) == 2  # before a model is looked for
+        said = capsys.readouterr().err.splitlines()
+        assert [line.startswith(f"pangu-quant: error: {output}: another process is writing here") for line in said] == [
+            True
+        ] * 2
+        assert not [*output.iterdir()]
+    finally:
+        os.close(other)
+    with alone_in(output), alone_in(output):
+        assert score_file(samples, output) == 0  # this process's own lock is none of its business
+        with pytest.raises(OutputError, match="another process"):
+            lock(output)
+    os.close(lock(output))
+
+
+def test_a_refused_evaluation_leaves_no_folder(tmp_path):
+    assert score_file(write(tmp_path / "samples.jsonl", [{}]), tmp_path / "new" / "folder") == 2
+    assert main(["evaluate", str(tmp_path / "absent"), "--output", str(tmp_path / "new" / "folder")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_answers_that_lack_a_module_are_counted_and_what_to_do_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    codes = (
+        "import numpy as np\n{}",
+        "import json.absent\n{}",
+        "from numpy.linalg import norm\n{}",
+        "{}",
+        "raise ValueError('numpy')\n{}",
+    )
+    good = solutions(1)[0]
+    prompt = next(iter(HUMANEVAL["humaneval"].by_id.values())).row["prompt"]
+    rows = [
+        {**good, "sample_id": number, "completion": code.format(prompt + good["completion"])}
+        for number, code in enumerate(codes)
+    ]
+    assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out") == 0
+    (entry,) = json.loads((tmp_path / "out" / "summary.json").read_text())["entries"]
+    assert entry["missing_modules"] == {"numpy": 2, "json": 1}
+    assert "3 answers failed because a module is not there (numpy 2, json 1); answers have" in capsys.readouterr().err
+    assert score_file(write(tmp_path / "samples.jsonl", [good]), tmp_path / "out") == 0
+    assert "module" not in capsys.readouterr().err
 
 
 def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
