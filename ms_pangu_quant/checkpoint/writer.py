@@ -97,7 +97,7 @@ class QuantizedWriter:
         self._fingerprint = dict(fingerprint)
         self._blocks = blocks
         self._records: list[dict[str, Any]] = []
-        self._created = not output.exists()
+        self._created = not os.path.exists(output)
         self._lock = lock(output)
         try:
             self._begin(resume)

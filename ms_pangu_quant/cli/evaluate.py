@@ -32,6 +32,10 @@ SamplesFile = Annotated[
 SandboxName = Annotated[
     str, typer.Option(help=f"{BUBBLEWRAP}, or {RLIMITS} where it is missing: answers can then reach files and network.")
 ]
+GuestPackages = Annotated[
+    str | None,
+    typer.Option(help="What answers may import beside the standard library: installed packages, separated by commas."),
+]
 
 
 def evaluate_command(
@@ -51,6 +55,7 @@ def evaluate_command(
     samples: SamplesFile = None,
     sandbox: SandboxName = BUBBLEWRAP,
     cpu_seconds: Annotated[int, typer.Option(min=1, help="CPU time a program may take (four times for the + sets).")] = 15,
+    guest_packages: GuestPackages = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time; all cores by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have, thought included.")] = 4096,
     temperature: Temperature = 0.0,
@@ -90,7 +95,7 @@ def evaluate_command(
         if not ranks.current().is_first:
             return  # rank 0 scores and reports for all
         if not samples_only:
-            judging = Judging(sandbox, cpu_seconds, workers)
+            judging = Judging(sandbox, cpu_seconds, workers, _words(guest_packages or ""))
             _score(samples or output / SAMPLES_FILE, output, names, own, judging, as_json)
         elif not as_json:
             out.print(f"samples in {output / SAMPLES_FILE}")

@@ -20,6 +20,7 @@ from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
 from ms_pangu_quant.checkpoint.writer import lock
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation import run
+from ms_pangu_quant.evaluation.packages import find_packages
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.provenance import environment, of_checkpoint
 from ms_pangu_quant.evaluation.samples import Record, write_json
@@ -91,11 +92,13 @@ class Judging:
     sandbox      "bubblewrap", or "rlimits" where it is missing: answers can then reach files and network.
     cpu_seconds  CPU time a program may take; four times for the + sets.
     workers      programs judged at a time; all cores by default.
+    packages     what answers may import beside the standard library: names of installed packages, or such as numpy==1.26.4.
     """
 
     sandbox: str = BUBBLEWRAP
     cpu_seconds: int = 15
     workers: int | None = None
+    packages: Sequence[str] = ()
 
 
 SANDBOXED = Judging()
@@ -130,11 +133,11 @@ def alone_in(output: Path) -> Iterator[None]:
 
     Of a job's ranks the first stands for all, once they have met. Folders that it made and that stay empty are removed.
     """
-    folder, job = output.resolve(), ranks.current()
+    folder, job = Path(os.path.realpath(output)), ranks.current()
     if folder in _held or (ranks.in_job() and (job is ranks.ALONE or not job.is_first)):
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
     descriptor = lock(output)
     _held.add(folder)
     try:
@@ -213,14 +216,19 @@ def score(
     problems, folder = load_tasks(tasks, data), Path(output)
     answers = load_samples(Path(samples), problems)
     limits = Limits(cpu_seconds=judging.cpu_seconds, wall_seconds=3.0 * judging.cpu_seconds)
-    isolation = find_isolation(judging.sandbox)
-    judges = Sandbox(isolation, limits, min(judging.workers or os.cpu_count() or 1, len(answers)))
+    isolation, packages = find_isolation(judging.sandbox), find_packages(judging.packages)
+    judges = Sandbox(isolation, limits, min(judging.workers or os.cpu_count() or 1, len(answers)), packages)
     with alone_in(folder):
         on_begin(len(answers))
         results = judge(answers, folder / RESULTS_FILE, judges, on_result=on_verdict)
         summary = {
             "entries": summarize(results, [sample.record for sample in answers], problems),
-            "sandbox": {**vars(isolation), "rules_version": VERSION, "limits": vars(limits)},
+            "sandbox": {
+                **vars(isolation),
+                "packages": packages.versions,
+                "rules_version": VERSION,
+                "limits": vars(limits),
+            },
             **environment(),
         }
         write_json(folder / SUMMARY_FILE, summary)

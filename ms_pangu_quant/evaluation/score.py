@@ -182,4 +182,6 @@ def _record(sample: Sample, extraction: Extraction, outcome: Outcome, key: str) 
 def _hash(sample: Sample, extraction: Extraction, judges: Sandbox) -> str:
     program = vars(sample.problem.program(extraction.code or ""))
     depends = [sample.key, extraction.rule, program, judges.isolation.kind, vars(judges.limits), sandbox.VERSION]
+    if judges.packages.versions:
+        depends.append(judges.packages.versions)
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -215,6 +215,24 @@ def test_answers_that_lack_a_module_are_counted_and_what_to_do_is_said(tmp_path,
     assert "module" not in capsys.readouterr().err
 
 
+def test_packages_that_answers_may_import_are_part_of_a_verdict(tmp_path, capsys):
+    (row,) = solutions(1)
+    prompt = next(iter(HUMANEVAL["humaneval"].by_id.values())).row["prompt"]
+    samples = write(
+        tmp_path / "samples.jsonl", [{**row, "completion": "import numpy as np\n" + prompt + row["completion"]}]
+    )
+    found = []
+    for more in ((), ("--guest-packages", "numpy"), ()):
+        assert score_file(samples, tmp_path / "out", *more) == 0
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        found.append((summary["entries"][0]["passed"], [*summary["sandbox"]["packages"]]))
+    assert found == [(0, []), (1, ["numpy"]), (0, [])]
+    capsys.readouterr()
+    assert score_file(samples, tmp_path / "new", "--guest-packages", "numpy,absent") == 2
+    assert "absent is not installed beside this program; pip install absent" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
     samples, output = write(tmp_path / "samples.jsonl", solutions(2)), tmp_path / "out"
     assert score_file(samples, output) == 0
