@@ -210,11 +210,11 @@ def _remarks(entries: list[dict[str, Any]], sandbox: dict[str, Any]) -> Iterator
         if entry["problems"] < entry["of"]:
             yield f"{name}: {entry['problems']} of {entry['of']} problems"
         if entry["missing_modules"]:
-            missing = entry["missing_modules"]
+            modules = ", ".join(f"{module} {count}" for module, count in entry["missing_modules"].items())
+            count = sum(entry["missing_modules"].values())
             yield (
-                f"{name}: {sum(missing.values())} answers failed because a module is not there "
-                f"({', '.join(f'{module} {count}' for module, count in missing.items())}); answers have Python's standard "
-                "library only, unless --guest-packages names more"
+                f"{name}: {count} answer{'s' * (count > 1)} failed for a module that is not there ({modules}); answers "
+                "have Python's standard library, and what --guest-packages names"
             )
         if not entry["complete"]:
             yield f"{name}: {entry['verdicts']['infra_error']} samples could not be judged (infra_error); run it again"

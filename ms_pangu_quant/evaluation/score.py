@@ -107,7 +107,7 @@ def _rename(record: Record, field: str) -> str:
         there = ", ".join(json.dumps(key[:40]) for key in [*record][:12]) or "nothing"
         return f", got {there}"
     lists = ", with a line for each of its texts" if isinstance(record[found], list) else ""
-    return f'; rename "{found}"{lists}'
+    return f'; rename "{found}" to "{field}"{lists}'
 
 
 def score(

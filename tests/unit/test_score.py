@@ -210,7 +210,7 @@ def test_answers_that_lack_a_module_are_counted_and_what_to_do_is_said(tmp_path,
     assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out") == 0
     (entry,) = json.loads((tmp_path / "out" / "summary.json").read_text())["entries"]
     assert entry["missing_modules"] == {"numpy": 2, "json": 1}
-    assert "3 answers failed because a module is not there (numpy 2, json 1); answers have" in capsys.readouterr().err
+    assert "3 answers failed for a module that is not there (numpy 2, json 1); answers have" in capsys.readouterr().err
     assert score_file(write(tmp_path / "samples.jsonl", [good]), tmp_path / "out") == 0
     assert "module" not in capsys.readouterr().err
 
@@ -256,12 +256,15 @@ def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
         (['[{"task_id": "HumanEval/0"}]'], "got a JSON list, wanted an object; jq"),
         (["\xff\xfe{"], "line 1 is UTF-16"),
         (['{"completion": ""}'], 'has no "task_id"; wanted task_id, sample_id and completion, got "completion"'),
-        (['{"doc_id": 1, "completion": ""}'], 'has no "task_id".*; rename "doc_id"$'),
+        (['{"doc_id": 1, "completion": ""}'], 'has no "task_id".*; rename "doc_id" to "task_id"$'),
         (['{"task_id": "HumanEval/0"}'], 'has no "completion"; wanted .*, got "task_id"$'),
-        (['{"task_id": "HumanEval/0", "solution": ""}'], 'has no "completion".*; rename "solution"$'),
-        (['{"task_id": "HumanEval/0", "Completion": ""}'], 'rename "Completion"$'),
-        (['{"task_id": "HumanEval/0", "prompt": "", "generation": ""}'], 'rename "generation"$'),
-        (['{"task_id": "HumanEval/0", "resps": [[""]]}'], 'rename "resps", with a line for each of its texts$'),
+        (['{"task_id": "HumanEval/0", "solution": ""}'], 'has no "completion".*; rename "solution" to "completion"$'),
+        (['{"task_id": "HumanEval/0", "Completion": ""}'], 'rename "Completion" to "completion"$'),
+        (['{"task_id": "HumanEval/0", "prompt": "", "generation": ""}'], 'rename "generation" to "completion"$'),
+        (
+            ['{"task_id": "HumanEval/0", "resps": [[""]]}'],
+            'rename "resps" to "completion", with a line for each of its texts$',
+        ),
         (['{"task_id": "HumanEval/0", "new\\nline": ""}'], r'got "task_id", "new\\nline"$'),
         (['{"task_id": "HumanEval/0", "completion": 5}'], "completion is int, wanted a text$"),
         (['{"task_id": "HumanEval/0", "completion": [""]}'], "completion is list, wanted a text; write a line for each"),
