@@ -76,6 +76,23 @@ def _check_empty(output: Path) -> None:
         raise OutputError(f"{output}: is not empty (it holds {others[0]}); choose another --output")
 
 
+def lock(output: Path) -> int:
+    """A descriptor of this folder, made if need be; until it is closed, nobody else gets one. Raises OutputError."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise OutputError(f"{output}: cannot write here ({error.strerror}); choose another --output") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"{output}: another process is writing here; wait for it, or choose another --output") from None
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
 class QuantizedWriter:
     """Use as a context manager: it holds a lock on the directory, which ends with the process at the latest."""
 
@@ -85,20 +102,10 @@ class QuantizedWriter:
         self._fingerprint = dict(fingerprint)
         self._blocks = blocks
         self._records: list[dict[str, Any]] = []
+        self._created = not os.path.exists(output)
+        self._lock = lock(output)
         try:
-            self._created = not output.exists()
-            output.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(output, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError as error:
-            raise OutputError(f"{output}: cannot write here ({error.strerror}); choose another --output") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._begin(resume)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise OutputError(
-                f"{output}: another process is writing here; wait for it, or choose another --output"
-            ) from None
         except BaseException:
             self.close()
             raise

@@ -16,7 +16,7 @@ from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, a
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out, progress_bars
 from ms_pangu_quant.errors import RequestError
-from ms_pangu_quant.evaluation.job import PROMPT
+from ms_pangu_quant.evaluation.job import PROMPT, alone_in
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.run import SAMPLES_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
@@ -31,6 +31,10 @@ SamplesFile = Annotated[
 ]
 SandboxName = Annotated[
     str, typer.Option(help=f"{BUBBLEWRAP}, or {RLIMITS} where it is missing: answers can then reach files and network.")
+]
+GuestPackages = Annotated[
+    str | None,
+    typer.Option(help="What answers may import beside the standard library: installed packages, separated by commas."),
 ]
 
 
@@ -51,6 +55,7 @@ def evaluate_command(
     samples: SamplesFile = None,
     sandbox: SandboxName = BUBBLEWRAP,
     cpu_seconds: Annotated[int, typer.Option(min=1, help="CPU time a program may take (four times for the + sets).")] = 15,
+    guest_packages: GuestPackages = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time; all cores by default.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have, thought included.")] = 4096,
     temperature: Temperature = 0.0,
@@ -79,20 +84,21 @@ def evaluate_command(
     names, own = _words(tasks), _own_problems(data or [])
     check_tasks(names, own)
     _check(directory, samples, samples_only, score_only)
-    if directory is not None:
-        request = EvaluationRequest(
-            directory, output, names, None if modes is None else _words(modes), _prompts(prompt, names), own, limit,
-            GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
-            device=device, head=head, tensor_parallel=tensor_parallel,
-        )  # fmt: skip
-        _answer(request)
-    if not ranks.current().is_first:
-        return  # rank 0 scores and reports for all
-    if not samples_only:
-        judging = Judging(sandbox, cpu_seconds, workers)
-        _score(samples or output / SAMPLES_FILE, output, names, own, judging, as_json)
-    elif not as_json:
-        out.print(f"samples in {output / SAMPLES_FILE}")
+    with alone_in(output):
+        if directory is not None:
+            request = EvaluationRequest(
+                directory, output, names, None if modes is None else _words(modes), _prompts(prompt, names), own, limit,
+                GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
+                device=device, head=head, tensor_parallel=tensor_parallel,
+            )  # fmt: skip
+            _answer(request)
+        if not ranks.current().is_first:
+            return  # rank 0 scores and reports for all
+        if not samples_only:
+            judging = Judging(sandbox, cpu_seconds, workers, _words(guest_packages or ""))
+            _score(samples or output / SAMPLES_FILE, output, names, own, judging, as_json)
+        elif not as_json:
+            out.print(f"samples in {output / SAMPLES_FILE}")
 
 
 def _check(directory: Path | None, samples: Path | None, samples_only: bool, score_only: bool) -> None:
@@ -203,6 +209,13 @@ def _remarks(entries: list[dict[str, Any]], sandbox: dict[str, Any]) -> Iterator
         name = f"{entry['task']} {entry['mode'] or ''}".strip()
         if entry["problems"] < entry["of"]:
             yield f"{name}: {entry['problems']} of {entry['of']} problems"
+        if entry["missing_modules"]:
+            modules = ", ".join(f"{module} {count}" for module, count in entry["missing_modules"].items())
+            count = sum(entry["missing_modules"].values())
+            yield (
+                f"{name}: {count} answer{'s' * (count > 1)} failed for a module that is not there ({modules}); answers "
+                "have Python's standard library, and what --guest-packages names"
+            )
         if not entry["complete"]:
             yield f"{name}: {entry['verdicts']['infra_error']} samples could not be judged (infra_error); run it again"
         if entry["prompt_too_long"]:

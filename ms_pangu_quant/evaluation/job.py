@@ -7,7 +7,8 @@ of samples, whoever wrote it, and writes results and summary; evaluate() is one 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -16,8 +17,10 @@ import psutil
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
+from ms_pangu_quant.checkpoint.writer import lock
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation import run
+from ms_pangu_quant.evaluation.packages import find_packages
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.provenance import environment, of_checkpoint
 from ms_pangu_quant.evaluation.samples import Record, write_json
@@ -37,6 +40,7 @@ from ms_pangu_quant.suggestion import did_you_mean
 
 RESULTS_FILE, SUMMARY_FILE = "results.jsonl", "summary.json"
 PROMPT = "zero_shot_instruct"
+_held: set[Path] = set()  # folders that this process has locked
 
 
 @dataclass(frozen=True)
@@ -88,11 +92,13 @@ class Judging:
     sandbox      "bubblewrap", or "rlimits" where it is missing: answers can then reach files and network.
     cpu_seconds  CPU time a program may take; four times for the + sets.
     workers      programs judged at a time; all cores by default.
+    packages     what answers may import beside the standard library: names of installed packages, or such as numpy==1.26.4.
     """
 
     sandbox: str = BUBBLEWRAP
     cpu_seconds: int = 15
     workers: int | None = None
+    packages: Sequence[str] = ()
 
 
 SANDBOXED = Judging()
@@ -113,11 +119,35 @@ def evaluate(
              an msrun job but the first, which scores for all.
     Callbacks and errors are those of answer() and score().
     """
-    answer(request, on_begin=on_begin, on_tokens=on_tokens, on_answer=on_answer)
-    if not ranks.current().is_first:
-        return None
-    samples = Path(request.output) / run.SAMPLES_FILE
-    return score(samples, request.output, request.tasks, request.data, judging, on_verdict=on_verdict)
+    with alone_in(Path(request.output)):
+        answer(request, on_begin=on_begin, on_tokens=on_tokens, on_answer=on_answer)
+        if not ranks.current().is_first:
+            return None
+        samples = Path(request.output) / run.SAMPLES_FILE
+        return score(samples, request.output, request.tasks, request.data, judging, on_verdict=on_verdict)
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Refuses, with OutputError, where another process evaluates into this folder; this one may enter again.
+
+    Of a job's ranks the first stands for all, once they have met. Folders that it made and that stay empty are removed.
+    """
+    folder, job = Path(os.path.realpath(output)), ranks.current()
+    if folder in _held or (ranks.in_job() and (job is ranks.ALONE or not job.is_first)):
+        yield
+        return
+    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    descriptor = lock(output)
+    _held.add(folder)
+    try:
+        yield
+    finally:
+        _held.remove(folder)
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+        os.close(descriptor)
 
 
 def answer(
@@ -136,31 +166,34 @@ def answer(
     """
     from ms_pangu_quant.inference.model import check_head, load
 
-    tasks, directory = load_tasks(request.tasks, request.data), Path(request.checkpoint)
-    reader = open_checkpoint(directory)
-    check_head(request.head, reader, request.device)
-    asked = _asked(request, tasks)
-    runtime.start(request.device, "graph", tensor_parallel=request.tensor_parallel)
-    job = ranks.current()
-    provenance = of_checkpoint(directory, request.device, request.head)
-    job.agree("checkpoint", provenance["checkpoint_sha256"])
-    model = load(
-        directory,
-        request.device,
-        kv_cache_tokens=min(job.gather(_cache_tokens(request, reader.config, asked))),  # ranks of one model batch alike
-        head=request.head,
-        tensor_parallel=request.tensor_parallel,
-    )
-    on_begin(len(asked))
-    run.answer(
-        model,
-        asked,
-        run.Target(Path(request.output), provenance["checkpoint_sha256"], _settings(request), provenance),
-        share=run.Share(job, request.tensor_parallel),
-        max_batch=request.batch_size,
-        on_tokens=on_tokens,
-        on_answer=on_answer,
-    )
+    tasks, directory, output = load_tasks(request.tasks, request.data), Path(request.checkpoint), Path(request.output)
+    with alone_in(output):
+        reader = open_checkpoint(directory)
+        check_head(request.head, reader, request.device)
+        asked = _asked(request, tasks)
+        runtime.start(request.device, "graph", tensor_parallel=request.tensor_parallel)
+        job = ranks.current()
+        with alone_in(output):  # now it is known who is first
+            provenance = of_checkpoint(directory, request.device, request.head)
+            job.agree("checkpoint", provenance["checkpoint_sha256"])
+            cache = min(job.gather(_cache_tokens(request, reader.config, asked)))  # ranks of one model batch alike
+            model = load(
+                directory,
+                request.device,
+                kv_cache_tokens=cache,
+                head=request.head,
+                tensor_parallel=request.tensor_parallel,
+            )
+            on_begin(len(asked))
+            run.answer(
+                model,
+                asked,
+                run.Target(output, provenance["checkpoint_sha256"], _settings(request), provenance),
+                share=run.Share(job, request.tensor_parallel),
+                max_batch=request.batch_size,
+                on_tokens=on_tokens,
+                on_answer=on_answer,
+            )
 
 
 def score(
@@ -183,16 +216,22 @@ def score(
     problems, folder = load_tasks(tasks, data), Path(output)
     answers = load_samples(Path(samples), problems)
     limits = Limits(cpu_seconds=judging.cpu_seconds, wall_seconds=3.0 * judging.cpu_seconds)
-    isolation = find_isolation(judging.sandbox)
-    on_begin(len(answers))
-    judges = Sandbox(isolation, limits, min(judging.workers or os.cpu_count() or 1, len(answers)))
-    results = judge(answers, folder / RESULTS_FILE, judges, on_result=on_verdict)
-    summary = {
-        "entries": summarize(results, [sample.record for sample in answers], problems),
-        "sandbox": {**vars(isolation), "rules_version": VERSION, "limits": vars(limits)},
-        **environment(),
-    }
-    write_json(folder / SUMMARY_FILE, summary)
+    isolation, packages = find_isolation(judging.sandbox), find_packages(judging.packages)
+    judges = Sandbox(isolation, limits, min(judging.workers or os.cpu_count() or 1, len(answers)), packages)
+    with alone_in(folder):
+        on_begin(len(answers))
+        results = judge(answers, folder / RESULTS_FILE, judges, on_result=on_verdict)
+        summary = {
+            "entries": summarize(results, [sample.record for sample in answers], problems),
+            "sandbox": {
+                **vars(isolation),
+                "packages": packages.versions,
+                "rules_version": VERSION,
+                "limits": vars(limits),
+            },
+            **environment(),
+        }
+        write_json(folder / SUMMARY_FILE, summary)
     return summary
 
 

@@ -36,7 +36,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
-                if line.strip():
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
                     yield number, start, parse_record(line, f"{path}: line {number}")
                 start += len(line)
     except OSError as error:
@@ -45,12 +45,15 @@ def _lines(path: Path) -> Iterator[tuple[int, int, Record]]:
 
 def parse_record(line: bytes, where: str) -> Record:
     """Raises DataError."""
+    if line.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{where} is UTF-16, wanted UTF-8; save the file so")
+    array = "; jq -c '.[]' writes an array as lines" if line.lstrip(b"\xef\xbb\xbf \t").startswith(b"[") else ""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON ({error})") from None
+        raise DataError(f"{where} is not JSON ({error}){array}") from None
     if not isinstance(record, dict):
-        raise DataError(f"{where}: got a JSON {type(record).__name__}, wanted an object")
+        raise DataError(f"{where}: got a JSON {type(record).__name__}, wanted an object{array}")
     return record
 
 

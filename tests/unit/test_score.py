@@ -10,15 +10,21 @@ import sys
 import time
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from ms_pangu_quant.checkpoint.writer import lock
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import DataError, OutputError
+from ms_pangu_quant.evaluation.job import alone_in
 from ms_pangu_quant.evaluation.samples import Journal, read_records
 from ms_pangu_quant.evaluation.score import load_samples
 from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 
 SCORE = ("evaluate", "--score-only", "--tasks", "humaneval", "--sandbox", "rlimits", "--cpu-seconds", "2")
+HUMANEVAL = {"humaneval": load_problems(TASKS["humaneval"])}
+ENTRY = "separate_paren_groups"  # HumanEval/1's
 
 
 def write(path, rows):
@@ -46,6 +52,7 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
         {**good[0], "sample_id": 1, "completion": "[unused16]hm[unused17]```python\nreturn False\n```[unused10]"},
         {**good[0], "sample_id": "c", "completion": "[unused16]I think"},
         {**good[1], "completion": "I do not know"},
+        {**good[1], "sample_id": 1, "completion": f"class S:\n    def {ENTRY}(self, x):\n        return []"},
     ]
     assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out", "--json") == 0
     results = rows_of(tmp_path / "out" / "results.jsonl")
@@ -54,13 +61,15 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
         ("HumanEval/0", 1, "wrong_answer", "fenced_body"),
         ("HumanEval/0", "c", "unclosed_thought", "unclosed_thought"),
         ("HumanEval/1", 0, "no_code", "no_code"),
+        ("HumanEval/1", 1, "no_code", "method"),
     ]
+    assert results[-1]["detail"] == f"{ENTRY} is a method of a class, and the test calls a function"
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert json.loads(capsys.readouterr().out) == summary
     (entry,) = summary["entries"]
     assert entry["pass@1"]["value"] == pytest.approx((1 / 3 + 0) / 2)
-    assert (entry["problems"], entry["of"], entry["samples"], entry["passed"]) == (2, 164, 4, 1)
-    assert entry["verdicts"] == {"pass": 1, "wrong_answer": 1, "no_code": 1, "unclosed_thought": 1}
+    assert (entry["problems"], entry["of"], entry["samples"], entry["passed"]) == (2, 164, 5, 1)
+    assert entry["verdicts"] == {"pass": 1, "wrong_answer": 1, "no_code": 2, "unclosed_thought": 1}
     assert entry["data_sha256"] == TASKS["humaneval"].sha256
     assert summary["sandbox"]["kind"] == "rlimits"
     assert "reachable" in summary["sandbox"]["description"]
@@ -156,6 +165,74 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_bytes(tmp_path):
     assert all(row in rows_of(results) for row in kept)
 
 
+def test_two_evaluations_into_one_folder_are_one_too_many(tmp_path, capsys):
+    samples, output = write(tmp_path / "samples.jsonl", solutions(1)), tmp_path / "out"
+    output.mkdir()
+    other = lock(output)  # as another process
+    try:
+        assert score_file(samples, output) == 2
+        assert main(["evaluate", str(tmp_path / "absent"), "--output", str(output)]) == 2  # before a model is looked for
+        said = capsys.readouterr().err.splitlines()
+        assert [line.startswith(f"pangu-quant: error: {output}: another process is writing here") for line in said] == [
+            True
+        ] * 2
+        assert not [*output.iterdir()]
+    finally:
+        os.close(other)
+    with alone_in(output), alone_in(output):
+        assert score_file(samples, output) == 0  # this process's own lock is none of its business
+        with pytest.raises(OutputError, match="another process"):
+            lock(output)
+    os.close(lock(output))
+
+
+def test_a_refused_evaluation_leaves_no_folder(tmp_path):
+    assert score_file(write(tmp_path / "samples.jsonl", [{}]), tmp_path / "new" / "folder") == 2
+    assert main(["evaluate", str(tmp_path / "absent"), "--output", str(tmp_path / "new" / "folder")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_answers_that_lack_a_module_are_counted_and_what_to_do_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    codes = (
+        "import numpy as np\n{}",
+        "import json.absent\n{}",
+        "from numpy.linalg import norm\n{}",
+        "{}",
+        "raise ValueError('numpy')\n{}",
+    )
+    good = solutions(1)[0]
+    prompt = next(iter(HUMANEVAL["humaneval"].by_id.values())).row["prompt"]
+    rows = [
+        {**good, "sample_id": number, "completion": code.format(prompt + good["completion"])}
+        for number, code in enumerate(codes)
+    ]
+    assert score_file(write(tmp_path / "samples.jsonl", rows), tmp_path / "out") == 0
+    (entry,) = json.loads((tmp_path / "out" / "summary.json").read_text())["entries"]
+    assert entry["missing_modules"] == {"numpy": 2, "json": 1}
+    assert "3 answers failed for a module that is not there (numpy 2, json 1); answers have" in capsys.readouterr().err
+    assert score_file(write(tmp_path / "samples.jsonl", [good]), tmp_path / "out") == 0
+    assert "module" not in capsys.readouterr().err
+
+
+def test_packages_that_answers_may_import_are_part_of_a_verdict(tmp_path, capsys):
+    (row,) = solutions(1)
+    prompt = next(iter(HUMANEVAL["humaneval"].by_id.values())).row["prompt"]
+    samples = write(
+        tmp_path / "samples.jsonl", [{**row, "completion": "import numpy as np\n" + prompt + row["completion"]}]
+    )
+    found = []
+    for more in ((), ("--guest-packages", "numpy"), ()):
+        assert score_file(samples, tmp_path / "out", *more) == 0
+        summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+        found.append((summary["entries"][0]["passed"], [*summary["sandbox"]["packages"]]))
+    assert found == [(0, []), (1, ["numpy"]), (0, [])]
+    capsys.readouterr()
+    assert score_file(samples, tmp_path / "new", "--guest-packages", "numpy,absent") == 2
+    assert "absent is not installed beside this program; pip install absent" in capsys.readouterr().err.replace("\n", " ")
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
     samples, output = write(tmp_path / "samples.jsonl", solutions(2)), tmp_path / "out"
     assert score_file(samples, output) == 0
@@ -175,9 +252,26 @@ def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
     [
         (["{"], "line 1 is not JSON"),
         (["[]"], "got a JSON list"),
-        (['{"completion": ""}'], 'has no "task_id"'),
-        (['{"task_id": "HumanEval/0"}'], 'has no "completion"'),
-        (['{"task_id": "HumanEval/0", "completion": 5}'], "completion is int"),
+        (["["], r"line 1 is not JSON .*jq -c '\.\[\]' writes an array as lines"),
+        (['[{"task_id": "HumanEval/0"}]'], "got a JSON list, wanted an object; jq"),
+        (["\xff\xfe{"], "line 1 is UTF-16"),
+        (['{"completion": ""}'], 'has no "task_id"; wanted task_id, sample_id and completion, got "completion"'),
+        (['{"doc_id": 1, "completion": ""}'], 'has no "task_id".*; rename "doc_id" to "task_id"$'),
+        (['{"task_id": "HumanEval/0"}'], 'has no "completion"; wanted .*, got "task_id"$'),
+        (['{"task_id": "HumanEval/0", "solution": ""}'], 'has no "completion".*; rename "solution" to "completion"$'),
+        (['{"task_id": "HumanEval/0", "Completion": ""}'], 'rename "Completion" to "completion"$'),
+        (['{"task_id": "HumanEval/0", "prompt": "", "generation": ""}'], 'rename "generation" to "completion"$'),
+        (
+            ['{"task_id": "HumanEval/0", "resps": [[""]]}'],
+            'rename "resps" to "completion", with a line for each of its texts$',
+        ),
+        (['{"task_id": "HumanEval/0", "new\\nline": ""}'], r'got "task_id", "new\\nline"$'),
+        (['{"task_id": "HumanEval/0", "completion": 5}'], "completion is int, wanted a text$"),
+        (['{"task_id": "HumanEval/0", "completion": [""]}'], "completion is list, wanted a text; write a line for each"),
+        (
+            ['{"task_id": "MBPP/0", "completion": ""}'],
+            "line 1: humaneval has no problem 'MBPP/0', only such as HumanEval/0",
+        ),
         (['{"task_id": "HumanEval/999", "completion": ""}'], "has no problem 'HumanEval/999', only such as HumanEval/0"),
         (
             ['{"task_id": "HumanEval/0", "sample_id": 1, "completion": ""}'] * 2,
@@ -188,9 +282,44 @@ def test_an_infra_error_is_judged_again_and_never_scored(tmp_path):
 )
 def test_a_malformed_samples_file_is_one_clear_line(lines, said, tmp_path):
     path = tmp_path / "samples.jsonl"
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="latin-1")
     with pytest.raises(DataError, match=said):
         load_samples(path, {"humaneval": load_problems(TASKS["humaneval"])})
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=9),
+    st.sampled_from(["HumanEval/0", "humaneval", [], {}, ["x"], {"a": {}}, True, "\udc80", "a\nb"]),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(["task", "mode", "task_id", "sample_id", "completion", "solution", "answer", "closed", "a\nb"]),
+            VALUES,
+        ),
+        max_size=4,
+    ),
+    cut=st.integers(0, 400),
+)
+def test_any_samples_file_gives_samples_or_one_clear_line(rows, cut, tmp_path):
+    path = tmp_path / "samples.jsonl"
+    whole = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
+    for content in (whole, whole[:cut], json.dumps(rows, indent=1).encode(), whole.decode().encode("utf-16")):
+        path.write_bytes(content)
+        said = f"{path}: nothing"
+        try:
+            for sample in load_samples(path, HUMANEVAL):
+                sample.extraction()
+        except DataError as error:
+            said = str(error)
+        assert said.startswith(f"{path}: ")
+        assert "\n" not in said
 
 
 def test_samples_without_an_id_are_numbered_and_several_tasks_need_a_name(tmp_path):

@@ -7,6 +7,8 @@ import gzip
 import json
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ms_pangu_quant.errors import DataError, RequestError
 from ms_pangu_quant.evaluation.prompts import PROMPTS
@@ -138,11 +140,65 @@ def test_your_own_prompt_may_be_a_bare_signature_or_prose(judges, prompt, tmp_pa
     assert judges.judge(problem.program("def f(x):\n    return x\n")).verdict == "wrong_answer"
 
 
-@pytest.mark.parametrize("given", ["MBPP/11", "Mbpp/11", "11", 11])
-def test_a_problem_is_found_by_its_number_with_any_prefix(given):
-    assert find_problem(load_problems(TASKS["mbpp"]), given).task_id == "MBPP/11"
-    assert find_problem(load_problems(TASKS["mbpp"]), 9) is None
-    assert find_problem(load_problems(TASKS["humaneval"]), "HumanEval/9").task_id == "HumanEval/9"
+SPELLINGS = {
+    "mbpp": ("MBPP/11", "Mbpp/11", "mbpp/11", "mbpp_11", "MBPP-11", "MbppPlus/11", "mbpp+/11", "11", 11, " 11", "Mbpp/011"),
+    "humaneval": (
+        "HumanEval/11",
+        "humaneval/11",
+        "HUMANEVAL/11",
+        "human_eval/11",
+        "Human-Eval/11",
+        "HumanEval+/11",
+        "11",
+        11,
+    ),
+}
+SPELLINGS |= {"mbpp_plus": SPELLINGS["mbpp"], "mbpp_full": SPELLINGS["mbpp"], "humaneval_plus": SPELLINGS["humaneval"]}
+
+
+@pytest.mark.parametrize("task", SPELLINGS)
+def test_a_problem_is_found_by_its_number_and_its_benchmarks_name_however_spelt(task):
+    problems = load_problems(TASKS[task])
+    number = "HumanEval/11" if "humaneval" in task else TASKS[task].prefix + "11"
+    if number in problems.by_id:
+        assert {find_problem(problems, given).task_id for given in SPELLINGS[task]} == {number}
+    others = SPELLINGS["humaneval" if "mbpp" in task else "mbpp"]
+    strange = (
+        "Mini/11",
+        "11/HumanEval",
+        "own/11",
+        "/11",
+        "x11",
+        "-11",
+        "",
+        99999,
+        True,
+        11.0,
+        "1" * 5000,
+        "LiveCodeBench/11",
+    )
+    for strange_id in (*(other for other in others if not str(other).strip().isdecimal()), *strange):
+        assert find_problem(problems, strange_id) is None, strange_id
+
+
+def test_own_problems_keep_ids_of_other_benchmarks_apart(tmp_path):
+    row = {"prompt": "def f(x):\n", "entry_point": "f", "test": "def check(c):\n    assert c(1) == 2\n"}
+    own = tmp_path / "own.jsonl"
+    ids = (11, "humaneval/12", "Mbpp/11", "mine/11", "mine", "Mine_7")
+    own.write_text("".join(json.dumps({"task_id": each, **row}) + "\n" for each in ids))
+    problems = load_problems(TASKS["humaneval"], own)
+    assert [*problems.by_id] == ["HumanEval/11", "HumanEval/12", "Mbpp/11", "mine/11", "HumanEval/mine", "HumanEval/Mine_7"]
+    assert [find_problem(problems, each).task_id for each in ids] == [*problems.by_id]
+    assert find_problem(problems, "MBPP/12") is find_problem(problems, "theirs/12") is None
+    own.write_text("".join(json.dumps({"task_id": each, **row}) + "\n" for each in ("HumanEval/1", 1)))
+    with pytest.raises(DataError, match="task_id HumanEval/1 is there twice"):
+        load_problems(TASKS["humaneval"], own)
+
+
+def test_own_problems_may_have_names_where_a_benchmark_has_numbers(tmp_path):
+    row = {"task_id": "own", "text": "Add.", "code": "def f(x):\n    return x\n", "test_list": ["assert f(1) == 1"]}
+    (tmp_path / "own.json").write_text(json.dumps([row, {**row, "task_id": 3}]))
+    assert [*load_problems(TASKS["mbpp"], tmp_path / "own.json").by_id] == ["MBPP/own"]  # 3 is none of the test part
 
 
 def test_your_own_problems_take_a_tasks_form(tmp_path):
@@ -152,6 +208,19 @@ def test_your_own_problems_take_a_tasks_form(tmp_path):
     problems = load_problems(TASKS["mini"], own)
     assert [*problems.by_id] == ["own"]
     assert problems.sha256 != TASKS["mini"].sha256
+    for text in (
+        json.dumps(row),
+        json.dumps([row], indent=1),
+        f"{json.dumps(row)}\n\ufeff{json.dumps({**row, 'task_id': 'b'})}",
+    ):
+        for content in (
+            b"\xef\xbb\xbf" + text.encode(),
+            gzip.compress(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()),
+        ):
+            own.write_bytes(content)
+            assert next(iter(load_problems(TASKS["mini"], own).by_id)) == "own"
+    own.write_text(json.dumps({**row, "prompt": "# one\u2028line\ndef f(x):\n"}, ensure_ascii=False))
+    assert "\u2028" in load_problems(TASKS["mini"], own).by_id["own"].statement.text
     (tmp_path / "own.json.gz").write_bytes(gzip.compress(json.dumps([row]).encode()))
     assert [*load_problems(TASKS["mini"], tmp_path / "own.json.gz").by_id] == ["own"]
 
@@ -163,6 +232,8 @@ def test_your_own_problems_take_a_tasks_form(tmp_path):
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
         (b"\x1f\x8b junk", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (gzip.compress(b"{}" * 99)[:-12] + b"x" * 12, "not JSON"),
         (b"[1]", "problem 1: lacks task_id, prompt, entry_point, test"),
         (b'{"task_id": "a", "prompt": "p", "entry_point": "f"}', "lacks test"),
         (b'{"task_id": "a", "prompt": 5, "entry_point": "f", "test": "t"}', r"\(a\): is not a mini problem"),
@@ -177,6 +248,40 @@ def test_a_malformed_file_is_one_clear_line(content, said, tmp_path):
     assert str(path) in str(caught.value)
     with pytest.raises(DataError, match="cannot read"):
         load_problems(TASKS["mini"], tmp_path / "absent")
+
+
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(),
+        st.floats(),
+        st.text(max_size=9),
+        st.sampled_from(["def f(x):\n", "assert f(1)"]),
+    ),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=3), inner, max_size=3)),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(task=st.sampled_from([*TASKS.values()]), values=st.lists(JSON, min_size=8, max_size=8), cut=st.integers(0, 300))
+def test_any_file_gives_problems_or_one_clear_line(task, values, cut, tmp_path):
+    path = tmp_path / "own.jsonl"
+    row = dict(zip(("task_id", *task.fields, "text", "test_imports"), values, strict=False))
+    for content in (
+        json.dumps(row).encode(),
+        json.dumps(row).encode()[:cut],
+        json.dumps([row, *values]).encode("utf-16")[:cut],
+    ):
+        path.write_bytes(content)
+        said = f"{path}: nothing"
+        try:
+            load_problems(task, path)
+        except DataError as error:
+            said = str(error)
+        assert said.startswith(f"{path}: ")
+        assert "\n" not in said
 
 
 def test_a_changed_benchmark_file_is_refused(monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
+from textwrap import dedent, indent
 
 from ms_pangu_quant.evaluation.tasks.task import Problem
 
@@ -28,7 +29,11 @@ def shapes(problem: Problem) -> dict[str, str]:
     code, entry = str(problem.reference).replace("\r\n", "\n").strip("\n") + "\n", problem.entry_point
     signature, body = problem.solution or ("", "")
     lines = code.splitlines(keepends=True)
-    more = {"body": body, "fenced_body": fenced(body)} if problem.statement.stub else {}
+    more = (
+        {"body": body, "fenced_body": fenced(body), "deep_body": indent(dedent(body), "     ")}
+        if problem.statement.stub
+        else {}
+    )
     other = changed(code, entry)
     if other is not None:
         more["changed"] = fenced(other)
@@ -41,6 +46,11 @@ def shapes(problem: Problem) -> dict[str, str]:
         "unfenced": f"Here is the function, as you asked:\n\n{code}\nIt does what you asked, doesn't it?\n",
         "main": fenced(f"{code}\n\nif __name__ == '__main__':\n    print({entry})\n    raise SystemExit(1)\n"),
         "own_test": fenced(f"{code}\n\nassert {entry} is None, 'what an answer may say of itself'\n"),
+        "glued": f"```python\n{code.rstrip()}```\nIt's so.\n",
+        "glued_end": f"{code.rstrip()}```\nIt's so.\n",
+        "indented": indent(code, "    "),
+        "branch": fenced(f"if True:\n{indent(code, '    ')}"),
+        "bom": "\ufeff" + fenced("\ufeff" + code),
         "bare": fenced(signature.rstrip() + "\n" + body),  # no imports, no helpers, no docstring
         "open": fenced(code).removesuffix("```\n"),
         "half": "```python\n" + "".join(lines[: len(lines) // 2]),

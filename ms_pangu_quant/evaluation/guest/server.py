@@ -1,7 +1,8 @@
 """The server of one sandbox: forks a process for each job, so that none has to start an interpreter.
 
-    server.py candidate|tester CONTROL_FD
+    server.py candidate|tester CONTROL_FD PACKAGES
 
+PACKAGES is a JSON object, name of a module -> the folder it is in, of what may be imported beside the standard library.
 A job arrives on the control socket as JSON, with the descriptor of the channel between the job's two processes. A candidate
 job is answered with how its process ended, a tester job with the verdict. This process never runs a candidate's code; the
 forked one gives up its rights and, where the job says so, gets PID, mount and IPC namespaces of its own first.
@@ -9,6 +10,7 @@ forked one gives up its rights and, where the job says so, gets PID, mount and I
 
 import ctypes
 import importlib
+import importlib.machinery
 import json
 import os
 import resource
@@ -39,9 +41,22 @@ _GRACE = 1.0
 _STATUS = struct.Struct("<idq")  # wait status, CPU seconds, peak resident KiB
 
 
-def main(role, control):
+class _Packages:
+    """Finds modules by name, and no others of the folders they are in."""
+
+    def __init__(self, folders):
+        self.folders = folders
+
+    def find_spec(self, name, path=None, target=None):
+        if path is None and name in self.folders:
+            return importlib.machinery.PathFinder.find_spec(name, [self.folders[name]])
+        return None
+
+
+def main(role, control, packages):
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # the command line blocks signals, and children inherit that
     sys.path.pop(0)  # this folder is not the candidate's
+    sys.meta_path.append(_Packages(packages))
     for name in _PRELOADED:
         importlib.import_module(name)
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -274,4 +289,4 @@ def _usage():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3]))

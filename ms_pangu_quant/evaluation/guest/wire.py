@@ -83,6 +83,10 @@ class _Encoder(_pickle.Pickler):
         for base in _SUBCLASSABLE:
             if issubclass(kind, base):
                 return base, (base(value),)
+        if any((base.__module__, base.__name__) == ("numpy", "generic") for base in kind.__mro__):
+            plain = value.item()
+            if type(plain) in (bool, int, float):
+                return type(plain), (plain,)
         if hasattr(kind, "__next__"):
             return iter, (list(value),)
         return Opaque, (str(kind.__name__)[:80],)

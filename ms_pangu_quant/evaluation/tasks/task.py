@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,6 +18,7 @@ from ms_pangu_quant.evaluation.verdict import Program
 from ms_pangu_quant.suggestion import did_you_mean_path
 
 Row = Mapping[str, Any]
+_ID = re.compile(r"(?:([A-Za-z][A-Za-z+_ -]*?)[/_: -]?)?([0-9]{1,9})")  # HumanEval/11, mbpp_11, 11
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Task:
     """file is relative to the package's assets, sha256 that of its bytes; fields must be in every row.
 
     ids          keeps the rows whose number lies in it; None keeps all.
+    prefix       of its ids, which a number follows; "" where a row's id is taken as it is.
     statement    row -> what a prompt may show.
     entry_point  row -> the function that an answer must define.
     program      (row, code) -> the program to judge; code defines the entry point.
@@ -111,7 +115,8 @@ def load_problems(task: Task, own_file: Path | None = None) -> Problems:
     problems: dict[str, Problem] = {}
     for number, row in enumerate(_rows(content, where), 1):
         problem = _problem(task, row, f"{where}: problem {number}")
-        if task.ids is not None and int(problem.task_id.rpartition("/")[2]) not in task.ids:
+        digits = problem.task_id.removeprefix(task.prefix)
+        if task.ids is not None and digits.isdecimal() and int(digits) not in task.ids:
             continue
         if problem.task_id in problems:
             raise DataError(f"{where}: problem {number}: task_id {problem.task_id} is there twice")
@@ -122,20 +127,31 @@ def load_problems(task: Task, own_file: Path | None = None) -> Problems:
 
 
 def find_problem(problems: Problems, task_id: object) -> Problem | None:
-    """By the benchmark's id, or by the number alone, or with another prefix ("Mbpp/11", "11" and 11 are MBPP/11)."""
+    """By its id as full_id() spells it; None for another benchmark's, and for one that is not there."""
     found = problems.by_id.get(str(task_id))
-    if found is None and problems.task.prefix:
-        found = problems.by_id.get(problems.task.prefix + str(task_id).rpartition("/")[2])
-    return found
+    return problems.by_id.get(full_id(problems.task, task_id)) if found is None else found
+
+
+def full_id(task: Task, task_id: object) -> str:
+    """The benchmark's spelling of an id: 11, "11", "Mbpp/11", "mbpp_11", "MBPP+/11" are MBPP/11, HumanEval/11 is not."""
+    text = str(task_id).strip()
+    found = _ID.fullmatch(text)
+    if task.prefix and found and _spelling(found[1] or task.prefix) == _spelling(task.prefix):
+        return f"{task.prefix}{int(found[2])}"
+    return text if "/" in text else task.prefix + text
+
+
+def _spelling(prefix: str) -> str:
+    return re.sub("[^a-z]", "", prefix.lower()).removesuffix("plus")
 
 
 def _rows(content: bytes, where: str) -> list[Any]:
     try:
-        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8")
+        text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode("utf-8-sig")
         if text.lstrip().startswith("["):
             return list(json.loads(text))
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, EOFError, ValueError) as error:
+        return [json.loads(line.lstrip("\ufeff")) for line in text.split("\n") if line.strip("\ufeff \t\r")]
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as error:
         raise DataError(f"{where}: not JSON or JSON lines ({error})") from None
 
 
@@ -143,9 +159,7 @@ def _problem(task: Task, row: Any, where: str) -> Problem:
     missing = [field for field in ("task_id", *task.fields) if not isinstance(row, dict) or field not in row]
     if missing:
         raise DataError(f"{where}: lacks {', '.join(missing)}, which {task.name} problems have")
-    task_id = str(row["task_id"])
-    if task.prefix and not task_id.startswith(task.prefix):
-        task_id = task.prefix + task_id.rpartition("/")[2]
+    task_id = full_id(task, row["task_id"])
     try:
         problem = Problem(task, task_id, row)
         program = problem.program("")
