@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ms_pangu_quant.checkpoint.chat import OPENPANGU_TEMPLATE, THINKING_MODES, checked_chat, compile_template, render
 from ms_pangu_quant.checkpoint.json_pieces import JsonPieces
@@ -106,10 +106,11 @@ class Tokenizer:
         return self._pieces.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, str]], *, mode: str | None = None, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None, add_generation_prompt: bool = True
     ) -> str:
         """The prompt as text, without a bos that the template does not write.
 
+        messages  role and content each; an assistant's thought may stand beside it, see checkpoint.messages.
         mode    None and slow_think leave the messages alone; auto_think and no_think append " /auto_think" or " /no_think"
                 to the last user message unless it ends so already, but not for a model whose only mode is no_think.
         Raises  RequestError for messages that make no chat or a mode that the model does not have, CheckpointError for a
@@ -123,7 +124,7 @@ class Tokenizer:
         return render(self._template, chat, self._directory, **tokens, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, mode: str | None = None, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Ids of the rendered chat. bos is in front once, as in openPangu's official recipe, unless add_bos_token is false;
         with a tokenizer.json it is where the template writes it, as in transformers' apply_chat_template."""
