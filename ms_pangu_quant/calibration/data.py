@@ -56,6 +56,8 @@ class TokenData:
     """sequences  each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file has fewer rows
     sha256     of all lengths and ids in order: the same for the same tokens from any file format
     truncated  sequences that were cut to max_length
+    left       rows of the file that are not used
+    where      the file, for messages
     held_out   so many of the last ones are not for statistics: what is fitted to the others is measured on them
     """
 
@@ -63,6 +65,8 @@ class TokenData:
     sha256: str
     truncated: int
     held_out: int = 0
+    left: int = 0
+    where: str = "calibration data"
 
     @property
     def tokens(self) -> int:
@@ -132,7 +136,8 @@ def load_token_data(
     if tokens is not None:
         whole = whole[: fitting((min(len(ids), max_length) for ids in whole), tokens)]
     sequences = tuple(ids[:max_length] for ids in whole)
-    return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
+    truncated = sum(len(ids) > max_length for ids in whole)
+    return TokenData(sequences, _sha256(sequences), truncated, left=ends[-1] - len(sequences), where=str(path))
 
 
 def fitting(lengths: Iterable[int], tokens: int) -> int:

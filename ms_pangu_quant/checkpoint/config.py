@@ -147,7 +147,7 @@ def quantization_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError naming the file."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error}){did_you_mean_path(path)}") from None
     if not isinstance(raw, dict):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats import kv_cache
@@ -23,7 +23,7 @@ def inspection(directory: Path) -> dict[str, Any]:
     reader = open_checkpoint(directory)
     quantized = reader.format is not None
     report_path = directory / REPORT_FILE
-    report = json.loads(report_path.read_text(encoding="utf-8")) if quantized and report_path.exists() else {}
+    report = read_json(report_path) if quantized and report_path.exists() else {}
     blocks = report.get("blocks", [])
     layers, bits, weights = [], 0.0, 0
     for place, (name, site, scheme) in enumerate(reader.plan):

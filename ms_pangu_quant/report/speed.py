@@ -56,7 +56,7 @@ def cases(speeds: Sequence[Speed]) -> list[Case]:
 
 def _load(path: Path, name: str) -> Speed:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise DataError(
