@@ -161,7 +161,7 @@ class Shown:
 
 
 def print_shortfall(said: str) -> None:
-    err.print(said, soft_wrap=True, markup=False)
+    err.print(f"calibration: {said}", soft_wrap=True, markup=False)
 
 
 def _print_result(result: QuantizeResult, seconds: float) -> None:

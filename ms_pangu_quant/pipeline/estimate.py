@@ -100,7 +100,7 @@ def shortfall(recipe: Recipe, data: TokenData) -> str | None:
     recipe's limit of tokens is reached before."""
     if data.left or len(data.sequences) >= recipe.calibration.texts:
         return None
-    return f"{data.where}: {amount(data)}; the recipe wants {recipe.calibration.said}"
+    return f"{amount(data)}; the recipe wants {recipe.calibration.said}"
 
 
 def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) -> float:

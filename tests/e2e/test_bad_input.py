@@ -158,11 +158,11 @@ def test_choices_that_need_held_out_rows_are_refused_before_anything_is_written(
 def test_fewer_rows_than_the_recipe_wants_are_said_in_a_dry_run_and_in_the_report(tmp_path, capsys):
     data = tmp_path / "rows.jsonl"
     data.write_text('{"text": "a"}\n')
-    said = f"{data}: 1 row, 2 tokens, 0 held out; the recipe wants 128 rows and 16 that are held out, of up to 512 tokens"
+    said = "1 row, 2 tokens, 0 held out; the recipe wants 128 rows and 16 that are held out, of up to 512 tokens"
     words = ["quantize", str(MINI), "--recipe", "w8a8_rtn", "--calibration", str(data), "--output", str(tmp_path / "out")]
     for more in (["--dry-run"], []):
         assert main([*words, *more]) == 0
-        assert capsys.readouterr().err.splitlines()[0] == said
+        assert capsys.readouterr().err.splitlines()[0] == f"calibration: {said}"
     report = tmp_path / "out" / "quantization_report.json"
     found = json.loads(report.read_bytes())["calibration"]
     assert (found["sequences"], found["tokens"], found["wanted"], found["shortfall"]) == (1, 2, 144, said)
