@@ -32,7 +32,7 @@ from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, schemes_to_measure
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.block import transform_block
-from ms_pangu_quant.pipeline.estimate import Estimate, SensitivityCost, measuring_cost
+from ms_pangu_quant.pipeline.estimate import Estimate, SensitivityCost, measuring_cost, shortfall
 from ms_pangu_quant.pipeline.estimate import estimate as estimate_run
 from ms_pangu_quant.pipeline.loop import quantize as run_pipeline
 from ms_pangu_quant.pipeline.prepare import check_data
@@ -93,8 +93,7 @@ def quantize(
     stored_as    "mindformers", "ascend" or "compressed-tensors"; docs/formats.md says who reads which.
     Raises       PanguQuantError, as the command does, before anything is written where that is possible.
     """
-    request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap)
-    progress.on_open(request.reader)
+    request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap, progress)
     runtime.job().from_first(lambda: check_room(Path(output), resume=resume))  # it is rank 0 that writes there
     request = _budget_spent(request, sensitivity, Path(output), resume, progress)
     _check_request(request, allow_unserved)
@@ -142,8 +141,10 @@ def _request(
     calibration: str | Path | None,
     stored_as: str,
     allow_benchmark_overlap: bool,
+    progress: Progress = SILENT,
 ) -> _Request:
     reader, chosen = CheckpointReader(Path(checkpoint)), as_recipe(recipe)
+    progress.on_open(reader)
     known = find_layout(stored_as)
     data = None
     if calibration is not None:
@@ -169,6 +170,9 @@ def _budget_spent(
     """The recipe with the schemes that its budget buys, from the sensitivities in `given`, or in OUTPUT.sensitivity.json,
     which is measured and written first if it is not there; without an output nothing is measured."""
     recipe = request.recipe
+    if request.data is not None:
+        check_data(request.reader.config, recipe, request.data)  # before anything is measured
+        _say_shortfall(request, progress)
     if recipe.budget is None:
         if given is not None:
             raise RequestError(f"--sensitivity: {recipe.where} has no budget to spend on it")
@@ -193,6 +197,12 @@ def _budget_spent(
     return replace(request, recipe=spent)
 
 
+def _say_shortfall(request: _Request, progress: Progress) -> None:
+    said = request.data and shortfall(request.recipe, request.data)
+    if said:
+        progress.on_shortfall(said)
+
+
 def sensitivities_of(output: str | Path) -> Path:
     """Where quantize() measures them for a recipe with a budget."""
     return Path(output).with_name(f"{Path(output).name}.sensitivity.json")
@@ -215,12 +225,12 @@ def sensitivity(
     tokens  of the calibration data that KL is measured on; statistics are taken from the others.
     resume  go on with an unfinished run.
     """
-    request = _request(checkpoint, recipe, calibration, "mindformers", allow_benchmark_overlap)
+    request = _request(checkpoint, recipe, calibration, "mindformers", allow_benchmark_overlap, progress)
     path = Path(output)
     schemes_to_measure(request.recipe)
     if path.is_dir() or not path.parent.is_dir():
         raise RequestError(f"--output: {path} is not a file in a directory that exists")
-    progress.on_open(request.reader)
+    _say_shortfall(request, progress)
     chosen = with_transforms(request.reader, request.recipe, request.data, progress)
     return _measured(replace(request, recipe=chosen), path, tokens, resume, progress)
 

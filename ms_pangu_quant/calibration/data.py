@@ -2,8 +2,8 @@
 
 A row has one of three forms, told by its columns; of several the first in this order is used:
   token_ids  [length] integers, used as they are
-  messages   [{"role", "content"}, ...], rendered with the checkpoint's own chat template; no generation prompt and no
-             thinking-mode suffix is added: the messages say what they say
+  messages   [{"role", "content"}, ...], thoughts as in checkpoint.messages, rendered with the checkpoint's own chat
+             template; no generation prompt and no thinking-mode suffix is added: the messages say what they say
   text       one string, encoded as it is, BOS as the tokenizer's configuration says
 Ids are what the network sees. Messages come before text because a `text` column beside them is a rendering with some
 template, perhaps not this checkpoint's.
@@ -22,7 +22,7 @@ import json
 import re
 import warnings
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -35,8 +35,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
+from ms_pangu_quant.calibration.sources import JSON, WANTED, check_kind, data_files, what_to_do
+from ms_pangu_quant.checkpoint.messages import BESIDE, THOUGHT, read_message, refuse_beside
 from ms_pangu_quant.errors import CheckpointError, DataError, RequestError, located
-from ms_pangu_quant.suggestion import did_you_mean_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -47,10 +48,6 @@ FORMS = ("token_ids", "messages", "text")
 SHORTEST = 2  # tokens: one to read and one to predict
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell half a character, UTF-8 and Arrow cannot
-_WANTED = (
-    "wanted a .jsonl, .json or .parquet file, a folder of .jsonl or .parquet files, or a dataset saved with "
-    "save_to_disk (nothing is downloaded)"
-)
 _NAMED = 5  # offending rows that a message names
 
 
@@ -59,6 +56,8 @@ class TokenData:
     """sequences  each int32 [length], 2 <= length <= max_length, read-only; fewer than `samples` if the file has fewer rows
     sha256     of all lengths and ids in order: the same for the same tokens from any file format
     truncated  sequences that were cut to max_length
+    left       rows of the file that are not used
+    where      the file, for messages
     held_out   so many of the last ones are not for statistics: what is fitted to the others is measured on them
     """
 
@@ -66,6 +65,8 @@ class TokenData:
     sha256: str
     truncated: int
     held_out: int = 0
+    left: int = 0
+    where: str = "calibration data"
 
     @property
     def tokens(self) -> int:
@@ -130,15 +131,17 @@ def load_token_data(
         part = bisect_right(ends, position)
         table = tables[part]
         index = int(position) - (ends[part] - len(table.rows))
-        place = table.place(index)
-        rows.append((place, _checked(form, table.rows[index][form], vocab_size, place)))
+        place, row = table.place(index), table.rows[index]
+        _check_beside(row, place)
+        rows.append((place, _checked(form, row[form], vocab_size, place)))
     if tokenizer is not None and not allow_benchmark_overlap:
         _refuse_benchmarks(path, form, rows, tokenizer)
     whole = [_encode(form, value, tokenizer, vocab_size, place) for place, value in rows]
     if tokens is not None:
         whole = whole[: fitting((min(len(ids), max_length) for ids in whole), tokens)]
     sequences = tuple(ids[:max_length] for ids in whole)
-    return TokenData(sequences, _sha256(sequences), sum(len(ids) > max_length for ids in whole))
+    truncated = sum(len(ids) > max_length for ids in whole)
+    return TokenData(sequences, _sha256(sequences), truncated, left=ends[-1] - len(sequences), where=str(path))
 
 
 def fitting(lengths: Iterable[int], tokens: int) -> int:
@@ -147,43 +150,39 @@ def fitting(lengths: Iterable[int], tokens: int) -> int:
 
 
 def _read(path: Path, vocab_size: int) -> list[_Table]:
-    files = [path]
-    if not path.exists():
-        raise DataError(f"{path}: not found{did_you_mean_path(path)}; {_WANTED}")
-    if path.is_dir() and not (path / "state.json").is_file():
-        if (path / "dataset_dict.json").is_file():
-            splits = ", ".join(sorted(state.parent.name for state in path.glob("*/state.json")))
-            raise DataError(f"{path}: got a dataset of splits ({splits}), wanted the folder of one of them")
-        files = sorted(file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file())
     with _silent_datasets():
         tables = [
-            _read_arrow(file) if file.is_dir() or file.suffix not in (".jsonl", ".json") else _read_json(file, vocab_size)
-            for file in files
+            _read_json(file, vocab_size) if file.suffix in JSON and not file.is_dir() else _read_arrow(file)
+            for file in data_files(path)
         ]
     if not any(len(table.rows) for table in tables):
-        raise DataError(f"{path}: {'no rows' if files else 'no .jsonl or .parquet file in it'}; {_WANTED}")
+        raise DataError(f"{path}: no rows; {WANTED}")
     return tables
 
 
 def _read_arrow(path: Path) -> _Table:
     from datasets import Dataset, load_from_disk
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     try:
         if path.is_dir():
             rows = load_from_disk(str(path.resolve()), keep_in_memory=True).with_format(None)
-        elif path.suffix == ".parquet":
+        else:
+            check_kind(path)
+            with ParquetFile(path) as file:
+                if not file.metadata.num_rows:  # which datasets does not read
+                    return _Table(path, "row", Dataset.from_dict({}), ())
             with TemporaryDirectory(prefix="pangu-quant-") as scratch:
                 rows = Dataset.from_parquet(glob.escape(str(path.resolve())), cache_dir=scratch, keep_in_memory=True)
-        else:
-            raise DataError(f"{path}: got a file of unknown kind; {_WANTED}")
     except DataError:
         raise
     except Exception as error:  # of many types: from datasets, pyarrow and the file system
-        raise DataError(f"{path}: not readable ({error.__cause__ or error}); {_WANTED}") from error
-    columns = [column for column in rows.column_names if column in FORMS]
-    if not columns:
+        raise DataError(f"{path}: not readable ({error.__cause__ or error}); {WANTED}") from error
+    columns = [column for column in rows.column_names if column in (*FORMS, *BESIDE)]
+    if len(rows) and not any(column in FORMS for column in columns):
         got = ", ".join(map(repr, rows.column_names)) or "none"
-        raise DataError(f"{path}: got columns {got}, wanted one of {', '.join(FORMS)}")
+        todo = what_to_do(rows.column_names)
+        raise DataError(f"{path}: got columns {got}, wanted one of {', '.join(FORMS)}{todo}")
     return _Table(path, "row", rows.select_columns(columns), range(1, len(rows) + 1))
 
 
@@ -192,24 +191,27 @@ def _read_json(path: Path, vocab_size: int) -> _Table:
 
     types = {
         "token_ids": [Value("int64")],
-        "messages": [{"role": Value("string"), "content": Value("string")}],
+        "messages": [{key: Value("string") for key in ("role", "content", THOUGHT)}],
         "text": Value("string"),
     }
     columns: dict[str, list[Any]] = {form: [] for form in FORMS}
     numbers: list[int] = []
     try:
+        check_kind(path)
         unit = "row" if _is_array(path) else "line"
         for number, row in _json_array(path) if unit == "row" else _json_lines(path):
             place = f"{path}: {unit} {number}"
             if not isinstance(row, dict) or all(row.get(form) is None for form in FORMS):
                 got = f"keys {', '.join(map(repr, row))}" if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-                raise DataError(f"{place}: got {got or 'no keys'}, wanted an object with one of {', '.join(FORMS)}")
+                todo = what_to_do(row) if isinstance(row, dict) else ""
+                raise DataError(f"{place}: got {got or 'no keys'}, wanted an object with one of {', '.join(FORMS)}{todo}")
+            _check_beside(row, place)
             for form, values in columns.items():
                 value = row.get(form)
                 values.append(None if value is None else _checked(form, value, vocab_size, place))
             numbers.append(number)
     except OSError as error:
-        raise DataError(f"{path}: not readable ({error.strerror}); {_WANTED}") from None
+        raise DataError(f"{path}: not readable ({error.strerror}); {WANTED}") from None
     filled = {form: values for form, values in columns.items() if any(value is not None for value in values)}
     return _Table(path, unit, Dataset.from_dict(filled, Features({form: types[form] for form in filled})), numbers)
 
@@ -234,6 +236,7 @@ def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     """Blank lines count but are no rows."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not line.strip():
                 continue
             try:
@@ -273,7 +276,7 @@ def _missing(form: str, rows: Dataset) -> list[bool]:
 
 
 def _checked(form: str, value: Any, vocab_size: int, place: str) -> Any:
-    """The value as Arrow and the tokenizer take it: str, [int, ...] or [{"role": str, "content": str}, ...]."""
+    """The value as Arrow and the tokenizer take it: str, [int, ...] or what read_message makes of messages."""
     if form == "text":
         if not _is_text(value) or not value.strip():
             raise DataError(f"{place}: text: got {short(value)}, wanted a string that is not empty")
@@ -288,12 +291,19 @@ def _checked(form: str, value: Any, vocab_size: int, place: str) -> Any:
                 f"{vocab_size - 1}, the model's vocabulary"
             )
         return value
-    for index, message in enumerate(value):
-        if not isinstance(message, dict) or not all(_is_text(message.get(key)) for key in ("role", "content")):
-            raise DataError(
-                f"{place}: messages[{index}]: got {short(message)}, wanted {{'role': ..., 'content': ...}}, both strings"
-            )
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    with located(f"{place}: ", DataError):
+        chat = [read_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+    for index, message in enumerate(chat):
+        if not all(map(_is_text, message.values())):
+            raise DataError(f"{place}: messages[{index}]: got {short(message)}, which has half a character")
+    return chat
+
+
+def _check_beside(row: Mapping[str, Any], place: str) -> None:
+    """Where its messages are what is used of a row, nothing beside them may be lost."""
+    if row.get("messages") is not None and row.get("token_ids") is None:
+        with located(f"{place}: ", DataError):
+            refuse_beside(row)
 
 
 def _is_text(value: object) -> bool:
@@ -304,7 +314,7 @@ def _refuse_benchmarks(path: Path, form: str, rows: Sequence[tuple[str, Any]], t
     found = []
     for place, value in rows:
         if form == "messages":
-            text = "\n".join(message["content"] for message in value)
+            text = "\n".join(text for message in value for key, text in message.items() if key != "role")
         elif form == "text":
             text = value
         else:

@@ -21,6 +21,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from ms_pangu_quant.checkpoint.messages import read_message, with_thought
 from ms_pangu_quant.checkpoint.tokenizer_files import read_json, read_text
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.suggestion import did_you_mean
@@ -155,9 +156,10 @@ def render(template: Template, chat: Sequence[Mapping[str, str]], where: Path, *
 
 
 def checked_chat(
-    messages: Sequence[Mapping[str, str]], mode: str | None, modes: Sequence[str] = THINKING_MODES
+    messages: Sequence[Mapping[str, Any]], mode: str | None, modes: Sequence[str] = THINKING_MODES
 ) -> list[dict[str, str]]:
-    """A copy of messages with the mode's suffix on the last user message; modes are those of the model."""
+    """Role and content of messages, thoughts in it, and the mode's suffix on the last user message; modes are those of the
+    model."""
     if mode is not None and mode not in THINKING_MODES:
         close = did_you_mean(mode, THINKING_MODES)
         raise RequestError(f"thinking mode {mode!r} is unknown{close}, wanted one of {', '.join(THINKING_MODES)}")
@@ -165,12 +167,13 @@ def checked_chat(
         raise RequestError(f"thinking mode {mode!r}: this model has no thinking tokens, wanted {', '.join(modes)}")
     if not messages:
         raise RequestError("messages is empty, wanted at least one user message")
+    chat = []
     for index, message in enumerate(messages):
-        if message.get("role") not in _ROLES:
-            raise RequestError(f"messages[{index}]: role is {message.get('role')!r}, wanted one of {', '.join(_ROLES)}")
-        if not isinstance(message.get("content"), str):
-            raise RequestError(f"messages[{index}]: content is {message.get('content')!r}, wanted a string")
-    chat = [dict(message) for message in messages]
+        where = f"messages[{index}]"
+        read = read_message(message, where)
+        if read["role"] not in _ROLES:
+            raise RequestError(f"{where}: role is {read['role']!r}, wanted one of {', '.join(_ROLES)}")
+        chat.append(with_thought(read, len(modes) > 1, where))
     if mode is not None and len(modes) > 1:  # the only mode of a model that does not think needs no word
         _append_suffix(chat, mode)
     return chat

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -402,4 +403,20 @@ def write_json(path: Path, value: Any) -> WrittenFile:
 
 
 def json_bytes(value: Any) -> bytes:
-    return json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n"
+    return json_text(value, indent=2, ascii=False).encode() + b"\n"
+
+
+def json_text(value: Any, *, indent: int | None = None, ascii: bool = True) -> str:
+    """What all JSON that is written or printed is made with: an infinity or NaN, which JSON does not have, is null."""
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ascii, allow_nan=False)
+    except ValueError:
+        return json.dumps(_with_nulls(value), indent=indent, ensure_ascii=ascii, allow_nan=False)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_nulls(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

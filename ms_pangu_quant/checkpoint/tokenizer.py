@@ -130,10 +130,11 @@ class Tokenizer:
         return self._pieces.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
 
     def render_chat(
-        self, messages: Sequence[Mapping[str, str]], *, mode: str | None = None, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None, add_generation_prompt: bool = True
     ) -> str:
         """The prompt as text, without a bos that the template does not write.
 
+        messages  role and content each; an assistant's thought may stand beside it, see checkpoint.messages.
         mode    None and slow_think leave the messages alone; auto_think and no_think append " /auto_think" or " /no_think"
                 to the last user message unless it ends so already, but not for a model whose only mode is no_think.
         Raises  RequestError for messages that make no chat or a mode that the model does not have, CheckpointError for a
@@ -147,7 +148,7 @@ class Tokenizer:
         return render(self.template, chat, self._directory, **tokens, add_generation_prompt=add_generation_prompt)
 
     def encode_chat(
-        self, messages: Sequence[Mapping[str, str]], *, mode: str | None = None, add_generation_prompt: bool = True
+        self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None, add_generation_prompt: bool = True
     ) -> list[int]:
         """Ids of the rendered chat. bos is in front once, as in openPangu's official recipe, unless add_bos_token is false;
         with a tokenizer.json it is where the template writes it, as in transformers' apply_chat_template."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ms_pangu_quant.checkpoint.config import check_same_model
+from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Verbose, err, out, progress_bars, size
 from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.formats.reader import open_checkpoint
@@ -70,7 +70,7 @@ def bench_command(
             on_measured=lambda: progress.advance(task),
         )
     if as_json:
-        print(json.dumps(rows))
+        print(json_text(rows))
     else:
         out.print(_table(rows))
     if limits is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,8 @@ import typer
 from rich.table import Table
 
 from ms_pangu_quant import api
-from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, out, progress_bars
+from ms_pangu_quant.checkpoint.files import json_text
+from ms_pangu_quant.cli.console import AsJson, Checkpoint, Directory, Verbose, figure, out, progress_bars
 
 
 def compare_command(
@@ -37,13 +37,16 @@ def compare_command(
             checkpoint, directory, data, limit=limit, max_length=max_length, on_block=lambda: bars.advance(task)
         )
     if as_json:
-        print(json.dumps(asdict(result)))
+        print(json_text(asdict(result)))
         return
+    error = ": one text has none" if result.kl_se is None else f" {figure(result.kl_se, '.1g')}"
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_row("tokens", f"{result.tokens}", f"in {result.texts} texts")
     table.add_row(
-        "mean KL", f"{result.kl_mean:.3g} nats", f"standard error {result.kl_se:.1g}; 99th percentile {result.kl_p99:.3g}"
+        "mean KL",
+        f"{figure(result.kl_mean, '.3g')} nats",
+        f"standard error{error}; 99th percentile {figure(result.kl_p99, '.3g')}",
     )
-    table.add_row("top-1 agreement", f"{result.top1_agreement:.2%}", "")
-    table.add_row("perplexity", f"{result.ppl_quantized:.4f}", f"reference {result.ppl_reference:.4f}")
+    table.add_row("top-1 agreement", figure(result.top1_agreement, ".2%"), "")
+    table.add_row("perplexity", figure(result.ppl_quantized, ".4f"), f"reference {figure(result.ppl_reference, '.4f')}")
     out.print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 from pathlib import Path
 from typing import Annotated
@@ -59,6 +60,11 @@ Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")]
 TopK = Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number for a table, "-" for one that there is not."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def progress_bars(*columns: str) -> Progress:

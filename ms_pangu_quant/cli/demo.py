@@ -27,7 +27,7 @@ from rich.table import Table
 
 from ms_pangu_quant.checkpoint.files import json_bytes, write_atomically
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import out, size
+from ms_pangu_quant.cli.console import figure, out, size
 from ms_pangu_quant.cli.doctor import sandbox_fault
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.evaluation.job import SUMMARY_FILE
@@ -196,8 +196,8 @@ def _show_comparison(found: dict[str, Any]) -> None:
     """Nothing for what is not a comparison: answers are shown together."""
     if "kl_mean" in found:
         out.print(
-            f"mean KL {found['kl_mean']:.3g} nats, top-1 agreement {found['top1_agreement']:.2%}, perplexity "
-            f"{found['ppl_quantized']:.4f} (float {found['ppl_reference']:.4f})",
+            f"mean KL {figure(found['kl_mean'], '.3g')} nats, top-1 agreement {figure(found['top1_agreement'], '.2%')}, "
+            f"perplexity {figure(found['ppl_quantized'], '.4f')} (float {figure(found['ppl_reference'], '.4f')})",
             soft_wrap=True,
         )
 
@@ -226,8 +226,8 @@ def _show_table(output: Path, assets: Path) -> None:
             name,
             f"{held['bits_per_weight']:.2f}",
             size(held["bytes"]),
-            f"{apart['kl_mean']:.2g}" if apart else "",
-            f"{apart['top1_agreement']:.1%}" if apart else "",
+            figure(apart["kl_mean"], ".2g") if apart else "",
+            figure(apart["top1_agreement"], ".1%") if apart else "",
             _passed(output, name) if name in _EVALUATED else "",
         )
     out.print()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -17,6 +16,7 @@ from rich.table import Table
 
 from ms_pangu_quant import installation
 from ms_pangu_quant.backends.cpu_kernels import library as kernels
+from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.cli.console import AsJson, out, size
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, bwrap, find_isolation
@@ -62,7 +62,7 @@ def doctor_command(as_json: AsJson = False) -> None:
     """
     found = diagnosis()
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found, indent=2))
         return
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import typer
 from rich.table import Table
 
 from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, answer, score
+from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out, progress_bars
 from ms_pangu_quant.errors import RequestError
@@ -175,7 +175,7 @@ def _score(samples: Path, output: Path, tasks: list[str], own: dict[str, Path], 
     with _Bar("verdicts") as bar:
         summary = score(samples, output, tasks, own, judging, on_begin=bar.begin, on_verdict=bar.advance)
     if as_json:
-        print(json.dumps(summary))
+        print(json_text(summary))
         return
     out.print(_table(summary["entries"]))
     for line in _remarks(summary["entries"], summary["sandbox"]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ms_pangu_quant.api import GenerationSettings
+from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Temperature, TopK, TopP, Verbose, err
 from ms_pangu_quant.errors import RequestError
@@ -83,7 +83,7 @@ def _prompts(messages: list[str] | None, token_ids: str | None) -> list[Prompt]:
 def _print(answers: list[Generation], seconds: float, as_json: bool) -> None:
     for number, answer in enumerate(answers):
         if as_json:
-            print(json.dumps(asdict(answer), ensure_ascii=False))
+            print(json_text(asdict(answer), ascii=False))
             continue
         if number:
             print()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from itertools import groupby
 from operator import itemgetter
@@ -12,7 +11,8 @@ import typer
 from rich.table import Table
 
 from ms_pangu_quant.checkpoint import layout
-from ms_pangu_quant.cli.console import AsJson, Directory, out, size
+from ms_pangu_quant.checkpoint.files import json_text
+from ms_pangu_quant.cli.console import AsJson, Directory, figure, out, size
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.consumers import INTEGER, REFUSES, WRONG
 from ms_pangu_quant.report.inspection import graphs, inspection, servability
@@ -38,7 +38,7 @@ def inspect_command(
         raise RequestError("--servable and --graph: two different tables; ask for one at a time")
     found = servability(directory) if servable else graphs(directory, device) if graph else inspection(directory)
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json_text(found, indent=2))
     elif graph:
         print_graphs(found)
     elif servable:
@@ -129,4 +129,4 @@ def print_graphs(found: dict[str, Any]) -> None:
 
 def _number(value: float | None) -> str:
     """Without the 0 in front of the point, so that a row fits into 80 columns."""
-    return "-" if value is None else f"{value:.4f}".removeprefix("0")
+    return figure(value, ".4f").removeprefix("0")

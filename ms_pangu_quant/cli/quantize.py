@@ -20,6 +20,7 @@ from ms_pangu_quant.cli.console import (
     Format,
     Verbose,
     err,
+    figure,
     out,
     peak_memory,
     progress_bars,
@@ -99,6 +100,7 @@ class Shown:
         self._previous = time.monotonic()
         self.progress = Progress(
             on_open=self._open,
+            on_shortfall=print_shortfall,
             on_tried=self._tried,
             on_decided=self._decided,
             on_measuring=self._measuring,
@@ -143,8 +145,8 @@ class Shown:
         seconds, self._previous = time.monotonic() - self._previous, time.monotonic()
         parts = [f"block {report.index + 1:>{len(str(self._blocks))}}/{self._blocks}"]
         if report.output_error is not None:
-            held_out = "" if report.held_out_error is None else f", held out {report.held_out_error:.4f}"
-            parts.append(f"error {report.output_error:.4f}{held_out}")
+            held_out = "" if report.held_out_error is None else f", held out {figure(report.held_out_error, '.4f')}"
+            parts.append(f"error {figure(report.output_error, '.4f')}{held_out}")
         if report.weight_error:
             parts.append(f"weights {max(report.weight_error.values()):.4f}")
         self._bars.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]), soft_wrap=True)
@@ -160,6 +162,10 @@ class Shown:
                 self._bars.remove_task(other)
             task, self._previous = self._bars.add_task(name, total=total, kind=kind), time.monotonic()
         self._bars.advance(task, count)
+
+
+def print_shortfall(said: str) -> None:
+    err.print(f"calibration: {said}", soft_wrap=True, markup=False)
 
 
 def _print_result(result: QuantizeResult, seconds: float) -> None:
@@ -190,6 +196,8 @@ def _print_estimate(found: Estimate) -> None:
             f"{used['max_length']})",
             soft_wrap=True,
         )
+        if used["shortfall"] is not None:
+            print_shortfall(used["shortfall"])
     if found.tried:
         names = " or ".join(f"[{name}]" for name in found.tried)
         said = f"transforms: {names}, tried on {TRIED_BLOCKS} blocks first; the size is the last one's"

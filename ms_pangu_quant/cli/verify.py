@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli.console import AsJson, err, out, progress_bars
 from ms_pangu_quant.formats.verify import verify
@@ -31,7 +31,7 @@ def verify_command(
         task = progress.add_task("blocks", total=None, kind="count")
         found = verify(directory, reference, on_block=lambda index: progress.advance(task))
     if as_json:
-        print(json.dumps(asdict(found)))
+        print(json_text(asdict(found)))
     else:
         for note in found.notes:
             err.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)

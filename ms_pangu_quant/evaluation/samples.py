@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.errors import DataError, OutputError
 from ms_pangu_quant.suggestion import did_you_mean_path
 
@@ -97,7 +98,7 @@ class Journal:
 
 def line(record: Mapping[str, Any]) -> bytes:
     """ASCII, so that a lone surrogate in a model's answer is kept and can be printed."""
-    return json.dumps(record).encode("ascii") + b"\n"
+    return json_text(record).encode("ascii") + b"\n"
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -118,7 +119,7 @@ def rearrange(path: Path, places: Iterable[int]) -> None:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    write_pieces(path, [json.dumps(value, indent=1).encode("ascii") + b"\n"])
+    write_pieces(path, [json_text(value, indent=1).encode("ascii") + b"\n"])
 
 
 def write_pieces(path: Path, pieces: Iterable[bytes]) -> None:

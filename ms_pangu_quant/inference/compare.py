@@ -28,15 +28,17 @@ class Comparison:
     """Over every token that has a next one.
 
     kl_mean, kl_p99   nats, KL(reference || quantized): mean and 99th percentile over tokens.
-    kl_se             standard error of kl_mean over sequences (tokens of one text are not independent); NaN for one.
+    kl_se             standard error of kl_mean over sequences (tokens of one text are not independent); None for one.
     top1_agreement    share of tokens whose most likely next token is the same.
-    ppl_*             perplexity of the text itself.
+    ppl_*             perplexity of the text itself; infinite where it is beyond what a float holds.
+
+    A figure is NaN where a model's logits are infinite. In JSON both are null.
     """
 
     texts: int
     tokens: int
     kl_mean: float
-    kl_se: float
+    kl_se: float | None
     kl_p99: float
     top1_agreement: float
     ppl_reference: float
@@ -69,9 +71,14 @@ def compare(
         kl_se=cluster_error(np.split(kl[1], ends)),
         kl_p99=float(np.percentile(kl[1], 99)),
         top1_agreement=float(agree[1].mean()),
-        ppl_reference=float(np.exp(nll[0].mean())),
-        ppl_quantized=float(np.exp(nll[1].mean())),
+        ppl_reference=_perplexity(nll[0]),
+        ppl_quantized=_perplexity(nll[1]),
     )
+
+
+def _perplexity(nll: NDArray[np.float64]) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.mean()))
 
 
 def _final_states(
@@ -97,6 +104,7 @@ def final_norm(reader: Reader, states: NDArray[np.float32]) -> NDArray[np.float3
     return normalised
 
 
+@np.errstate(over="ignore", invalid="ignore")  # logits beyond float32 are told by the NaN that they make
 def divergences(
     head: Callable[[int, int], Sequence[NDArray[np.float32]]],
     vocab: int,
@@ -145,10 +153,11 @@ def head_rows(reader: Reader, start: int, stop: int) -> NDArray[np.float32]:
     return reader.files.read_float32(name, start, stop)
 
 
-def cluster_error(groups: Sequence[NDArray[np.float64]]) -> float:
-    """Standard error of the mean over all values when values of one group depend on each other (ratio estimator)."""
+def cluster_error(groups: Sequence[NDArray[np.float64]]) -> float | None:
+    """Standard error of the mean over all values when values of one group depend on each other (ratio estimator); None of
+    one group."""
     if len(groups) < 2:
-        return float("nan")
+        return None
     sums, counts = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
     residual = sums - sums.sum() / counts.sum() * counts
     return float(np.sqrt(len(groups) / (len(groups) - 1) * np.sum(residual**2)) / counts.sum())

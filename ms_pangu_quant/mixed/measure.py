@@ -78,7 +78,7 @@ def measure(
     reader = recipe.rewritten(reader)
     recipes = [recipe.uniform(name) for name in schemes]
     plans = [each.plan(reader.config) for each in recipes]  # what does not fit is said before hours have passed
-    known, measured = split(data, tokens)
+    known, measured = split(data, tokens, 1 + bool(recipe.quantizer.needs.held_out))
     origin = {
         "checkpoint": checkpoint_hash(reader),
         "method": method_digest(recipe),
@@ -105,9 +105,7 @@ def measure(
     kl = _final_kl(reader, state, on_step)
     ends = np.cumsum(lengths[1])[:-1]
     groups = [
-        GroupSensitivity(
-            **record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)) if len(ends) else None
-        )
+        GroupSensitivity(**record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)))
         for record, values in zip(state.records, kl[FIRST_STREAMS:], strict=True)
     ]
     together = dict(zip(schemes, (float(values.mean()) for values in kl[1:FIRST_STREAMS]), strict=True))

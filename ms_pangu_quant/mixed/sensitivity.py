@@ -120,16 +120,18 @@ class Sensitivity:
         return found
 
 
-def split(data: TokenData, tokens: int) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
-    """(texts for statistics, the last ones with at least `tokens` tokens together). Raises DataError if none are left."""
+def split(data: TokenData, tokens: int, least: int = 1) -> tuple[list[NDArray[np.int32]], list[NDArray[np.int32]]]:
+    """(texts for statistics, the last ones with at least `tokens` tokens together). Raises DataError if fewer than `least`
+    are left, two where one of them is held out."""
     start, held = len(data.sequences), 0
     while start and held < tokens:
         start -= 1
         held += len(data.sequences[start])
-    if not start:
+    if start < least:
         raise DataError(
             f"calibration data: has {data.tokens} tokens in {len(data.sequences)} texts, and {tokens} of them are to be "
-            "measured on; none are left for the statistics: give more (calibration.samples) or measure on fewer (--tokens)"
+            f"measured on; {start or 'none'} are left for the statistics, which want {least} or more: give more "
+            "(calibration.samples) or measure on fewer (--tokens)"
         )
     return list(data.sequences[:start]), list(data.sequences[start:])
 

@@ -85,7 +85,22 @@ def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
         "sha256": data.sha256,
         "seed": recipe.calibration.seed,
         "max_length": recipe.calibration.max_length,
+        "wanted": recipe.calibration.texts,
+        "shortfall": shortfall(recipe, data),
     }
+
+
+def amount(data: TokenData) -> str:
+    rows, tokens = len(data.sequences), data.tokens
+    return f"{rows} row{'s' * (rows != 1)}, {tokens} tokens, {data.held_out} held out"
+
+
+def shortfall(recipe: Recipe, data: TokenData) -> str | None:
+    """Where the data has fewer rows than the recipe wants, how many there are. None where it has as many, or where the
+    recipe's limit of tokens is reached before."""
+    if data.left or len(data.sequences) >= recipe.calibration.texts:
+        return None
+    return f"{amount(data)}; the recipe wants {recipe.calibration.said}"
 
 
 def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) -> float:
@@ -126,7 +141,9 @@ class SensitivityCost:
 
 def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens: int) -> SensitivityCost:
     """What mixed.measure takes on this machine. Raises DataError where the data is too little."""
-    statistics, measured = (sum(map(len, texts)) for texts in split(data, tokens))
+    statistics, measured = (
+        sum(map(len, texts)) for texts in split(data, tokens, 1 + bool(recipe.quantizer.needs.held_out))
+    )
     blocks = config.num_hidden_layers
     weights = layout.weight_count(config)
     # The copies' way to the head is most of it.

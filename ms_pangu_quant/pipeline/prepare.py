@@ -16,6 +16,7 @@ from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.formats.reader import Format, Reader
 from ms_pangu_quant.job.ranks import Ranks
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.pipeline.estimate import amount
 from ms_pangu_quant.pipeline.report import SILENT, Progress, report
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
@@ -72,6 +73,15 @@ def check_data(config: ModelConfig, recipe: Recipe, data: TokenData | None) -> N
         raise RecipeError(
             f"{recipe.where}: needs calibration data for its transforms, rounding or static activations; pass "
             "--calibration FILE, or take a recipe that rounds without data (w8a8_rtn, w4a8_rtn)"
+        )
+    if data is not None and recipe.quantizer.needs.held_out and not data.held_out:
+        least = recipe.calibration.least
+        todo = (
+            f"give {least} rows or more" if least and not data.left else "raise calibration's held_out, samples or tokens"
+        )
+        raise DataError(
+            f"{data.where}: {amount(data)}; {recipe.where} chooses on held-out rows how strongly to correct, and wants "
+            f"{recipe.calibration.said}: {todo}, or name numbers in the place of auto"
         )
     longest = max((len(sequence) for sequence in data.sequences), default=0) if data else 0
     if longest > config.max_position_embeddings:

@@ -56,6 +56,7 @@ class Progress:
     """What is called while a run is under way.
 
     on_open       with the reader of the checkpoint, before anything else.
+    on_shortfall  with what is said of calibration data that is less than the recipe wants.
     on_tried      with how many of so many steps are done of trying transforms.
     on_decided    with what that came to.
     on_measuring  with the file that sensitivities are measured into, where a budget needs them.
@@ -66,6 +67,7 @@ class Progress:
     """
 
     on_open: Callable[[CheckpointReader], None] = _nothing
+    on_shortfall: Callable[[str], None] = _nothing
     on_tried: Callable[[int, int], None] = _nothing
     on_decided: Callable[[str], None] = _nothing
     on_measuring: Callable[[Path], None] = _nothing

@@ -120,6 +120,17 @@ class CalibrationSettings:
         """Tokens that those may have."""
         return None if self.tokens is None else self.tokens + int(self.tokens * self.held_out)
 
+    @property
+    def said(self) -> str:
+        """How much is wanted."""
+        beside = f" and {self.texts - self.samples} that are held out" if self.texts > self.samples else ""
+        return f"{self.samples} rows{beside}, of up to {self.max_length} tokens"
+
+    @property
+    def least(self) -> int | None:
+        """Rows of which one is held out; None where none ever is."""
+        return next((texts for texts in range(1, self.texts + 1) if self.held_out_of(texts)), None)
+
     def held_out_of(self, texts: int) -> int:
         """How many are held out of so many rows: what is beyond the samples; of a file that has less, the same share."""
         return max(texts - self.samples, int(min(texts, self.samples) * self.held_out / (1 + self.held_out)))

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -157,6 +158,53 @@ def test_a_full_disk_is_named_and_leaves_nothing_that_looks_complete(tmp_path, c
 def test_a_recipe_that_needs_data_says_so_before_anything_is_written(tmp_path, capsys):
     assert "needs calibration data" in quantize_fails(capsys, MINI, tmp_path / "out", recipe="w8a8")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "rows"), [("w4a8_g128", 1), ("w4a8", 2), ("w4a8_mixed", 8), ("w4a8_online", 8)], ids=str
+)
+def test_choices_that_need_held_out_rows_are_refused_before_anything_is_written(recipe, rows, tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"token_ids": [1, 273]}\n' * rows)
+    said = f"{data}: {rows} row{'s' * (rows > 1)}, {2 * rows} tokens, 0 held out; "
+    for more in ([], ["--dry-run"]):
+        words = ["quantize", MINI, "--recipe", recipe, "--calibration", data, "--output", tmp_path / "out", *more]
+        line = fails(capsys, *words)
+        assert said in line
+        assert "wants 128 rows and 16 that are held out, of up to 512 tokens: give 9 rows or more" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_fewer_rows_than_the_recipe_wants_are_said_in_a_dry_run_and_in_the_report(tmp_path, capsys):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "a"}\n')
+    said = "1 row, 2 tokens, 0 held out; the recipe wants 128 rows and 16 that are held out, of up to 512 tokens"
+    words = ["quantize", str(MINI), "--recipe", "w8a8_rtn", "--calibration", str(data), "--output", str(tmp_path / "out")]
+    for more in (["--dry-run"], []):
+        assert main([*words, *more]) == 0
+        assert capsys.readouterr().err.splitlines()[0] == f"calibration: {said}"
+    report = tmp_path / "out" / "quantization_report.json"
+    found = json.loads(report.read_bytes())["calibration"]
+    assert (found["sequences"], found["tokens"], found["wanted"], found["shortfall"]) == (1, 2, 144, said)
+    report.write_bytes(b"\xef\xbb\xbf" + report.read_bytes())
+    assert main(["inspect", str(tmp_path / "out")]) == 0
+
+
+def test_a_comparison_of_a_broken_model_is_json_and_one_text_has_no_standard_error(tmp_path, capsys, checkpoint):
+    edit_tensors(checkpoint, lambda tensors: tensors.update({"lm_head.weight": tensors["lm_head.weight"] * 5000}))
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "def double(x):"}\n')
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        assert main(["compare", str(MINI), str(checkpoint), "--data", str(data), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+        assert main(["compare", str(MINI), str(checkpoint), "--data", str(data)]) == 0
+    assert found["kl_se"] is found["ppl_quantized"] is None
+    assert found["kl_mean"] > 1
+    printed = capsys.readouterr().out
+    assert "one text has none" in printed
+    assert "nan" not in printed
+    assert "perplexity       -" in printed
 
 
 def test_an_unknown_recipe_gets_a_suggestion(tmp_path, capsys):

@@ -25,6 +25,8 @@ from hypothesis import strategies as st
 
 from ms_pangu_quant.calibration.data import TokenData, load_token_data
 from ms_pangu_quant.calibration.overlap import SHORTEST_BODY, _words, find_benchmark
+from ms_pangu_quant.checkpoint.chat import checked_chat
+from ms_pangu_quant.checkpoint.messages import THOUGHTS
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.errors import DataError, RequestError
 from ms_pangu_quant.evaluation.tasks import TASKS, humaneval, load_problems
@@ -374,6 +376,225 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
 def test_senseless_numbers_are_refused(tmp_path, options):
     with pytest.raises(RequestError, match=next(iter(options))):
         load(write_lines(tmp_path / "rows.jsonl", ROWS["text"]), **options)
+
+
+# ---- what other programs write into a chat
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "double", "arguments": '{"x": 1}'}}
+USER, ANSWER = {"role": "user", "content": "Double it."}, {"role": "assistant", "content": "2 * x"}
+
+
+@pytest.mark.parametrize("key", THOUGHTS)
+def test_a_thought_beside_the_content_is_the_data_that_the_model_writes_itself(tmp_path, key):
+    """The embedded chats that have a thought, and those that have none, in every format: the ids do not change."""
+    rows = [json.loads(line) for line in (ASSETS / "validation.jsonl").read_text(encoding="utf-8").splitlines()[:12]]
+    rows = [{"messages": row["messages"]} for row in rows]
+    apart = [{"messages": [_thought_apart(message, key) for message in row["messages"]]} for row in rows]
+    assert 0 < sum(key in message for row in apart for message in row["messages"]) < 12
+    tokenizer = Tokenizer(ASSETS / "openpangu-mini")
+    (tmp_path / "whole").mkdir()
+    wanted = _sha(write_lines(tmp_path / "whole" / "rows.jsonl", rows), tokenizer)
+    found = {name: _sha(path, tokenizer) for name, path in in_every_format(tmp_path, apart).items()}
+    assert found == dict.fromkeys(found, wanted)
+
+
+def _thought_apart(message: Mapping[str, str], key: str) -> dict[str, str]:
+    thought, marker, answer = message["content"].removeprefix("[unused16]").partition("[unused17]")
+    return {"role": message["role"], "content": answer, key: thought} if marker else dict(message)
+
+
+def _sha(path: Path, tokenizer: Tokenizer) -> str:
+    return load_token_data(path, tokenizer=tokenizer, vocab_size=1024, max_length=2048).sha256
+
+
+def test_a_thought_without_an_answer_counts_and_two_that_agree_are_one(tmp_path):
+    tokenizer = Tokenizer(ASSETS / "openpangu-mini")
+    written = {"role": "assistant", "content": "[unused16]so so[unused17]"}
+    spellings = [
+        {"reasoning_content": "so so", "content": ""},
+        {"reasoning": "so so", "content": None},
+        {"thinking": "so so"},
+        {"reasoning": "so so", "reasoning_content": "so so", "content": "", "tool_calls": [], "name": None},
+        {"content": [{"type": "thinking", "thinking": "so so", "signature": "x"}]},
+    ]
+    wanted = tokenizer.encode_chat([USER, written])
+    for spelling in spellings:
+        assert tokenizer.encode_chat([USER, {"role": "assistant", **spelling}]) == wanted, spelling
+
+
+def test_parts_of_text_stand_on_lines_of_their_own_and_what_says_nothing_is_left_out(tmp_path):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image_url": None}]
+    odd = {"id": "x1", "weight": 1.0, "train": True, "refusal": None, "annotations": [], "tool_calls": None}
+    answer = {**ANSWER, "content": [{"type": "text", "text": ANSWER["content"]}]}
+    rows = [{"messages": [{**USER, **odd, "content": parts}, answer], "tools": [], "source": "web"}]
+    plain = [{"messages": [{"role": "user", "content": "a\nb"}, ANSWER]}]
+    wanted = load(write_lines(tmp_path / "plain.jsonl", plain)).sha256
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert load(write_lines(tmp_path / "rows.jsonl", rows)).sha256 == wanted
+    assert load(tmp_path / "rows.parquet").sha256 == wanted
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "x.png"}}
+LOST = {  # a row -> what the message names
+    "calls": ([USER, {**ANSWER, "tool_calls": [CALL]}], "messages[1].tool_calls: got"),
+    "calls in place of content": ([USER, {"role": "assistant", "content": None, "tool_calls": [CALL]}], "[1].tool_calls: "),
+    "an older call": ([USER, {**ANSWER, "function_call": CALL["function"]}], "messages[1].function_call: got"),
+    "what a call gave": (
+        [USER, {"role": "tool", "tool_call_id": "1", "content": "2"}],
+        "messages[1].tool_call_id: got '1'",
+    ),
+    "a speaker": ([{**USER, "name": "Ada"}], "messages[0].name: got 'Ada'"),
+    "a refusal": ([USER, {**ANSWER, "refusal": "no"}], "messages[1].refusal: got 'no'"),
+    "a picture": ([{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}], "content[1]: got 'image_url'"),
+    "use of a tool": ([{"role": "assistant", "content": [{"type": "tool_use", "id": "1"}]}], "content[0]: got 'tool_use'"),
+    "a part of no text": ([{"role": "user", "content": [{"type": "text", "text": None}]}], "content[0]: got"),
+    "no content": ([USER, {"role": "assistant", "content": None}], "messages[1]: got"),
+    "two thoughts": ([USER, {**ANSWER, "reasoning": "a", "reasoning_content": "b"}], "reasoning_content and reasoning are"),
+    "a thought of the user": ([{**USER, "reasoning": "a"}], "messages[0].reasoning: a thought of role 'user'"),
+    "a thought of parts": ([USER, {**ANSWER, "reasoning": ["a"]}], "messages[1].reasoning: got ['a'], wanted a string"),
+    "a thought twice": (
+        [USER, {"role": "assistant", "content": "[unused16]a[unused17]b", "reasoning": "a"}],
+        "messages[1]: a thought in reasoning_content, and [unused16]",
+    ),
+}
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+@pytest.mark.parametrize("case", LOST)
+def test_what_a_chat_would_lose_is_refused_by_row_and_key(tmp_path, case, format):
+    messages, wanted = LOST[case]
+    path, place = tmp_path / f"rows.{format}", "line 2" if format == "jsonl" else "row 1"
+    if format == "jsonl":
+        write_lines(path, [{"messages": [USER, ANSWER]}, {"messages": messages}])
+    else:  # which has no place for strings beside lists
+        pa.parquet.write_table(pa.Table.from_pylist([{"messages": messages}]), path)
+    with pytest.raises(DataError) as caught:
+        load_token_data(path, tokenizer=Tokenizer(ASSETS / "openpangu-mini"), vocab_size=1024, max_length=64)
+    assert f"{path}: {place}: " in str(caught.value)
+    assert wanted in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["tools", "functions", "documents", "system"])
+def test_what_stands_beside_messages_and_belongs_into_the_prompt_is_refused(tmp_path, key):
+    rows = [{"messages": [USER, ANSWER], key: None}, {"messages": [USER, ANSWER], key: "be brief"}]
+    pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    for path, place in ((write_lines(tmp_path / "rows.jsonl", rows), "line 2"), (tmp_path / "rows.parquet", "row 2")):
+        with pytest.raises(DataError, match=rf"{place}: {key}: got 'be brief' beside messages"):
+            load(path)
+    assert len(load(write_lines(tmp_path / "ids.jsonl", [{**rows[1], "token_ids": [1, 2]}])).sequences) == 1
+    first = {"role": "system", "content": "be brief"}
+    if key == "system":  # which is there, then
+        assert load(write_lines(tmp_path / "there.jsonl", [{"messages": [first, USER], key: "be brief"}])).tokens
+
+
+def test_a_thought_is_refused_where_the_model_has_no_tokens_for_it():
+    chat = [USER, {**ANSWER, "reasoning": "a"}]
+    with pytest.raises(RequestError, match=r"messages\[1\]\.reasoning_content: this model has no thinking tokens"):
+        checked_chat(chat, None, ("no_think",))
+    assert checked_chat([USER, ANSWER], None, ("no_think",)) == [USER, ANSWER]
+
+
+@pytest.mark.parametrize(
+    ("row", "todo"),
+    [
+        (
+            {"conversations": [{"from": "human", "value": "a"}]},
+            "'conversations': rename it to 'messages', 'from' to 'role'",
+        ),
+        ({"prompt": "a", "response": "b"}, "'prompt': write {'messages': [{'role': 'user'"),
+        ({"instruction": "a", "output": "b"}, "'instruction': write {'messages': [{'role': 'user'"),
+        ({"question": "a", "answer": "b"}, "'question': write {'messages': [{'role': 'user'"),
+        ({"input_ids": [1, 2]}, "'input_ids': rename it to 'token_ids'"),
+        ({"content": "a"}, "'content': rename it to 'text'"),
+    ],
+)
+def test_rows_of_other_programs_are_told_what_to_do(tmp_path, row, todo):
+    pa.parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    for path in (write_lines(tmp_path / "rows.jsonl", [row]), tmp_path / "rows.parquet"):
+        with pytest.raises(DataError) as caught:
+            load(path)
+        assert todo in str(caught.value)
+
+
+# ---- files that are not the data
+
+
+def test_an_empty_parquet_has_no_rows_and_is_no_fault_beside_others(tmp_path):
+    empty = pa.table({"text": pa.array([], pa.string())})
+    pa.parquet.write_table(empty, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: no rows"):
+        load(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no rows"):
+        load(tmp_path)
+    pa.parquet.write_table(pa.table({"text": ["a b"]}), tmp_path / "b.parquet")
+    assert len(load(tmp_path).sequences) == 1
+
+
+def test_a_folder_without_rows_names_the_folders_below_that_have_some(tmp_path):
+    import datasets
+
+    (tmp_path / ".git" / "data").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / ".git" / "data" / "rows.jsonl", [{"text": "a"}])
+    (tmp_path / "README.md").write_text("a data set")
+    write_lines(tmp_path / "data" / "train.jsonl", [{"text": "a"}])
+    with pytest.raises(DataError) as caught:
+        load(tmp_path)
+    assert f"no .jsonl or .parquet file in it, but in {tmp_path / 'data'}: give it" in str(caught.value)
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "x" / "saved")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path)
+    assert f"but in {tmp_path / 'data'}, {tmp_path / 'x' / 'saved'}: give one of them" in str(caught.value)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}'))
+    with pytest.raises(DataError, match=r"no \.jsonl or \.parquet file in it, but rows\.jsonl\.gz: give"):
+        load(tmp_path / "other")
+
+
+def test_hidden_files_of_a_folder_are_no_data(tmp_path):
+    write_lines(tmp_path / "rows.jsonl", [{"text": "a"}])
+    (tmp_path / "._rows.jsonl").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert len(load(tmp_path).sequences) == 1
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.jsonl", POINTER, "is a git-lfs pointer, not the data; run git lfs pull"),
+        ("rows.parquet", POINTER, "is a git-lfs pointer, not the data; run git lfs pull"),
+        ("rows.jsonl", b"\xef\xbb\xbf<!doctype html><title>Login</title>", "is a web page, not the data"),
+        ("rows.parquet", b"\n<html>", "is a web page, not the data"),
+        ("rows.json", b"<html>", "is a web page, not the data"),
+        ("rows.jsonl", gzip.compress(b'{"text": "a"}'), "is compressed; run gzip -d on it"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}'), "is compressed; run gzip -d on it"),
+        ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\0", "is compressed; run zstd -d on it"),
+        ("rows.jsonl", b"PAR1\0PAR1", "is a parquet file; name it .parquet"),
+        ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),
+        ("rows.txt", b"a", "is text without rows"),
+        ("rows.csv", b"text\na\n", "from_csv"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_told_as_what_it_is(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / name)
+    assert f"{tmp_path / name}: " in str(caught.value)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "lines.json", "array.json"])
+def test_a_byte_order_mark_is_no_data(tmp_path, name):
+    row = json.dumps({"text": "a"})
+    for content in (row, f"\n{row}"):
+        content = f"[{content}]" if name == "array.json" else content
+        (tmp_path / name).write_text(content)
+        plain = load(tmp_path / name).sha256
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert load(tmp_path / name).sha256 == plain
 
 
 # ---- benchmark problems

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from ms_pangu_quant.checkpoint import files
-from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles, chunks, write_atomically, write_json, write_safetensors
+from ms_pangu_quant.checkpoint.files import (
+    INDEX_FILE,
+    TensorFiles,
+    chunks,
+    json_bytes,
+    json_text,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 from ms_pangu_quant.errors import CheckpointError, OutputError
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -523,6 +534,27 @@ def test_data_reach_the_disk_before_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *names: done.append("rename") or replace(*names))
     write_atomically(tmp_path / "file", [b"data"])
     assert done == ["sync", "rename"]
+
+
+def test_what_json_does_not_have_is_null_wherever_it_stands():
+    worst = {"a": [1.5, math.inf, (-math.inf, {"b": math.nan, "c": "NaN"})], "d": np.float64("nan"), "e": 1e308, "f": True}
+    plain = {"a": [1.5, None, [None, {"b": None, "c": "NaN"}]], "d": None, "e": 1e308, "f": True}
+    for indent in (None, 2):
+        assert json.loads(json_text(worst, indent=indent), parse_constant=pytest.fail) == plain
+        assert json_text(plain, indent=indent) == json.dumps(plain, indent=indent)
+    assert json.loads(json_bytes(worst), parse_constant=pytest.fail) == plain
+
+
+def test_all_json_that_is_written_or_printed_is_made_in_one_place():
+    """Elsewhere json.dumps makes what is hashed, sent to the sandbox or parsed again."""
+    package = Path(files.__file__).parents[1]
+    inside = {"evaluation/tasks/plus.py", "evaluation/score.py", "evaluation/run.py", "evaluation/sandbox.py", "api.py"}
+    inside |= {"evaluation/guest/tester.py", "evaluation/guest/server.py", "pipeline/prepare.py", "recipe/settings.py"}
+    inside |= {"checkpoint/chat.py", "checkpoint/files.py"}
+    makers = {
+        str(path.relative_to(package)) for path in package.rglob("*.py") if "json.dump" in path.read_text(encoding="utf-8")
+    }
+    assert makers == inside
 
 
 def test_json_is_readable_by_people_and_keeps_its_order(tmp_path):

@@ -142,6 +142,10 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
     (base / "data").mkdir()
     rows = [{"text": "one two three"}, {"text": "four five"}, {"text": "six"}]
     chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}] * 2
+    user = {"role": "user", "id": "1", "content": [{"type": "text", "text": "hi", "image_url": None}], "name": None}
+    answer = {"role": "assistant", "content": None, "reasoning_content": "so", "tool_calls": [], "weight": 1}
+    rich = [{"messages": [user, answer | {"content": "ho"}], "tools": None}, {"messages": [user, answer]}] * 3
+    (base / "data" / "rich.jsonl").write_text("\n".join(map(json.dumps, rich)))
     (base / "data" / "text.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (base / "data" / "chats.jsonl").write_text("\n".join(map(json.dumps, chats)))
     (base / "data" / "ids.jsonl").write_text('{"token_ids": [1, 2, 3]}\n{"token_ids": [4, 5]}')
@@ -183,6 +187,7 @@ def places(tmp_path_factory, checkpoint_tool, mini, root):
         "recipe": ("recipe", "recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
         "text": ("data", "text.jsonl", read_data("text.jsonl")),
         "chats": ("data", "chats.jsonl", read_data("chats.jsonl")),
+        "chats with more": ("data", "rich.jsonl", read_data("rich.jsonl")),
         "token ids": ("data", "ids.jsonl", read_data("ids.jsonl")),
         **newer_places(base, root),
     }
@@ -318,6 +323,7 @@ PLACES = (
     "recipe",
     "text",
     "chats",
+    "chats with more",
     "token ids",
 )
 

@@ -524,6 +524,8 @@ def test_a_cache_that_does_not_exist_is_named(recipe, text, told):
 def test_texts_are_held_out_beside_the_samples_or_where_there_are_too_few_as_the_same_share(samples, held_out):
     amount = CalibrationSettings(samples=samples, held_out=held_out)
     assert amount.held_out_of(amount.texts) == int(samples * held_out)
+    assert amount.least is None or amount.held_out_of(amount.least) == 1 > amount.held_out_of(amount.least - 1)
+    assert (amount.least is None) == (int(samples * held_out) == 0)
     for texts in range(1, amount.texts + 1):
         held = amount.held_out_of(texts)
         assert 1 <= texts - held <= samples

@@ -238,6 +238,13 @@ def bench(path, scale: float = 2.5, *, both: bool = True):
     return path
 
 
+def test_a_byte_order_mark_before_the_rows_of_a_bench_is_none_of_them(tmp_path):
+    path = bench(tmp_path / "fast.json")
+    plain = load_speeds([str(path)])
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_speeds([str(path)]) == plain
+
+
 def test_the_speed_table_is_the_ratio_of_what_was_measured_in_turns(three, tmp_path, capsys):
     fast, alone = bench(tmp_path / "fast.json"), bench(tmp_path / "alone.json", both=False)
     arguments = ["report", *map(str, three), "--output", str(tmp_path / "out"), "--bench", f"w8a8={fast}", "--bench"]

@@ -219,7 +219,9 @@ def passed(record: Record, mode: str) -> str:
     return f"{entry['passed'] / entry['problems']:.1%}" if entry else ""
 
 
-def number(value: float, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    if value is None:  # JSON has no infinity
+        return "-"
     return f"{value:.{digits}g}" if value >= 1e-4 or value == 0 else f"{value:.{digits - 1}e}"
 
 
