@@ -102,7 +102,7 @@ def check_kind(path: Path) -> None:
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{path}: is a git-lfs pointer, not the data; {fetching(head)}")
     if head.startswith(b"<"):
-        raise DataError(f"{path}: is a web page, not the data; {fetching(head)}")
+        raise DataError(f"{path}: not the data; {fetching(head)}")
     if path.suffix not in (*JSON, ".parquet"):
         which = f", which {_OTHERS[path.suffix]}" if path.suffix in _OTHERS else ""
         raise DataError(f"{path}: got a file of unknown kind{which}; {WANTED}")
