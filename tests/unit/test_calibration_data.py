@@ -566,9 +566,9 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     [
         ("rows.jsonl", POINTER, "is a git-lfs pointer, not the data; run git lfs pull"),
         ("rows.parquet", POINTER, "is a git-lfs pointer, not the data; run git lfs pull"),
-        ("rows.jsonl", b"\xef\xbb\xbf<!doctype html><title>Login</title>", "is a web page, not the data"),
-        ("rows.parquet", b"\n<html>", "is a web page, not the data"),
-        ("rows.json", b"<html>", "is a web page, not the data"),
+        ("rows.jsonl", b"\xef\xbb\xbf<!doctype html><title>Login</title>", "not the data; it is a web page"),
+        ("rows.parquet", b"\n<html>", "not the data; it is a web page"),
+        ("rows.json", b"<html>", "not the data; it is a web page"),
         ("rows.jsonl", gzip.compress(b'{"text": "a"}'), "is compressed; run gzip -d on it"),
         ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}'), "is compressed; run gzip -d on it"),
         ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\0", "is compressed; run zstd -d on it"),
