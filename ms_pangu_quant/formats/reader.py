@@ -59,9 +59,9 @@ def find_format(directory: Path, config: ModelConfig) -> Format:
         raise CheckpointError(f"{directory / others[0]}: of an older msModelSlim, which is not read; wanted {ASCEND_FILE}")
     key = next((key for key in QUANTIZED_KEYS if config.raw.get(key)), QUANTIZED_KEYS[0])
     raise CheckpointError(
-        f"{directory / 'config.json'}: {key} is {config.raw.get(key)!r}, wanted quantization_config with quant_method "
-        "'golden-stick' or 'compressed-tensors', or none beside a quant_model_description.json; other quantized formats "
-        "are not read here"
+        f"{directory / 'config.json'}: {key} is {config.raw.get(key)!r}, wanted quant_method 'golden-stick' or "
+        "'compressed-tensors' in quantization_config, or none beside a quant_model_description.json; other quantized "
+        "formats are not read here"
     )
 
 
