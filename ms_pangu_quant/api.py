@@ -144,7 +144,6 @@ def _request(
     progress: Progress = SILENT,
 ) -> _Request:
     reader, chosen = CheckpointReader(Path(checkpoint)), as_recipe(recipe)
-    progress.on_open(reader)
     known = find_layout(stored_as)
     data = None
     if calibration is not None:
@@ -154,6 +153,7 @@ def _request(
             tokens=used.all_tokens, allow_benchmark_overlap=allow_benchmark_overlap,
         )  # fmt: skip
         data = replace(data, held_out=used.held_out_of(len(data.sequences)))
+    progress.on_open(reader)
     return _Request(reader, chosen, data, known)
 
 

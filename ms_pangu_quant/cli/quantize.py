@@ -82,8 +82,9 @@ def quantize_command(
     if dry_run:
         if api.as_recipe(recipe).budget and sensitivity is None and api.sensitivities_of(output).exists():
             asked["sensitivity"] = api.sensitivities_of(output)  # of an earlier run
+        found = api.estimate(checkpoint, recipe, **asked)
         tell_unusable_tokenizer(checkpoint)
-        _print_estimate(api.estimate(checkpoint, recipe, **asked))
+        _print_estimate(found)
         return
     started = time.monotonic()
     with progress_bars() as bars:

@@ -55,7 +55,7 @@ def _nothing(*values: object) -> None:
 class Progress:
     """What is called while a run is under way.
 
-    on_open       with the reader of the checkpoint, before anything else.
+    on_open       with the reader of the checkpoint, once recipe and data are read too.
     on_shortfall  with what is said of calibration data that is less than the recipe wants.
     on_tried      with how many of so many steps are done of trying transforms.
     on_decided    with what that came to.

@@ -113,10 +113,11 @@ def test_a_run_that_goes_on_keeps_what_was_decided(reader, undecided, tmp_path):
 
 def test_a_directory_of_another_run_decides_nothing(reader, undecided, tmp_path, monkeypatch):
     monkeypatch.setattr(trial, "decide", lambda *arguments: f"{NAMES[1]}: because")
+    data = dataclasses.replace(calibration(2), held_out=1)
     (tmp_path / "quantization_report.json").write_text(json.dumps({"fingerprint": {"transforms": "something: else"}}))
-    assert with_transforms(reader, undecided, calibration(2), resumed=tmp_path).decision == f"{NAMES[1]}: because"
+    assert with_transforms(reader, undecided, data, resumed=tmp_path).decision == f"{NAMES[1]}: because"
     (tmp_path / "quantization_report.json").write_text("{")
-    assert with_transforms(reader, undecided, calibration(2), resumed=tmp_path).decision == f"{NAMES[1]}: because"
+    assert with_transforms(reader, undecided, data, resumed=tmp_path).decision == f"{NAMES[1]}: because"
 
 
 def test_where_there_is_nothing_to_try_on_it_is_said(reader, undecided):

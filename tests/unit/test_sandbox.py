@@ -384,7 +384,7 @@ def test_the_systems_bubblewrap_goes_before_the_packages(monkeypatch, tmp_path):
     package_that_says(monkeypatch, lambda: tmp_path / "packages")
     monkeypatch.setenv("PATH", str(tmp_path))
     assert sandbox.bwrap() == str(tmp_path / "packages")
-    assert str(tmp_path / "packages") in sandbox._bubblewrap("tester", None)
+    assert str(tmp_path / "packages") in sandbox._bubblewrap("tester", None, STANDARD_LIBRARY)
     (tmp_path / "bwrap").write_text("#!/bin/sh\n")
     assert sandbox.bwrap() == str(tmp_path / "packages"), "no program"
     (tmp_path / "bwrap").chmod(0o755)
@@ -414,8 +414,10 @@ def test_without_bubblewrap_it_refuses_and_says_what_to_do(package, monkeypatch)
 
 
 def test_a_sandbox_that_does_not_start_refuses(monkeypatch, tmp_path):
-    (tmp_path / "bwrap").write_text(  # its end of the channel, its last argument, is closed some time before it has ended
-        "#!/bin/bash\necho 'No permissions to create a new namespace' >&2\neval \"exec ${!#}>&-\"\nsleep 0.3\nexit 1\n"
+    (
+        tmp_path / "bwrap"
+    ).write_text(  # its end of the channel, its last argument but one, is closed some time before it has ended
+        "#!/bin/bash\necho 'No permissions to create a new namespace' >&2\neval \"exec ${@: -2:1}>&-\"\nsleep 0.3\nexit 1\n"
     )
     (tmp_path / "bwrap").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
