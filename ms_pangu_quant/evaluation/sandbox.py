@@ -48,6 +48,9 @@ _ATTEMPTS = 3
 _PATIENCE = 10  # a starved program is given up after this many times its wall time
 _FIRST_UID = 64600  # of candidates, where we are root; one for each worker
 _GUEST = Path(__file__).parent / "guest"
+_PACKAGES = (
+    "/packages"  # where bubblewrap shows them: not where they are, which may be /tmp, and each candidate has its own
+)
 _ENVIRONMENT = {
     "PATH": "/usr/bin:/bin",
     "HOME": "/tmp",
@@ -220,8 +223,10 @@ class _Server:
     def __init__(self, role: str, isolation: Isolation, uid: int | None, packages: GuestPackages) -> None:
         self._control, theirs = socket.socketpair()
         command = [os.path.realpath(sys.executable), "-S", "-s", str(_GUEST / "server.py"), role, str(theirs.fileno())]
-        command.append(json.dumps({name.partition(".")[0]: str(path.parent) for name, path in packages.entries.items()}))
-        if isolation.kind == BUBBLEWRAP:
+        shut_in = isolation.kind == BUBBLEWRAP
+        folders = {name: _PACKAGES if shut_in else str(path.parent) for name, path in packages.entries.items()}
+        command.append(json.dumps({name.partition(".")[0]: folder for name, folder in folders.items()}))
+        if shut_in:
             command = [*_bubblewrap(role, uid, packages), *command]
         self._process = subprocess.Popen(
             command,
@@ -366,8 +371,10 @@ def _bubblewrap(role: str, uid: int | None, packages: GuestPackages) -> list[str
             command += ["--symlink", os.readlink(path), folder]
         elif path.exists():
             command += ["--ro-bind", folder, folder]
-    prefixes = (sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent))
-    for prefix in dict.fromkeys((*prefixes, *map(str, packages.entries.values()))):
+    command += ["--perms", "0755", "--dir", _PACKAGES]
+    for name, path in packages.entries.items():
+        command += ["--ro-bind", str(path), f"{_PACKAGES}/{name}"]
+    for prefix in dict.fromkeys((sys.base_prefix, str(Path(os.path.realpath(sys.executable)).parent))):
         if not Path(prefix).is_relative_to("/usr"):
             for parent in [*reversed(Path(prefix).parents)][1:]:  # a candidate of another user must get through
                 command += ["--perms", "0755", "--dir", str(parent)]

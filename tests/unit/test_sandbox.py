@@ -23,7 +23,7 @@ import pytest
 
 from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.evaluation import sandbox
-from ms_pangu_quant.evaluation.packages import STANDARD_LIBRARY, find_packages
+from ms_pangu_quant.evaluation.packages import STANDARD_LIBRARY, GuestPackages, find_packages
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, _Pair, find_isolation
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.verdict import Limits, Outcome, Program
@@ -307,6 +307,16 @@ def test_an_answer_imports_the_packages_that_were_named_and_no_others(kind):
             assert "Read-only" in judging.judge(add_program(writes)).detail
     with Sandbox(find_isolation(kind), workers=1) as judging:
         assert judging.judge(add_program(uses)).detail == "ModuleNotFoundError: No module named 'numpy'"
+
+
+def test_a_package_that_lies_below_the_folder_that_each_candidate_has_its_own_of_is_found(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text("from mine.sums import add")
+    (tmp_path / "mine" / "sums.py").write_text("def add(a, b):\n    return a + b\n")
+    opened(BUBBLEWRAP).__exit__(None, None, None)
+    packages = GuestPackages({"mine": "1"}, {"mine": tmp_path / "mine"})
+    with Sandbox(find_isolation(BUBBLEWRAP), workers=1, packages=packages) as judging:
+        assert verdict(judging, "from mine import add\n") == "pass"
 
 
 def test_a_package_comes_with_what_it_requires_and_its_version():
