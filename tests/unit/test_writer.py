@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from ms_pangu_quant.api import read_data
 from ms_pangu_quant.checkpoint import writer as writer_module
-from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles
+from ms_pangu_quant.checkpoint.files import INDEX_FILE, TensorFiles, write_safetensors
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.checkpoint.writer import CARRIED_OVER, HASHES_FILE, JOURNAL, QuantizedWriter, hash_file
@@ -27,6 +27,7 @@ from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.formats.export import export
 from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
 from ms_pangu_quant.formats.verify import verify
+from ms_pangu_quant.pipeline import output as keeping
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 
@@ -380,6 +381,26 @@ def test_an_unfinished_run_is_continued_only_when_asked(tmp_path):
     with pytest.raises(OutputError, match=f"^{out}: holds an unfinished run; continue it with --resume"):
         begin(out)
     assert contents(out) == before
+
+
+def test_hidden_states_that_are_not_whole_are_not_gone_on_with(tmp_path):
+    rng = np.random.default_rng(0)
+    states = {name: rng.normal(size=(5, 3)).astype(np.float32) for name in ("quantized", "float")}
+    file = tmp_path / ".states-00000-0of1.safetensors"
+    assert keeping._read_states(file) is None
+    write_safetensors(file, {**states, keeping._DIGEST: keeping._digest(states)})
+    found = keeping._read_states(file)
+    assert found.keys() == states.keys()
+    assert all(np.array_equal(found[name], states[name]) for name in states)
+    whole = file.read_bytes()
+    for place in (-1, -40, -100, 12):
+        raw = bytearray(whole)
+        raw[place] ^= 1
+        file.write_bytes(raw)
+        assert keeping._read_states(file) is None, place
+    for size in (0, 20, len(whole) - 1):
+        file.write_bytes(whole[:size])
+        assert keeping._read_states(file) is None, size
 
 
 @pytest.mark.parametrize("resume", [False, True])
