@@ -103,10 +103,15 @@ class ComputedEntry(TensorEntry):
 
 def chunks(entry: TensorEntry) -> Iterator[memoryview]:
     """The bytes of entry.read(), a few MiB of rows at a time."""
+    for start, stop in _row_pieces(entry):
+        yield _bytes(entry.read(start, stop)).data
+
+
+def _row_pieces(entry: TensorEntry) -> Iterator[tuple[int, int]]:
+    """(start, stop) of a few MiB of rows each."""
     rows = entry.shape[0] if entry.shape else 1
     step = max(1, _CHUNK * rows // max(entry.nbytes, 1))
-    for start in range(0, rows, step):
-        yield _bytes(entry.read(start, start + step)).data
+    return ((start, start + step) for start in range(0, rows, step))
 
 
 def _bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
@@ -265,10 +270,8 @@ def same(one: TensorEntry, other: TensorEntry) -> bool:
     """Whether two tensors hold the same numbers; in the same dtype, the same bits."""
     if one.shape != other.shape or ({one.dtype.kind, other.dtype.kind} & set("iub") and one.dtype != other.dtype):
         return False
-    rows = one.shape[0] if one.shape else 1
-    step = max(1, _CHUNK * rows // max(one.nbytes, 1))
-    for start in range(0, rows, step):
-        mine, theirs = (each.read(start, start + step) for each in (one, other))
+    for start, stop in _row_pieces(one):
+        mine, theirs = (each.read(start, stop) for each in (one, other))
         if one.dtype != other.dtype:
             mine, theirs = widen(mine), widen(theirs)
         if not np.array_equal(_bytes(mine), _bytes(theirs)):

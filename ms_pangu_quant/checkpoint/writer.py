@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,18 @@ def _check_empty(output: Path) -> None:
     others = sorted(path.name for path in output.iterdir() if not path.match(".*.partial"))
     if others:
         raise OutputError(f"{output}: is not empty (it holds {others[0]}); choose another --output")
+
+
+def absent_folders(output: Path) -> list[Path]:
+    """What of it and its parents is to be made for it, innermost first."""
+    return [folder for folder in (output, *output.parents) if not os.path.exists(folder)]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Up to the first that holds something."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def lock(output: Path) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -17,7 +17,7 @@ import psutil
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
-from ms_pangu_quant.checkpoint.writer import lock
+from ms_pangu_quant.checkpoint.writer import absent_folders, lock, remove_empty
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.packages import find_packages
@@ -137,16 +137,14 @@ def alone_in(output: Path) -> Iterator[None]:
     if folder in _held or (ranks.in_job() and (job is ranks.ALONE or not job.is_first)):
         yield
         return
-    made = [path for path in (folder, *folder.parents) if not os.path.exists(path)]
+    made = absent_folders(folder)
     descriptor = lock(output)
     _held.add(folder)
     try:
         yield
     finally:
         _held.remove(folder)
-        with suppress(OSError):
-            for path in made:
-                path.rmdir()
+        remove_empty(made)
         os.close(descriptor)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.files import INDEX_FILE, write_json, write_safetensors
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.checkpoint.writer import carry_over
+from ms_pangu_quant.checkpoint.writer import absent_folders, carry_over, remove_empty
 from ms_pangu_quant.errors import CheckpointError, OutputError
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.suggestion import did_you_mean_path
@@ -55,7 +55,7 @@ def merge(
 @contextmanager
 def _emptied_if_it_fails(output: Path) -> Iterator[None]:
     """An empty directory, made where there is none; on an error its files go, and what of it and its parents was made."""
-    absent = [folder for folder in (output, *output.parents) if not folder.exists()]
+    absent = absent_folders(output)
     try:
         try:
             output.mkdir(parents=True, exist_ok=True)
@@ -71,9 +71,7 @@ def _emptied_if_it_fails(output: Path) -> Iterator[None]:
                 path.unlink()
             raise
     except BaseException:
-        with suppress(OSError):
-            for folder in absent:
-                folder.rmdir()
+        remove_empty(absent)
         raise
 
 
