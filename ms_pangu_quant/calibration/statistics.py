@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.quantizers.threads import by_element, in_parallel
 
-PIECE_TOKENS = 2048  # rows gathered before their products are added: the gram is read and written once for so many
+PIECE_TOKENS = 4096  # rows gathered before their products are added: the gram is read and written once for so many
 _STRIP = 1024
 _PIECE_ROWS, _PIECE_COLUMNS = 128, 512  # 512 KiB in float64
 
@@ -114,9 +114,9 @@ class InputStats:
 
     tokens   number of rows seen.
     absmax   [in] float32, max |x| over tokens, 0 where never active.
-    gram     [in, in] float64, sum over tokens of x x^T; None unless asked for.
+    gram     [in, in] float32, sum over tokens of x x^T; None unless asked for.
     sample   some rows of x; None unless asked for.
-    drift    [in, in] float64, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
+    drift    [in, in] float32, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
     squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it. Where tokens are weighted
              (Needs.temper) they are so in gram, drift and held-out rows alone.
     held_out  rows of x that are in nothing else here, of other texts; None unless asked for.
@@ -125,9 +125,9 @@ class InputStats:
 
     tokens: int
     absmax: NDArray[np.float32]
-    gram: NDArray[np.float64] | None = None
+    gram: NDArray[np.float32] | None = None
     sample: RowSample | None = None
-    drift: NDArray[np.float64] | None = None
+    drift: NDArray[np.float32] | None = None
     squares: NDArray[np.float64] | None = None
     held_out: RowSample | None = None
     held_out_drift: RowSample | None = None
@@ -148,7 +148,7 @@ class InputStats:
                 f"{channels[0]}); the checkpoint overflows on this calibration data"
             )
         sample = RowSample.draw(x, rows, start) if rows else None
-        product = (x.T @ x).astype(np.float64) if gram else None
+        product = x.T @ x if gram else None
         return cls(len(x), absmax, product, sample, squares=squares)
 
     def merge(self, other: InputStats) -> InputStats:
@@ -191,7 +191,7 @@ def _extremes(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.f
     return np.abs(absmax), squares  # no -0.0
 
 
-def _sum(one: NDArray[np.float64] | None, two: NDArray[np.float64] | None) -> NDArray[np.float64] | None:
+def _sum(one: NDArray[Any] | None, two: NDArray[Any] | None) -> NDArray[Any] | None:
     return None if one is None or two is None else one + two
 
 
@@ -203,20 +203,20 @@ def _merged(one: RowSample | None, two: RowSample | None) -> RowSample | None:
     return None if one is None or two is None else one.merge(two)
 
 
-def _divided(product: NDArray[np.float64] | None, s: NDArray[np.float32]) -> NDArray[np.float64] | None:
-    """product / s s^T; one copy, divided in place: a gram of 12800 inputs is 1.3 GB."""
+def _divided(product: NDArray[np.float32] | None, s: NDArray[np.float32]) -> NDArray[np.float32] | None:
+    """product / s s^T; one copy, divided in place: a gram of 12800 inputs is 0.66 GB."""
     if product is None:
         return None
-    result = product / s.astype(np.float64)[:, None]
-    result /= s.astype(np.float64)
+    result = product / s[:, None]
+    result /= s
     return result
 
 
 class StatsBuilder:
     """Statistics of many batches in the memory of one: gathers rows, and adds their products to one gram in place.
 
-    The same numbers as merging observe() of the gathered pieces; a gram of 12800 inputs is 1.3 GB, and merging would hold
-    four of them. Products of a piece are float32, their sum over pieces float64. Without products nothing is gathered.
+    The same numbers as merging observe() of pieces of PIECE_TOKENS rows, but in the memory of one gram (0.66 GB for 12800
+    inputs), and however the rows come in. Without products nothing is gathered.
     """
 
     def __init__(
@@ -226,26 +226,31 @@ class StatsBuilder:
         self._wants_gram, self._rows, self._where = gram, rows, where
         self._held_out, self._held_out_seen = held_out, held_out_start
         self._kept: tuple[RowSample, RowSample | None] | None = None
-        self._waiting: list[tuple[NDArray[np.float32], NDArray[np.float32] | None, NDArray[np.float32] | None]] = []
+        self._pieces: list[NDArray[np.float32]] = []  # [PIECE_TOKENS, in], of x and of y - x, and the products of them
+        self._products: list[NDArray[np.float32]] = []
+        self._waiting = 0  # rows of them
         self._seen = start
         self._total: InputStats | None = None
-        self._gram: NDArray[np.float64] | None = None
-        self._drift: NDArray[np.float64] | None = None
 
     def add(
         self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None, weights: NDArray[np.float32] | None = None
     ) -> None:
         """x [tokens, in], the rows that follow those of the last call; y the same in the float model, for the drift.
 
-        weights [tokens, 1] of the rows in gram and drift; in all calls or in none.
+        weights [tokens, 1] of the rows in gram and drift; y and weights in all calls or in none.
         """
-        difference = None if y is None else y - x
-        if difference is None and not self._wants_gram:
-            self._see(x)
+        self._see(x)
+        if y is None and not self._wants_gram:
             return
-        self._waiting.append((x.copy(), difference, weights))  # the framework may use x's memory again
-        if sum(len(piece) for piece, _, _ in self._waiting) >= PIECE_TOKENS:
-            self._flush()
+        if not self._pieces:
+            count, width = 1 + (y is not None), x.shape[1]
+            self._pieces = [np.empty((PIECE_TOKENS, width), np.float32) for _ in range(count)]
+            self._products = [np.zeros((width, width), np.float32) for _ in range(count)]
+        taken = 0
+        while taken < len(x):
+            rows = slice(taken, taken + min(len(x) - taken, PIECE_TOKENS - self._waiting))
+            self._gather(x[rows], None if y is None else y[rows], None if weights is None else weights[rows])
+            taken = rows.stop
 
     def hold_out(
         self, x: NDArray[np.float32], y: NDArray[np.float32] | None = None, weights: NDArray[np.float32] | None = None
@@ -264,32 +269,43 @@ class StatsBuilder:
     def finish(self) -> InputStats:
         """Raises ValueError if nothing was added."""
         self._flush()
+        self._pieces = []
         if self._total is None:
             raise ValueError("no statistics to merge")
-        total = dataclasses.replace(self._total, gram=self._gram, drift=self._drift)
+        gram, drift = ([*self._products, None, None])[:2]
+        if gram is not None:
+            _mirror(gram)
+        total = dataclasses.replace(self._total, gram=gram, drift=drift)
         if not self._held_out:
             return total
         nothing = RowSample(self._held_out, np.empty((0, len(total.absmax)), np.float32), np.empty(0, np.uint64))
-        rows, drift = self._kept or (nothing, None if self._drift is None else nothing)
-        return dataclasses.replace(total, held_out=rows, held_out_drift=drift)
+        rows, held_drift = self._kept or (nothing, None if drift is None else nothing)
+        return dataclasses.replace(total, held_out=rows, held_out_drift=held_drift)
+
+    def _gather(self, x: NDArray[np.float32], y: NDArray[np.float32] | None, weights: NDArray[np.float32] | None) -> None:
+        """Into the pieces; x and what follows from it are never in memory as a whole."""
+        places = [piece[self._waiting : self._waiting + len(x)] for piece in self._pieces]
+
+        def copy(rows: slice) -> None:
+            factor = np.float32(1) if weights is None else weights[rows]
+            if y is not None:
+                np.subtract(y[rows], x[rows], out=places[1][rows])
+                places[1][rows] *= factor
+            np.multiply(x[rows], factor, out=places[0][rows])
+
+        by_element(copy, [slice(first, first + _PIECE_ROWS) for first in range(0, len(x), _PIECE_ROWS)])
+        self._waiting += len(x)
+        if self._waiting == PIECE_TOKENS:
+            self._flush()
 
     def _flush(self) -> None:
         if not self._waiting:
             return
-        x = np.concatenate([piece for piece, _, _ in self._waiting])
-        differences = [difference for _, difference, _ in self._waiting if difference is not None]
-        weights = [each for _, _, each in self._waiting if each is not None]
-        self._waiting = []
-        self._see(x)
-        if weights:
-            x = x * np.concatenate(weights)
-        if self._wants_gram:
-            self._gram = np.zeros((x.shape[1], x.shape[1])) if self._gram is None else self._gram
-            add_gram(self._gram, x)
-        if differences:
-            self._drift = np.zeros((x.shape[1], x.shape[1])) if self._drift is None else self._drift
-            difference = np.concatenate(differences)
-            add_product(self._drift, difference * np.concatenate(weights) if weights else difference, x)
+        x, *differences = (piece[: self._waiting] for piece in self._pieces)
+        self._waiting = 0
+        _add_gram(self._products[0], x)
+        for difference in differences:
+            _add_product(self._products[1], difference, x)
 
     def _see(self, x: NDArray[np.float32]) -> None:
         seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)
@@ -297,18 +313,23 @@ class StatsBuilder:
         self._total = seen if self._total is None else self._total.merge(seen)
 
 
-def add_gram(total: NDArray[np.float64], x: NDArray[np.float32]) -> None:
-    """total [in, in] += x^T x; one triangle is multiplied out, a strip at a time, and mirrored."""
+def _add_gram(total: NDArray[np.float32], x: NDArray[np.float32]) -> None:
+    """total [in, in] += x^T x, on and below its diagonal, a strip at a time."""
 
     def add(strip: slice) -> None:
-        product = x[:, strip.start :].T @ x[:, strip]
-        total[strip.start :, strip] += product
-        total[strip, strip.stop :] += product[strip.stop - strip.start :].T
+        total[strip.start :, strip] += x[:, strip.start :].T @ x[:, strip]
 
     in_parallel(add, _strips(len(total)))
 
 
-def add_product(total: NDArray[np.float64], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
+def _mirror(total: NDArray[np.float32]) -> None:
+    def mirror(strip: slice) -> None:
+        total[strip, strip.stop :] = total[strip.stop :, strip].T
+
+    by_element(mirror, list(_strips(len(total))))
+
+
+def _add_product(total: NDArray[np.float32], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
     """total [in, in] += d^T x, a strip at a time."""
 
     def add(strip: slice) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.grid import row_pieces, scale_from_absmax, weight_scale
+from ms_pangu_quant.quantizers.threads import by_element
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
 ScaleChoice = Literal["absmax", "mse"]
@@ -38,7 +39,8 @@ def mse_scale(
     cost = np.ones(weight.shape[1]) if importance is None or not importance.any() else importance / importance.max()
     factors = cost.reshape(groups, -1).astype(np.float32)
     chosen = np.empty((len(weight), groups), np.float32)
-    for rows in row_pieces(weight):
+
+    def choose(rows: slice) -> None:
         grouped = weight[rows].reshape(-1, *factors.shape)
         absmax = np.abs(grouped).max(axis=2)
         best = np.full(absmax.shape, np.inf)
@@ -48,6 +50,8 @@ def mse_scale(
             better = error < best
             best = np.where(better, error, best)
             chosen[rows] = np.where(better, scale, chosen[rows]) if shrink != _SHRINKS[0] else scale
+
+    by_element(choose, row_pieces(weight))
     return chosen
 
 

@@ -9,7 +9,10 @@ behind it are rounded, costs least at
 rounded to the nearest code. That is GPTQ (Frantar et al. 2022, arXiv:2210.17323) written as Babai's nearest plane (Chen et
 al. 2025, arXiv:2507.18553): the same codes without the inverse of G, so one Cholesky factorisation in place is all the
 algebra there is. Channels are taken in blocks, a block's sums over all earlier blocks in one matrix product; the block size
-changes the order of float64 additions and nothing else.
+changes the order of additions and nothing else. They are float32, as everywhere where GPTQ is run; in float64 the codes are
+the paper's, integer for integer, and cost twice the time and memory (docs/recipes.md has what differs).
+
+All layers that read one input are rounded together, as one weight: they share its factors.
 
 What it sees. G is that of the float block's inputs when everything before the block is rounded: the layer is brought near
 its float output on the inputs it will really get. With `correct`, layers are rounded in the order they are computed, G is
@@ -19,35 +22,37 @@ al. 2025, GPTAQ, arXiv:2504.02692; Zhang et al. 2025, Qronos, arXiv:2505.11695).
 
 What it fits. A layer has as many unknowns for each output as inputs, and few tokens determine them badly: what is gained on
 the calibration texts can be lost on others. How far to go is therefore not a constant. With "auto" the strength of the
-correction and the damping of each layer are those with the least output error on rows of texts that are held out of the
+correction and the damping for an input are those with the least output error on rows of texts that are held out of the
 statistics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import LinAlgError, cho_factor, cho_solve
-from scipy.linalg.lapack import dpotrf
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.quantizers.cholesky import cholesky, solve
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
 from ms_pangu_quant.quantizers.refine import refine
-from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
+from ms_pangu_quant.quantizers.threads import by_element, in_parallel
 from ms_pangu_quant.recipe.scheme import TensorScheme
 from ms_pangu_quant.recipe.settings import check_types
 
 BLOCK = 128
+PRECISION: type[np.floating[Any]] = np.float32  # of the factors, and of the errors that they carry on
 _LARGEST_DAMPING = 1.0
-_DAMPINGS = (0.003, 0.01, 0.03, 0.1, 0.3)
-_HELD_OUT, _TRIED = 2048, 128  # rows of x that a choice is tried on, and outputs that stand for all
 _RIDGE = 0.03
-_PIECE_ELEMENTS = 1 << 22  # of a float64 working copy: 32 MiB
+_DAMPINGS = (0.003, 0.01, _RIDGE, 0.1, 0.3)
+_FACTORS = 3.5  # that a search among them takes, of those one is the ridge's
+_HELD_OUT, _TRIED = 2048, 256  # rows of x that a choice is tried on, and outputs that stand for all
+_PIECE_ELEMENTS = 1 << 22  # of a working copy: 16 MiB
 
 
 @dataclass(frozen=True)
@@ -76,15 +81,18 @@ class Gptq:
     temper: float = 0.0
 
     @property
+    def _chooses(self) -> bool:
+        return self.damping == "auto" or (self.correct and self.strength == "auto")
+
+    @property
     def needs(self) -> Needs:
-        chosen = self.damping == "auto" or (self.correct and self.strength == "auto")
-        held_out = _HELD_OUT if chosen else 0
+        held_out = _HELD_OUT if self._chooses else 0
         return Needs(data=True, gram=True, drift=self.correct, temper=self.temper, held_out=held_out)
 
     def operations(self, outputs: int, inputs: int) -> float:
-        """Float64 ones count twice: factors, then 2 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 for each."""
-        each = 2 + 4 * self.correct + (2 + 3 * self.sweeps if self.sweeps else 0)
-        factors = 2 * (len(_DAMPINGS) if self.damping == "auto" else 1) + self.correct
+        """Factors, then 1 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 for each."""
+        each = 1 + 4 * self.correct + (2 + 3 * self.sweeps if self.sweeps else 0)
+        factors = _FACTORS if self.damping == "auto" else 1 + self.correct
         return factors * inputs**3 / 3 + each * float(outputs) * inputs**2
 
     def __post_init__(self) -> None:
@@ -96,37 +104,76 @@ class Gptq:
         if self.sweeps < 0:
             raise RecipeError(f"gptq.sweeps: got {self.sweeps}, wanted a whole number of at least 0")
 
-    def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
+    def __call__(
+        self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None, rows: slice = slice(None)
+    ) -> QuantizedWeight:
         """Raises DataError if the gram is not that of any data (a negative or NaN diagonal, far from semidefinite), or if
         something is to be chosen on texts that are held out and there are none."""
         if stats is None or stats.gram is None:
             raise ValueError("gptq needs the gram of the layer's input")
         diagonal = checked_diagonal(stats.gram)
-        asked = weight
-        if stats.drift is not None:
-            step = correction(weight, stats.gram, stats.drift)
-            strength = HeldOut(asked, stats).strength(step) if self.strength == "auto" else self.strength
-            weight = weight + np.float32(strength) * step
-            del step
-        scale = choose_scale(weight, scheme, self.scale, diagonal)
         order = np.argsort(-diagonal, kind="stable") if self.act_order else np.arange(len(diagonal))
-        wanted = self.damping
-        if wanted == "auto":
-            wanted = HeldOut(asked, stats).damping(weight, scale, scheme, stats.gram, order)
-        factor, damping = factorise(stats.gram, order[::-1], wanted)
-        codes = gptq_codes(weight, scale, scheme, factor, order)
+        held_out = HeldOut(weight, stats) if self._chooses else None
+        factors = Factors(stats.gram, order)
+        target, tried = self._targets(weight[rows], stats, factors, held_out)
+        scale = choose_scale(target, scheme, self.scale, diagonal)
+        if held_out is not None and self.damping == "auto":
+            grid = choose_scale(tried, scheme, self.scale, diagonal)
+            factor, damping = held_out.damped(tried, grid, scheme, factors)
+            wanted = damping
+        else:
+            wanted = float(self.damping)
+            factor, damping = factors.of(wanted)
+        codes = gptq_codes(target, scale, scheme, factor, order)
         del factor
         note = "" if damping == wanted else f"damping raised from {wanted:g} to {damping:g}"
         rounded = QuantizedWeight(codes, scale, note)
-        return (
-            refine(weight, rounded, scheme, stats.gram, damping * diagonal.mean(), self.sweeps) if self.sweeps else rounded
-        )
+        if not self.sweeps:
+            return rounded
+        return refine(target, rounded, scheme, stats.gram, damping * float(diagonal.mean()), self.sweeps)
+
+    def _targets(
+        self, weight: NDArray[np.float32], stats: InputStats, factors: Factors, held_out: HeldOut | None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """What is to be rounded: of weight, and of the outputs that held_out tries."""
+        tried = weight[:0] if held_out is None else held_out.tried
+        if stats.drift is None:
+            return weight, tried
+        ridged, damping = factors.kept(_RIDGE)
+        if damping != _RIDGE:
+            raise _indefinite()
+        step, small = (correction(each, stats.drift, ridged, factors.order) for each in (weight, tried))
+        asked = self.strength
+        strength = np.float32(held_out.strength(small) if asked == "auto" and held_out is not None else asked)
+        step *= strength
+        step += weight
+        return step, tried + strength * small
+
+
+Factor = tuple[NDArray[Any], float]  # of factorise, and the damping
+
+
+class Factors:
+    """Those of one gram; one of 12800 inputs is 0.66 GB. order [in]: the channels as they are rounded, first one first."""
+
+    def __init__(self, gram: NDArray[np.float32], order: NDArray[np.intp]) -> None:
+        self.order, self._gram = order, gram
+        self._kept: dict[float, Factor] = {}
+
+    def kept(self, damping: float) -> Factor:
+        """Kept until it is asked for again."""
+        self._kept[damping] = self.of(damping)
+        return self._kept[damping]
+
+    def of(self, damping: float) -> Factor:
+        return self._kept.pop(damping, None) or factorise(self._gram, self.order[::-1], damping)
 
 
 class HeldOut:
-    """A layer's output error on rows of texts that are in no gram; of up to _TRIED of its outputs, evenly spread.
+    """The output error on rows of texts that are in no gram; of up to _TRIED of the outputs, evenly spread.
 
-    weight  [out, in] float32, what the layer should compute on the float model's inputs.
+    weight  [out, in] float32, of all layers that read the input; what they should compute on the float model's.
+    tried   the rows of it that are.
     """
 
     def __init__(self, weight: NDArray[np.float32], stats: InputStats) -> None:
@@ -135,37 +182,48 @@ class HeldOut:
                 "gptq: a strength or damping of auto is chosen on texts that are held out of the calibration data, and "
                 "there are none: give more texts, or raise calibration.held_out, or give numbers"
             )
-        self._every = -(-len(weight) // _TRIED)
+        self.tried = np.ascontiguousarray(weight[:: -(-len(weight) // _TRIED)])
         self._rows, drift = stats.held_out.rows, stats.held_out_drift
-        tried = weight[:: self._every]
-        self._missing = np.zeros((len(self._rows), len(tried)), np.float32) if drift is None else drift.rows @ tried.T
-        self._wanted = self._rows @ tried.T + self._missing
+        shape = len(self._rows), len(self.tried)
+        self._missing = np.zeros(shape, np.float32) if drift is None else drift.rows @ self.tried.T
+        self._wanted = self._rows @ self.tried.T + self._missing
 
     def strength(self, step: NDArray[np.float32]) -> float:
-        """The share of this step from the weight, 0 to 1, with the least error: a quadratic has one minimum."""
-        moved = self._rows @ step[:: self._every].T
+        """The share of this step of the outputs tried, 0 to 1, with the least error: a quadratic has one minimum."""
+        moved = self._rows @ step.T
         square = float(np.vdot(moved, moved))
         return float(np.clip(np.vdot(moved, self._missing) / square, 0, 1)) if square else 1.0
 
-    def damping(
-        self,
-        weight: NDArray[np.float32],
-        scale: NDArray[np.float32],
-        scheme: TensorScheme,
-        gram: NDArray[np.float64],
-        order: NDArray[np.intp],
-    ) -> float:
-        """Of _DAMPINGS the one with which `weight` is rounded with the least error."""
-        weight, scale = weight[:: self._every], scale[:: self._every]
-        errors = {}
-        for damping in _DAMPINGS:
-            factor, _ = factorise(gram, order[::-1], damping)
-            rounded = QuantizedWeight(gptq_codes(weight, scale, scheme, factor, order), scale).dequantize()
-            errors[damping] = float(np.square(self._rows @ rounded.T - self._wanted, dtype=np.float64).sum())
-        return min(errors, key=errors.__getitem__)
+    def damped(
+        self, target: NDArray[np.float32], scale: NDArray[np.float32], scheme: TensorScheme, factors: Factors
+    ) -> Factor:
+        """The factor with that of _DAMPINGS with which `target`, of the outputs tried, is rounded with the least error."""
+
+        def error(factor: Factor) -> float:
+            rounded = QuantizedWeight(gptq_codes(target, scale, scheme, factor[0], factors.order), scale).dequantize()
+            return float(np.square(self._rows @ rounded.T - self._wanted, dtype=np.float64).sum())
+
+        return _least(factors.of, error)
 
 
-def checked_diagonal(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+def _least(make: Callable[[float], Factor], cost: Callable[[Factor], float]) -> Factor:
+    """The factor of one of _DAMPINGS with the least cost, downhill from _RIDGE on: two of them in memory."""
+    best = make(_RIDGE)
+    least, start = cost(best), _DAMPINGS.index(_RIDGE)
+    for way in (_DAMPINGS[:start][::-1], _DAMPINGS[start + 1 :]):
+        before = least
+        for damping in way:
+            other = make(damping)
+            found = cost(other)
+            if found >= least:
+                break
+            best, least = other, found
+        if least < before:
+            break
+    return best
+
+
+def checked_diagonal(gram: NDArray[np.float32]) -> NDArray[np.float64]:
     """The diagonal [in]. Raises DataError if it has a NaN, an infinity or a negative value."""
     diagonal = np.diagonal(gram)
     bad = np.flatnonzero(~(np.isfinite(diagonal) & (diagonal >= 0)))
@@ -174,33 +232,40 @@ def checked_diagonal(gram: NDArray[np.float64]) -> NDArray[np.float64]:
             f"gram of a layer's input: {bad.size} of {diagonal.size} diagonal values are negative or not finite (first: "
             f"channel {bad[0]}, {diagonal[bad[0]]}); a sum of squares is neither: the statistics are damaged"
         )
-    return np.array(diagonal)
+    return diagonal.astype(np.float64)
 
 
-def factorise(gram: NDArray[np.float64], order: NDArray[np.intp], damping: float) -> tuple[NDArray[np.float64], float]:
-    """(M, damping used): gram with rows and columns in `order`, damped, is L L^T, and M_ij = L_ij / L_jj for i >= j.
+def factorise(gram: NDArray[np.float32], columns: NDArray[np.intp], damping: float) -> Factor:
+    """(L, damping used): gram with rows and columns in this order, damped, is L L^T.
 
     gram  [in, in], symmetric positive semidefinite. A channel that was never active has a row of zeros; it is given a one
           on the diagonal, which makes it be rounded to nearest and leaves the others alone.
-    M     [in, in] float64, unit lower triangular; what stands above the diagonal is not defined.
+    L     [in, in], lower triangular; what stands above the diagonal is not defined.
     Raises DataError if not even a damping of 1 makes the gram positive definite.
     """
-    mean = float(np.diagonal(gram).mean())
+    mean = float(np.diagonal(gram).mean(dtype=np.float64))
     while True:
-        lower = gram[np.ix_(order, order)]
-        diagonal = np.einsum("ii->i", lower)
-        diagonal += damping * mean
-        diagonal[diagonal == 0] = 1.0
-        # LAPACK is column-major: the upper factor of the transpose is the lower factor of this array, in place.
-        with one_thread():
-            _, failed = dpotrf(lower.T, lower=0, clean=0, overwrite_a=1)
-        if not failed:
-            lower /= np.einsum("ii->i", lower).copy()
-            return lower, damping
-        del lower, diagonal
+        for precision in dict.fromkeys((PRECISION, np.float64)):  # a gram that float32 finds indefinite may not be so
+            lower = _damped(gram, columns, damping * mean, precision)
+            if cholesky(lower):
+                return lower, damping
+            del lower
         if damping >= _LARGEST_DAMPING:
             raise _indefinite()
         damping = min(max(10 * damping, 1e-6), _LARGEST_DAMPING)
+
+
+def _damped(gram: NDArray[np.float32], columns: NDArray[np.intp], added: float, precision: Any) -> NDArray[Any]:
+    lower = np.empty(gram.shape, precision)
+
+    def copy(rows: slice) -> None:
+        lower[rows] = gram[columns[rows]][:, columns]
+
+    by_element(copy, row_pieces(lower))
+    diagonal = np.einsum("ii->i", lower)
+    diagonal += added
+    diagonal[diagonal == 0] = 1.0
+    return lower
 
 
 def _indefinite() -> DataError:
@@ -209,27 +274,41 @@ def _indefinite() -> DataError:
     )
 
 
-def correction(weight: NDArray[np.float32], gram: NDArray[np.float64], drift: NDArray[np.float64]) -> NDArray[np.float32]:
+def correction(
+    weight: NDArray[np.float32], drift: NDArray[np.float32], factor: NDArray[Any], order: NDArray[np.intp]
+) -> NDArray[np.float32]:
     """What is to be added to `weight` for it to come, on the inputs x the layer gets, closest to what `weight` makes of the
     float model's y; [out, in].
 
     Least squares with a ridge that holds it to `weight`: weight drift (gram + r I)^-1, r = _RIDGE times the mean diagonal
     of the gram. All in float32: the ridge bounds the condition number by inputs / _RIDGE, 4e5 for 12800, and it is a
-    correction whose third digit does not matter. Raises DataError if the gram is not positive semidefinite.
+    correction whose third digit does not matter.
+    factor  of factorise with the damping _RIDGE, for order[::-1].
     """
-    damped = gram.astype(np.float32)
-    diagonal = np.einsum("ii->i", damped)
-    diagonal += _RIDGE * float(diagonal.mean()) or 1.0
-    try:
-        with one_thread():
-            factor = cho_factor(damped.T, lower=True, overwrite_a=True, check_finite=False)  # column-major: in place
-    except LinAlgError:
-        raise _indefinite() from None
-    result, narrow = np.empty_like(weight), drift.astype(np.float32, copy=False)
+    columns = order[::-1]
+    back = np.argsort(columns)
 
-    def correct(rows: slice) -> None:
-        wanted = weight[rows] @ narrow
-        result[rows] = cho_solve(factor, wanted.T, overwrite_b=True, check_finite=False).T
+    def solved(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        there = rows[:, columns].astype(factor.dtype, copy=False)
+        solve(factor, there)
+        return there[:, back]
+
+    result = np.empty_like(weight)
+    if len(weight) <= len(drift):
+
+        def correct(rows: slice) -> None:
+            result[rows] = solved(weight[rows] @ drift)
+
+    else:  # fewer rows to solve for
+        inputs = np.empty_like(drift)
+
+        def regress(rows: slice) -> None:
+            inputs[rows] = solved(drift[rows])
+
+        in_parallel(regress, row_pieces(drift, _PIECE_ELEMENTS))
+
+        def correct(rows: slice) -> None:
+            result[rows] = weight[rows] @ inputs
 
     in_parallel(correct, row_pieces(weight, _PIECE_ELEMENTS))
     return result
@@ -239,7 +318,7 @@ def gptq_codes(
     weight: NDArray[np.float32],
     scale: NDArray[np.float32],
     scheme: TensorScheme,
-    factor: NDArray[np.float64],
+    factor: NDArray[Any],
     order: NDArray[np.intp],
     block: int = BLOCK,
 ) -> NDArray[np.int8]:
@@ -250,20 +329,22 @@ def gptq_codes(
     codes = np.empty(weight.shape, np.int8)
     columns = order[::-1]  # the factor's order: rounded from the last to the first
     group = columns // (weight.shape[1] // scale.shape[1])
+    pivots = np.einsum("ii->i", factor)
 
     def round_rows(rows: slice) -> None:
         target = weight[rows].T[columns]  # [in, rows] float32, contiguous
         steps = np.ascontiguousarray(scale[rows].T)
-        rounded, error = np.empty(target.shape, np.int8), np.empty(target.shape, np.float64)
+        rounded, error = np.empty(target.shape, np.int8), np.empty(target.shape, factor.dtype)
         for stop in range(len(columns), 0, -block):
             start = max(stop - block, 0)
-            carried = factor[stop:, start:stop].T @ error[stop:]
-            inside = np.ascontiguousarray(factor[start:stop, start:stop].T)
+            own = slice(start, stop)
+            carried = factor[stop:, own].T @ error[stop:] / pivots[own, None]
+            inside = (factor[own, own] / pivots[own]).T.copy()
             for j in range(stop - 1, start - 1, -1):
                 carried[j - start] += inside[j - start, j + 1 - start :] @ error[j + 1 : stop]
                 wanted = (target[j] + carried[j - start]).astype(np.float32)  # as float32, so that ties fall as in RTN
                 code = np.clip(np.rint(wanted / steps[group[j]]), scheme.code_min, scheme.code_max)
-                error[j] = target[j] - code.astype(np.float64) * steps[group[j]]
+                error[j] = target[j] - code.astype(factor.dtype) * steps[group[j]]
                 rounded[j] = code
         codes[rows] = rounded[np.argsort(columns)].T
 

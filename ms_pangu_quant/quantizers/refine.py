@@ -26,13 +26,13 @@ def refine(
     weight: NDArray[np.float32],
     rounded: QuantizedWeight,
     scheme: TensorScheme,
-    gram: NDArray[np.float64],
+    gram: NDArray[np.float32],
     damping: float,
     sweeps: int,
 ) -> QuantizedWeight:
     """`sweeps` times both steps on weight [out, in] and its rounding; the note is kept.
 
-    gram     [in, in] float64, symmetric.  damping  what is added to its diagonal (absolute).
+    gram     [in, in], symmetric.  damping  what is added to its diagonal (absolute).
     """
     codes, scale = rounded.codes.copy(), rounded.scale.copy()
     damped = gram.astype(np.float32)

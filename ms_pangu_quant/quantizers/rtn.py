@@ -39,7 +39,10 @@ class RoundToNearest:
     def operations(self, outputs: int, inputs: int) -> float:
         return float(outputs * inputs)
 
-    def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
+    def __call__(
+        self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None, rows: slice = slice(None)
+    ) -> QuantizedWeight:
+        weight = weight[rows]
         importance = stats.squares if self.weighted and stats is not None else None
         scale = choose_scale(weight, scheme, self.scale, importance)
         return QuantizedWeight(round_to_grid(weight, scale, scheme), scale)

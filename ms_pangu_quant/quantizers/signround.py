@@ -53,13 +53,16 @@ class SignRound:
     def operations(self, outputs: int, inputs: int) -> float:
         return self.steps * float(outputs) * inputs**2
 
-    def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight:
+    def __call__(
+        self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None, rows: slice = slice(None)
+    ) -> QuantizedWeight:
         """Raises DataError if the gram is not that of any data (a negative or NaN diagonal)."""
         if stats is None or stats.gram is None:
             raise ValueError("signround needs the gram of the layer's input")
+        weight = weight[rows]
         scale = choose_scale(weight, scheme, self.scale, checked_diagonal(stats.gram))
         codes = round_to_grid(weight, scale, scheme)
-        gram = stats.gram.astype(np.float32)
+        gram = stats.gram.astype(np.float32, copy=False)
 
         def learn(rows: slice) -> None:
             codes[rows], scale[rows] = learned(weight[rows], codes[rows], scale[rows], scheme, gram, self.steps)

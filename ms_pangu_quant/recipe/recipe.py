@@ -65,16 +65,22 @@ class Rewrite(Protocol):
 
 
 class WeightQuantizer(Protocol):
-    """(weight [out, in], scheme, statistics of its input or None) -> QuantizedWeight; pure."""
+    """(weight [out, in], scheme, statistics of its input or None, rows) -> those rows of it, rounded; pure.
+
+    The weight is that of all layers that read the input, one below the other: what is worked out of the input, or chosen
+    for it, is for all of them, and the same whichever rows are asked for.
+    """
 
     @property
     def needs(self) -> Needs:
         """What it wants to know of the input."""
 
     def operations(self, outputs: int, inputs: int) -> float:
-        """What rounding a weight [outputs, inputs] takes, roughly: for estimates, and for dividing the work."""
+        """What rounding a weight [outputs, inputs] takes, in float32 operations, roughly."""
 
-    def __call__(self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None) -> QuantizedWeight: ...
+    def __call__(
+        self, weight: NDArray[np.float32], scheme: TensorScheme, stats: InputStats | None, rows: slice = slice(None)
+    ) -> QuantizedWeight: ...
 
 
 KEEP_FLOAT = "float"

@@ -36,6 +36,7 @@ from ms_pangu_quant.checkpoint.files import ComputedEntry
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.grid import row_pieces
+from ms_pangu_quant.quantizers.threads import in_parallel
 from ms_pangu_quant.recipe.settings import check_types
 from ms_pangu_quant.transforms.hadamard import hadamard_factors, multiply, online_scale
 
@@ -73,9 +74,12 @@ class Rotation:
     def of_rows(self, matrix: NDArray[np.float32], scale: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         """matrix [out, n], its columns times scale [n] first, times Q; computed in float64."""
         result = np.empty(matrix.shape, np.float32)
-        for rows in row_pieces(matrix):
+
+        def turn(rows: slice) -> None:
             wide = matrix[rows].astype(np.float64)
             result[rows] = self.forward(wide if scale is None else wide * scale)
+
+        in_parallel(turn, row_pieces(matrix))
         return result
 
 

@@ -9,8 +9,10 @@ from threadpoolctl import threadpool_limits
 
 from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder, token_weights
 from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.quantizers import gptq
+from ms_pangu_quant.quantizers.cholesky import cholesky, solve
 from ms_pangu_quant.quantizers.clip import mse_scale
-from ms_pangu_quant.quantizers.gptq import _DAMPINGS, Gptq, HeldOut, checked_diagonal, correction, factorise, gptq_codes
+from ms_pangu_quant.quantizers.gptq import _DAMPINGS, _RIDGE, Gptq, HeldOut, checked_diagonal, factorise, gptq_codes
 from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.quantizers.threads import in_parallel
@@ -33,6 +35,17 @@ def layer(seed=0, channels=IN, outputs=OUT, tokens=400, spread=1.0):
     x = (generator.normal(size=(tokens, channels)) @ mix).astype(np.float32)
     weight = (generator.normal(size=(outputs, channels)) * generator.lognormal(size=channels)).astype(np.float32)
     return weight, InputStats.observe(x, gram=True)
+
+
+@pytest.fixture
+def exact(monkeypatch):
+    """In float64: the codes are those of the mathematics, not of its rounding."""
+    monkeypatch.setattr(gptq, "PRECISION", np.float64)
+
+
+def correction(weight, gram, drift):
+    order = np.arange(len(gram))
+    return gptq.correction(weight, drift, factorise(gram, order[::-1], _RIDGE)[0], order)
 
 
 def output_error(weight, quantized, stats):
@@ -62,7 +75,7 @@ def published(weight, gram, scale, scheme, damping, act_order):
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_codes_are_those_of_the_papers_equations(scheme, act_order):
+def test_codes_are_those_of_the_papers_equations(scheme, act_order, exact):
     weight, stats = layer(seed=1)
     made = Gptq(damping=0.01, act_order=act_order, scale="absmax")(weight, scheme, stats)
     assert np.array_equal(made.scale, weight_scale(weight, scheme))
@@ -71,7 +84,7 @@ def test_codes_are_those_of_the_papers_equations(scheme, act_order):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
-def test_the_block_size_changes_no_integer(scheme):
+def test_the_block_size_changes_no_integer(scheme, exact):
     weight, stats = layer(seed=2, channels=204, outputs=48)
     order = np.argsort(-np.diag(stats.gram))
     factor, _ = factorise(stats.gram, order[::-1], 0.01)
@@ -94,6 +107,30 @@ def test_with_uncorrelated_inputs_it_is_round_to_nearest(scheme, act_order):
         nearest = RoundToNearest(choice, weighted=choice == "mse")(weight, scheme, stats)
         assert np.array_equal(made.codes, nearest.codes)
         assert np.array_equal(made.scale, nearest.scale)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_float32_gives_the_codes_of_float64_or_as_good_ones(scheme, monkeypatch):
+    weight, stats = layer(seed=40, channels=384, outputs=64, tokens=300, spread=2.0)
+    made = Gptq()(weight, scheme, stats)
+    monkeypatch.setattr(gptq, "PRECISION", np.float64)
+    wanted = Gptq()(weight, scheme, stats)
+    assert (made.codes != wanted.codes).mean() < 0.01
+    assert output_error(weight, made, stats) < 1.01 * output_error(weight, wanted, stats)
+
+
+@pytest.mark.parametrize("settings", [{}, {"damping": "auto"}, {"correct": True, "strength": "auto", "damping": "auto"}])
+def test_some_rows_of_a_weight_are_rounded_as_they_are_among_all(settings):
+    """What is chosen for an input is chosen on all that read it, whoever rounds which of them."""
+    weight, stats, _ = few(seed=41)
+    if "correct" not in settings:
+        stats = dataclasses.replace(stats, drift=None, held_out_drift=None)
+    scheme = SCHEMES["w4 group 12"]
+    whole = Gptq(**settings)(weight, scheme, stats)
+    for rows in (slice(0, 7), slice(7, OUT)):
+        part = Gptq(**settings)(weight, scheme, stats, rows)
+        assert np.array_equal(part.codes, whole.codes[rows])
+        np.testing.assert_allclose(part.scale, whole.scale[rows], rtol=1e-5)  # of other products
 
 
 def test_act_order_keeps_every_channel_in_its_own_group():
@@ -183,14 +220,56 @@ def test_the_factor_is_the_damped_grams():
     _, stats = layer(seed=13)
     order = np.random.default_rng(13).permutation(IN)
     factor, damping = factorise(stats.gram, order, 0.02)
-    lower = np.tril(factor)
+    lower = np.tril(factor).astype(np.float64)
     assert damping == 0.02
-    assert (np.diag(lower) == 1).all()
     damped = (stats.gram + 0.02 * np.diag(stats.gram).mean() * np.eye(IN))[np.ix_(order, order)]
-    inverse = np.linalg.inv(lower)
-    pivots = inverse @ damped @ inverse.T
-    np.testing.assert_allclose(pivots, np.diag(np.diag(pivots)), atol=1e-9 * np.abs(damped).max())
+    size = np.sqrt(np.outer(np.diag(damped), np.diag(damped)))
+    assert (np.abs(lower @ lower.T - damped) < 1e-5 * size).all()
     assert (checked_diagonal(stats.gram) == np.diag(stats.gram)).all()
+
+
+def test_what_a_factor_solves_is_the_matrix_inverse():
+    x, rows = (np.random.default_rng(seed).normal(size=(count, 900)) for seed, count in ((0, 2000), (1, 7)))
+    lower, solved = x.T @ x, rows.copy()
+    assert cholesky(lower)
+    solve(lower, solved)
+    np.testing.assert_allclose(solved @ (x.T @ x), rows, atol=1e-9)
+
+
+def test_the_correction_is_the_same_for_few_outputs_and_for_many():
+    """Which product comes first depends on how many there are."""
+    weight, _, _, stats = drifted(seed=42)
+    many = np.concatenate([weight] * 9)
+    step = correction(weight, stats.gram, stats.drift)
+    assert len(weight) < IN < len(many)
+    np.testing.assert_allclose(
+        correction(many, stats.gram, stats.drift)[: len(weight)], step, atol=1e-4 * np.abs(step).max()
+    )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("size", [1, 383, 384, 1000, 1500])
+def test_the_blocked_factorisation_is_lapacks(size, dtype):
+    x = np.random.default_rng(size).normal(size=(2 * size, size))
+    whole = (x.T @ x).astype(dtype)
+    wanted = np.linalg.cholesky(whole.astype(np.float64))
+    made = whole.copy()
+    assert cholesky(made)
+    accuracy = 1e-4 if dtype == np.float32 else 1e-12
+    np.testing.assert_allclose(np.tril(made), wanted, atol=accuracy * np.abs(wanted).max())
+    torn = whole.copy()
+    torn[size // 2, size // 2] = -1
+    assert not cholesky(torn)
+
+
+def test_a_factor_has_the_same_bits_with_any_number_of_threads():
+    x = np.random.default_rng(0).normal(size=(900, 1100)).astype(np.float32)
+    gram, made = x.T @ x, []
+    for threads in (1, 2, 3):
+        with threadpool_limits(threads, user_api="blas"):
+            factor, _ = factorise(gram, np.arange(1100), 0.01)
+            made.append(np.tril(factor).tobytes())
+    assert len(set(made)) == 1
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
@@ -301,7 +380,7 @@ def test_the_strength_is_the_part_of_the_correction_that_is_made():
         got = Gptq(correct=True, strength=strength)(weight, scheme, stats)
         wanted = Gptq()(weight + np.float32(strength) * step, scheme, still)
         assert np.array_equal(got.codes, wanted.codes)
-        assert np.array_equal(got.scale, wanted.scale)
+        np.testing.assert_allclose(got.scale, wanted.scale, rtol=1e-5)  # the factor's order is another
 
 
 # --- what is chosen on texts that are held out ------------------------------------------------------------------------
@@ -360,7 +439,8 @@ def test_the_damping_is_the_one_with_the_least_error_on_held_out_rows(scheme, se
     rows = stats.held_out.rows
     errors = {damping: np.linalg.norm(rows @ (each.dequantize() - weight).T) for damping, each in made.items()}
     got = Gptq(damping="auto")(weight, scheme, stats)
-    assert np.array_equal(got.codes, made[min(errors, key=errors.get)].codes)
+    (chosen,) = (damping for damping, each in made.items() if np.array_equal(each.codes, got.codes))
+    assert errors[chosen] <= 1.02 * min(errors.values())  # the search goes downhill: two may be equal but for chance
     assert got.note == ""
 
 
