@@ -4,21 +4,23 @@ One block of the network is built, and its weights are swapped from block to blo
 layer with the backend's cells, the same that serves later: only its order of calls is written out again here, because the
 inputs of the linear layers must come out.
 
-A quantized block whose outputs alone are wanted runs as it will be served (network/block.py), where the backend has integer
-kernels. Elsewhere, and where a part of it is looked at, it runs with the codes and scales it will be served with, but as
-float32 values: its inputs are rounded to their grid and its weights are dequantized, so the products are those of the
-integer layers up to float32 rounding, in the memory and at the speed of the float block.
+A quantized block runs as it will be served (network/block.py), where the backend has integer kernels, be it that only a
+part of it is rounded yet. Elsewhere it runs with the codes and scales it will be served with, but as float32 values: its
+inputs are rounded to their grid and its weights are dequantized, so the products are those of the integer layers up to
+float32 rounding, in the memory and at the speed of the float block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
+from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends import current_backend
@@ -39,10 +41,11 @@ from ms_pangu_quant.recipe.scheme import TensorScheme
 
 BLOCK_SIZE = 16
 _CACHED = -1  # in the place of an input: the keys and values on their way into the cache
-_ATTENDED, _MLP = 1, 2  # places of the inputs behind which a way through a block can be gone on with
+_ATTENDED, _MLP, _GATED = 1, 2, 3  # places of inputs; behind the first two a way through a block can be gone on with
 _INPUTS = len(layout.INPUT_NAMES)  # in the place of an input: all of them, and nothing behind the last
 _LARGEST_TEMPORARY = 1 << 25  # bytes; MindSpore keeps many at once
 Rounding = tuple[TensorScheme | None, ...]
+Steps = tuple[int, int | None, bool]  # behind, until, onward: of BlockCell
 Reached = NDArray[np.float32] | None
 _SERVED_BLOCKS = 4  # kept, each with a block's weights: mixed precision has up to 16 kinds of block
 
@@ -75,20 +78,20 @@ class Hidden:
 
 
 class BlockCell(nn.Cell):
-    """Hidden states in, hidden states and the inputs of the linear layers (in layout.INPUT_NAMES' order) out.
+    """Hidden states in; the inputs of the linear layers (in layout.INPUT_NAMES' order) and the residual stream behind
+    attention and behind the block out.
 
     rounding  for each of layout.INPUT_NAMES the scheme it is rounded in, None leaves it as it is. A static one has its
               factor in the first row of `grids` [2, inputs] and its zero point in the second.
     behind    place of an input: nothing in front of it is computed, `reached` is given instead. It is what Way keeps.
     until     place in layout.INPUT_NAMES of the only output wanted, _CACHED, or _INPUTS: nothing behind it is computed.
               None: the whole block. With _MLP the residual stream comes out too.
+    onward    with the input of a layer that writes the residual stream comes out what that is behind the layer.
     online_hadamard  what down_proj reads is multiplied by a Hadamard matrix (ModelConfig).
     rounds_cache  keys and values are rounded as the int8 cache of `cache_grid` [4, kv_heads * head_dim] would hold them.
     """
 
-    def __init__(
-        self, network, rounding: Rounding, behind: int, until: int | None, online_hadamard: bool, rounds_cache: bool
-    ) -> None:
+    def __init__(self, network, rounding: Rounding, steps: Steps, online_hadamard: bool, rounds_cache: bool) -> None:
         super().__init__(auto_prefix=False)  # parameters keep the names the network loads them by
         self.rope = network.model.rotary_pos_emb
         self.layer = network.model.decoder.layers[0]
@@ -97,8 +100,14 @@ class BlockCell(nn.Cell):
         self.rounded = tuple(scheme is not None for scheme in rounding)
         self.dynamic = tuple(scheme is not None and scheme.dynamic for scheme in rounding)
         self.code_max = tuple(0.0 if scheme is None else float(scheme.code_max) for scheme in rounding)
-        self.behind, self.until, self.rounds_cache = behind, until, rounds_cache
+        self.behind, self.until, self.onward = steps
+        self.rounds_cache = rounds_cache
         self.hadamard = network.backend.hadamard(self.inner, ms.float32) if online_hadamard else None
+
+    def release(self) -> None:
+        """Give the memory of its graph back; it is of no use afterwards."""
+        _cell_graph_executor.del_net_res(self, self.compile_cache)
+        self.compile_cache.clear()
 
     def _round(self, x, place, grids):
         if not self.rounded[place]:
@@ -113,21 +122,24 @@ class BlockCell(nn.Cell):
         seen = ()
         if self.behind < _ATTENDED:
             seen = self._attend(hidden, grids, cache_grid, *inputs)
-            if self.until is not None and self.until <= _ATTENDED:
+            if self.until is not None and self.until <= _ATTENDED and not (self.onward and self.until == _ATTENDED):
                 return seen if self.until == _CACHED else seen[self.until :]
             reached = seen[-1]
         if self.behind < _MLP:
             reached = hidden + self.layer.self_attention.linear_proj(self._round(reached, 1, grids))
+            if self.until == _ATTENDED:
+                return (seen[-1], reached)
         mlp_input = self.layer.pre_mlp_layernorm(reached)
         if self.until == _MLP:
             return (mlp_input, reached)
         mlp_hidden = self._gated(self.layer.mlp.linear_fc1(self._round(mlp_input, 2, grids)))
-        if self.until == 3:
-            return (mlp_hidden,)
         seen += (mlp_input, mlp_hidden)
         if self.until == _INPUTS:
             return seen
-        return (*seen, reached + self.layer.mlp.linear_fc2(self._round(mlp_hidden, 3, grids)))
+        if self.until == _GATED and not self.onward:
+            return (mlp_hidden,)
+        behind_it = reached + self.layer.mlp.linear_fc2(self._round(mlp_hidden, 3, grids))
+        return (mlp_hidden, behind_it) if self.until == _GATED else (*seen, reached, behind_it)
 
     def _attend(self, hidden, grids, cache_grid, *inputs):
         """The inputs up to attention's output, or keys and values."""
@@ -171,32 +183,47 @@ class Way:
     """One model's way through a block, from input to input: what lies in front of the last one is not computed again.
 
     hidden  in front of the block.
+    plan    of the block when all its layers are rounded; None for the float model.
     """
 
-    def __init__(self, runner: BlockRunner, hidden: Hidden) -> None:
-        self._runner = runner
-        self.begin(hidden)
+    def __init__(self, runner: BlockRunner, hidden: Hidden, plan: BlockPlan | None = None) -> None:
+        self._runner, self._hidden, self._plan = runner, hidden, plan
+        self._behind = 0
+        self._reached: Reached = None  # attention's output, and behind o_proj the residual stream; [tokens, width]
+        self._output: Reached = None
 
-    def begin(self, hidden: Hidden) -> None:
-        """Another block's."""
-        self._hidden, self._behind = hidden, 0
-        self._reached: Reached = None  # attention's output, and once that is passed the residual stream; [tokens, width]
+    @property
+    def fitted(self) -> int:
+        return self._hidden.fitted
 
-    def to(self, place: int, block: RoundedBlock) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-        """(rows, input `place` of them, [tokens, in] float32); the layers in front of it are those of block.
+    def to(self, place: int, block: RoundedBlock) -> Iterator[tuple[slice, NDArray[np.float32], Reached]]:
+        """(rows, input `place` of them, [tokens, in] float32, and, in the float model where a layer that reads it writes
+        the residual stream, that behind it); the layers in front of the input are those of block.
 
         Only the layers behind the input that was asked for last may be others than they were then.
         """
+        onward = self._plan is None and place in (_ATTENDED, _GATED)
+        keeps = place in (_ATTENDED, _MLP) or onward
         kept: NDArray[np.float32] | None = None
-        for rows, outputs in self._runner.run(block, self._hidden, place, behind=self._behind, reached=self._reached):
-            yield rows, outputs[0].asnumpy()
-            if place in (_ATTENDED, _MLP):
-                last = outputs[-1].asnumpy()
-                if kept is None:
-                    kept = np.empty((len(self._hidden.states), last.shape[1]), np.float32)
+        steps = self._behind, place, onward
+        for rows, outputs in self._runner.run(block, self._hidden, steps, reached=self._reached, plan=self._plan):
+            last = outputs[-1].asnumpy()
+            yield rows, outputs[0].asnumpy(), last if onward else None
+            if keeps:
+                kept = np.empty((len(self._hidden.states), last.shape[1]), np.float32) if kept is None else kept
                 kept[rows] = last
-        if kept is not None:
-            self._behind, self._reached = place, kept
+        if place == _GATED:
+            self._output, self._reached = kept, None
+        elif keeps:
+            self._behind, self._reached = _MLP if onward else place, kept
+
+    def behind(self, block: RoundedBlock) -> Hidden:
+        """The float model's hidden states behind the block."""
+        if self._output is None:
+            for _ in self.to(_GATED, block):
+                pass
+        assert self._output is not None
+        return replace(self._hidden, states=self._output)
 
 
 class BlockRunner:
@@ -225,9 +252,12 @@ class BlockRunner:
             for each in (Hidden(nothing, lengths, held_out), *(Hidden(nothing, other) for other in also))
             for _, batch in each.batches(self._max_tokens)
         )
-        self._network = _float_network(config, self._blocks)
-        self._cells: dict[tuple[Rounding, int, int | None, bool], BlockCell] = {}
+        self._cells: dict[tuple[BlockPlan | None, Rounding, Steps, bool], BlockCell] = {}
         self._served: dict[BlockPlan, ServedBlock] = {}
+
+    @cached_property
+    def _network(self) -> Any:
+        return _float_network(self._config, self._blocks)
 
     def observe(
         self, block: Block, hidden: Hidden, needs: Needs, where: str, *, output: bool = True
@@ -235,37 +265,37 @@ class BlockRunner:
         """The statistics of the inputs of a float block's linear layers, and what comes out of the block, if asked for."""
         builders = [self._builder(needs, f"{where}: {name}") for name in layout.INPUT_NAMES]
         states = np.empty_like(hidden.states) if output else None
-        for place, (*inputs, last) in self.run(RoundedBlock(block), hidden, None if output else _INPUTS):
-            if states is None:
-                inputs.append(last)
-            else:
-                states[place] = last.asnumpy()
-            for name, builder, x in zip(layout.INPUT_NAMES, builders, inputs, strict=True):
-                weights = None if states is None else _weights(name, states[place], needs)
+        for place, outputs in self.run(RoundedBlock(block), hidden, (0, None if output else _INPUTS, False)):
+            behind: dict[str, NDArray[np.float32]] = {}
+            if states is not None:
+                attended, states[place] = (each.asnumpy() for each in outputs[_INPUTS:])
+                behind = {layout.ATTENTION_OUTPUT: attended, layout.MLP_HIDDEN: states[place]}
+            for name, builder, x in zip(layout.INPUT_NAMES, builders, outputs[:_INPUTS], strict=True):
+                weights = _weights(behind.get(name), needs)
                 (builder.add if place.start < hidden.fitted else builder.hold_out)(x.asnumpy(), weights=weights)
         stats = {name: builder.finish() for name, builder in zip(layout.INPUT_NAMES, builders, strict=True)}
         return stats, None if states is None else replace(hidden, states=states)
 
     def observe_input(
-        self, input_name: str, block: RoundedBlock, way: Way, beside: tuple[Way, Hidden], needs: Needs, where: str
+        self, input_name: str, block: RoundedBlock, ways: tuple[Way, Way], needs: Needs, where: str
     ) -> InputStats:
         """Statistics of one input with gram and drift, the layers and the cache in front of it as far as they are rounded.
 
-        beside  the float model's way through the float block, of the same sequences, and its hidden states behind it.
+        ways  this block's, and the float model's through the float block, of the same sequences.
         """
         place = layout.INPUT_NAMES.index(input_name)
         builder = self._builder(needs, f"{where}: {input_name}")
-        floats, target = beside
-        served, reference = way.to(place, block), floats.to(place, RoundedBlock(block.floats))
-        for (rows, x), (_, y) in zip(served, reference, strict=True):
-            add = builder.add if rows.start < target.fitted else builder.hold_out
-            add(x, y, _weights(input_name, target.states[rows], needs))
+        served, reference = ways[0].to(place, block), ways[1].to(place, RoundedBlock(block.floats))
+        for (rows, x, _), (_, y, behind) in zip(served, reference, strict=True):
+            (builder.add if rows.start < ways[0].fitted else builder.hold_out)(x, y, _weights(behind, needs))
         return builder.finish()
 
-    def observe_cache(self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str) -> tuple[RangeStats, RangeStats]:
+    def observe_cache(
+        self, block: RoundedBlock, hidden: Hidden, needs: Needs, where: str, plan: BlockPlan | None = None
+    ) -> tuple[RangeStats, RangeStats]:
         """Statistics of the keys, after rope, and of the values that the block's layers, as they are rounded, make."""
         seen: list[list[RangeStats]] = [[], []]
-        for place, outputs in self.run(block, hidden, until=_CACHED):
+        for place, outputs in self.run(block, hidden, (0, _CACHED, False), plan=plan):
             if place.start >= hidden.fitted:
                 break
             for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
@@ -283,7 +313,7 @@ class BlockRunner:
         """Hidden states after the block as it will be served, in `output` if given."""
         output = np.empty_like(hidden.states) if output is None else output
         plan = block.plan
-        if current_backend().integer_kernels and is_served(plan):
+        if _in_integers(plan):
             served = self._served_block(plan)
             served.load(block)
             for rows, states, inputs in self._batches(hidden):
@@ -294,16 +324,29 @@ class BlockRunner:
         return replace(hidden, states=output)
 
     def run(
-        self, block: RoundedBlock, hidden: Hidden, until: int | None = None, *, behind: int = 0, reached: Reached = None
+        self,
+        block: RoundedBlock,
+        hidden: Hidden,
+        steps: Steps = (0, None, False),
+        *,
+        reached: Reached = None,
+        plan: BlockPlan | None = None,
     ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
-        """(rows, what a BlockCell gives for them). reached [tokens, width] is that of BlockCell, None where behind is 0."""
-        readers = [_first_reading(name, block.linears) for name in layout.INPUT_NAMES]
-        rounding = tuple(None if linear is None else linear.scheme.activation for linear in readers)
-        cell = self._cell(rounding, behind, until, block.cache is not None)
+        """(rows, what a BlockCell gives for them). reached [tokens, width] is that of BlockCell, None in front of a block.
+
+        plan  of the block when all its layers are rounded: as far as they are, integer kernels compute them, if any can.
+        """
         channels = self._config.num_key_value_heads * self._config.head_dim
         cache_grid = Tensor(np.zeros((4, channels), np.float32) if block.cache is None else block.cache.rows())
+        readers = [_first_reading(name, block.linears) for name in layout.INPUT_NAMES]
+        if plan is not None and _in_integers(plan):
+            self._served_block(plan).load(block, plan)
+            cell = self._cell(plan, (None,) * _INPUTS, steps, rounds_cache=False)
+        else:
+            rounding = tuple(None if linear is None else linear.scheme.activation for linear in readers)
+            self._network.load_tensors(_float_tensors(block))
+            cell = self._cell(None, rounding, steps, rounds_cache=block.cache is not None)
         grids = Tensor(np.array([_grid(linear) for linear in readers], np.float32).T.copy())
-        self._network.load_tensors(_float_tensors(block))
         for rows, states, inputs in self._batches(hidden):
             begun = states if reached is None else Tensor(reached[rows])
             yield rows, cell(states, begun, grids, cache_grid, *inputs.values())
@@ -319,24 +362,29 @@ class BlockRunner:
     def _served_block(self, plan: BlockPlan) -> ServedBlock:
         if plan not in self._served:
             if len(self._served) == _SERVED_BLOCKS:
-                self._served.pop(next(iter(self._served))).release()
+                oldest = next(iter(self._served))
+                for key in [key for key in self._cells if key[0] == oldest]:
+                    self._cells.pop(key).release()
+                self._served.pop(oldest).release()
             self._served[plan] = ServedBlock(self._config, plan, num_blocks=self._blocks, block_size=BLOCK_SIZE)
         return self._served[plan]
 
-    def _cell(self, rounding: Rounding, behind: int, until: int | None, rounds_cache: bool) -> BlockCell:
-        key = (rounding, behind, until, rounds_cache)
+    def _cell(self, plan: BlockPlan | None, rounding: Rounding, steps: Steps, *, rounds_cache: bool) -> BlockCell:
+        """Of the network that serves this plan, or of the float one."""
+        key = (plan, rounding, steps, rounds_cache)
         if key not in self._cells:
-            cell = BlockCell(self._network, rounding, behind, until, self._config.online_hadamard, rounds_cache)
+            network = self._network if plan is None else self._served[plan].network
+            cell = BlockCell(network, rounding, steps, self._config.online_hadamard, rounds_cache)
             cell.set_train(False)
             if runtime.mode() == "graph":
                 attended = self._config.num_attention_heads * self._config.head_dim
-                reached = attended if behind == _ATTENDED else self._config.hidden_size
+                reached = attended if steps[0] == _ATTENDED else self._config.hidden_size
                 cell.set_inputs(
                     Tensor(shape=[None, self._config.hidden_size], dtype=ms.float32),
                     Tensor(shape=[None, reached], dtype=ms.float32),
                     Tensor(shape=[2, len(rounding)], dtype=ms.float32),
                     Tensor(shape=[4, self._config.num_key_value_heads * self._config.head_dim], dtype=ms.float32),
-                    *dynamic_inputs(self._network.backend),
+                    *dynamic_inputs(network.backend),
                 )
             self._cells[key] = cell
         return self._cells[key]
@@ -350,10 +398,13 @@ class BlockRunner:
         return int(np.clip(_LARGEST_TEMPORARY // (4 * widest), 64, 2048))
 
 
-def _weights(input_name: str, output: NDArray[np.float32], needs: Needs) -> NDArray[np.float32] | None:
-    """Of the tokens of one input, from the float block's output [tokens, hidden]."""
-    writes = any(site.writes_stream for site in layout.sites_reading(input_name))
-    return token_weights(output, needs.temper) if needs.temper and writes else None
+def _in_integers(plan: BlockPlan) -> bool:
+    return current_backend().integer_kernels and is_served(plan)
+
+
+def _weights(behind: Reached, needs: Needs) -> Reached:
+    """Of the rows of an input, from the residual stream [tokens, hidden] behind the layer that reads it and writes that."""
+    return token_weights(behind, needs.temper) if needs.temper and behind is not None else None
 
 
 def _first_reading(input_name: str, linears: Mapping[str, QuantizedLinear]) -> QuantizedLinear | None:

@@ -10,8 +10,9 @@ Of a job's ranks each has a share of the data; what they see is merged, so all o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,10 @@ from ms_pangu_quant.job.ranks import ALONE, Ranks
 from ms_pangu_quant.job.share import share_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
+from ms_pangu_quant.recipe.plan import BlockPlan
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.calibration.runner import Way
 
 
 @dataclass(frozen=True)
@@ -40,18 +45,21 @@ class BlockError:
 class NoStream:
     """As Stream, of no data. Statistics that were made elsewhere are handed on."""
 
-    one_by_one = False
+    follows_float = False
 
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
 
-    def observe(self, block: Block, index: int) -> dict[str, InputStats]:
+    def observe(self, block: Block, index: int, plan: BlockPlan) -> dict[str, InputStats]:
         return {}
 
     def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
         return stats.get(input_name)
 
-    def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
+    def pass_by(self, block: RoundedBlock) -> None:
+        return None
+
+    def round_cache(self, settings: Int8Cache, block: RoundedBlock, plan: BlockPlan) -> QuantizedCache | None:
         return None
 
     def advance(self, block: RoundedBlock) -> BlockError:
@@ -62,9 +70,6 @@ class NoStream:
         return {}
 
     def restore(self, states: Mapping[str, NDArray[np.float32]]) -> None:
-        return None
-
-    def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
         return None
 
 
@@ -81,6 +86,7 @@ class Stream:
         runtime.ensure_started()
         from ms_pangu_quant.calibration.runner import BlockRunner, Hidden, Way
 
+        self._way = Way
         self.ranks, self._observed, self._seen, self._index = ranks, observed, seen, 0
         lengths = [len(sequence) for sequence in data.sequences]
         cut = len(lengths) - data.held_out
@@ -95,47 +101,49 @@ class Stream:
         self._runner = BlockRunner(reader.config, own, rows, held_out=held_out)
         self._floats = BlockRunner(reader.config, own, rows, held_out=held_out) if seen else None
         self._measured = data.held_out > 0
-        self._target = self._hidden  # behind the block
-        self._ways = Way(self._runner, self._hidden), Way(self._floats or self._runner, self._hidden)
-
-    @property
-    def one_by_one(self) -> bool:
-        """Whether layers must be rounded one input after another, each seen as those before it make it."""
-        return self._floats is not None
+        self._target = self._hidden  # in front of the block, and from observe or advance on behind it
+        self._ways: tuple[Way, Way] | None = None  # the quantized model's and the float one's through the block
 
     @property
     def _where(self) -> str:
         return f"block {self._index}"
 
-    def observe(self, block: Block, index: int) -> dict[str, InputStats]:
-        """What enters the linear layers of a float block, by input name."""
+    def observe(self, block: Block, index: int, plan: BlockPlan) -> dict[str, InputStats]:
+        """What enters the linear layers of a float block, by input name. plan: of the block when it is rounded."""
         self._index = index
         if self._floats is None:
             stats, output = self._runner.observe(block, self._hidden, self._observed, self._where)
             assert output is not None
             self._target = output
         else:
-            for way, hidden in zip(self._ways, (self._hidden, self._target), strict=True):
-                way.begin(hidden)
-            self._target = self._floats.advance(RoundedBlock(block), self._target)
+            self._ways = self._way(self._runner, self._hidden, plan), self._way(self._floats, self._target)
             if not self._observed.data:
                 return {}
-            stats, _ = self._runner.observe(block, self._hidden, self._observed, self._where, output=False)
+            stats, _ = self._floats.observe(block, self._hidden, self._observed, self._where, output=False)
         return {name: self.ranks.fold(stats.pop(name), InputStats.merge) for name in list(stats)}
 
     def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:
         """What is known of one input when its layers' turn comes. stats are those of observe, as transforms left them;
         each is handed out once and not kept, for a gram may be 1.3 GB."""
-        if self._floats is None or self._seen is None:
+        if self._ways is None or self._seen is None:
             return stats.pop(input_name)
         stats.pop(input_name, None)
-        way, floats = self._ways
-        seen = self._runner.observe_input(input_name, block, way, (floats, self._target), self._seen, self._where)
+        seen = self._runner.observe_input(input_name, block, self._ways, self._seen, self._where)
         return self.ranks.fold(seen, InputStats.merge)
 
-    def round_cache(self, settings: Int8Cache, block: RoundedBlock) -> QuantizedCache | None:
+    @property
+    def follows_float(self) -> bool:
+        """Whether the float model runs beside the quantized one."""
+        return self._floats is not None
+
+    def pass_by(self, block: RoundedBlock) -> None:
+        """To be called while the block still has its float weights: the float model goes behind it."""
+        if self._ways is not None:
+            self._target = self._ways[1].behind(RoundedBlock(block.floats))
+
+    def round_cache(self, settings: Int8Cache, block: RoundedBlock, plan: BlockPlan) -> QuantizedCache | None:
         """The grids of an int8 cache, from the keys and values that the layers, as they are rounded, make."""
-        seen = self._runner.observe_cache(block, self._hidden, settings.needs, self._where)
+        seen = self._runner.observe_cache(block, self._hidden, settings.needs, self._where, plan)
         keys, values = (self.ranks.fold(each, RangeStats.merge) for each in seen)
         return settings.cache(keys, values, block.config.num_key_value_heads)
 
@@ -145,6 +153,7 @@ class Stream:
         It is measured against what the float block makes of the quantized block's input; where the rounding aims at the
         float model, against that model's hidden states: then the error is that of all blocks so far.
         """
+        self._ways = None
         self._hidden = self._runner.advance(block, self._hidden)
         cut = self._hidden.fitted
         fitted, held_out = (
@@ -164,12 +173,6 @@ class Stream:
         self._hidden = replace(self._hidden, states=states["quantized"])
         if self._floats is not None:
             self._target = replace(self._target, states=states["float"])
-
-    def replay(self, reader: CheckpointReader, index: int, read: Callable[[int], RoundedBlock]) -> None:
-        """Go behind a block that an earlier run has rounded; read gives it."""
-        self._hidden = self._runner.advance(read(index), self._hidden)
-        if self._floats is not None:
-            self._target = self._floats.advance(RoundedBlock(reader.block(index)), self._target)
 
 
 BlockStream = Stream | NoStream  # what the loop asks of the calibration data, block after block

@@ -1,8 +1,8 @@
-"""What each rank of a job does of the work on a block: which calibration sequences it sees, which layers it rounds."""
+"""What each rank of a job does of the work on a block: which calibration sequences it sees, which rows it rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ms_pangu_quant.errors import DataError
@@ -26,11 +26,7 @@ def share_of(lengths: Sequence[int], rank: int, size: int, least: int = 1) -> Sh
     return Share(begin, end, sum(lengths[:begin]))
 
 
-def owners(costs: Mapping[str, float], size: int) -> dict[str, int]:
-    """Which rank does each task: the dearest first, always to the rank that has the least to do."""
-    load = [0.0] * size
-    owner = {}
-    for name in sorted(costs, key=lambda name: (-costs[name], name)):
-        owner[name] = load.index(min(load))
-        load[owner[name]] += costs[name]
-    return owner
+def rows_of(rows: int, rank: int, size: int) -> slice:
+    """Which of so many rows of a weight a rank rounds: neighbouring ones, as many for each rank but for one."""
+    begin, end = (rows * number // size for number in (rank, rank + 1))
+    return slice(begin, end)

@@ -56,23 +56,29 @@ class ServedBlock:
     """Blocks of one plan. num_blocks, block_size: of its key/value cache."""
 
     def __init__(self, config: ModelConfig, plan: BlockPlan, *, num_blocks: int, block_size: int) -> None:
-        self._network = build_network(config, Plan((plan,)), num_blocks=num_blocks, block_size=block_size, whole=False)
-        self._layer = _Layer(self._network)
+        self.network = build_network(config, Plan((plan,)), num_blocks=num_blocks, block_size=block_size, whole=False)
+        self._layer = _Layer(self.network)
         self._layer.set_train(False)
         if runtime.mode() == "graph":
             hidden = Tensor(shape=[None, config.hidden_size], dtype=ms.float32)
-            self._layer.set_inputs(hidden, *dynamic_inputs(self._network.backend))
+            self._layer.set_inputs(hidden, *dynamic_inputs(self.network.backend))
 
-    def load(self, rounded: RoundedBlock) -> None:
-        """Copies: MindFormers' loaders keep an array as the parameter, where the kernels then pack it."""
-        tensors = network_tensors(layout.block_prefix(0), rounded)
-        self._network.load_tensors((name, ArraySlice(tensor.array.copy())) for name, tensor in tensors)
+    def load(self, rounded: RoundedBlock, plan: BlockPlan | None = None) -> None:
+        """Copies: MindFormers' loaders keep an array as the parameter, where the kernels then pack it.
+
+        plan  of the block when all its layers are rounded: those that are not yet are left out, and must not be computed.
+        """
+        prefix = layout.block_prefix(0)
+        ahead = {f"{prefix}{site.name}.weight" for site, _ in plan.quantized} if plan else set()
+        ahead -= {f"{prefix}{name}.weight" for name in rounded.linears}
+        tensors = (pair for pair in network_tensors(prefix, rounded) if pair[0] not in ahead)
+        self.network.load_tensors(((name, ArraySlice(tensor.array.copy())) for name, tensor in tensors), partly=bool(ahead))
 
     def release(self) -> None:
         """Give the memory of weights and kernels back; the block is of no use afterwards."""
         _cell_graph_executor.del_net_res(self._layer, self._layer.compile_cache)
         self._layer.compile_cache.clear()
-        self._network.release()
+        self.network.release()
 
     def __call__(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """inputs: of packed_inputs."""

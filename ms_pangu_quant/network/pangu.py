@@ -303,8 +303,8 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         else:
             self.load_tensors(served_tensors(open_checkpoint(Path(weights_path)), self.backend, cache=self.cache))
 
-    def load_tensors(self, tensors: Iterable[tuple[str, Any]]) -> None:
-        """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them.
+    def load_tensors(self, tensors: Iterable[tuple[str, Any]], *, partly: bool = False) -> None:
+        """Load (Hugging Face name, sliceable array) pairs; every parameter must be among them, unless they are only a part.
 
         Raises CheckpointError naming the parameters that were not loaded.
         """
@@ -317,7 +317,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         ]
         if self.config.tie_word_embeddings:  # one parameter under two names
             missing = [name for name in missing if name != "output_layer.weight"]
-        if missing:
+        if missing and not partly:
             raise CheckpointError(f"the network's parameters {', '.join(sorted(missing)[:3])} are not in the checkpoint")
         self.process_weights_after_loading(self.model)
 

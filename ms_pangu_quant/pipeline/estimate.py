@@ -61,10 +61,11 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     streams = 3 * 4 * tokens * reader.config.hidden_size  # hidden states in, out, and the float yardstick
     # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
-    peak += _gram_bytes(reader.config, recipe, weights, tokens)
+    peak += _gram_bytes(reader.config, recipe, tokens)
     blocks = reader.config.num_hidden_layers
-    # Float, and rounded in a quarter of the time where there are integer kernels; with drift both up to the last input too.
-    passes = 3.2 if recipe.seen else 1.3
+    # Float, and rounded in a quarter of the time where there are integer kernels. With drift rounded up to the last input
+    # too, and what transforms want to know of the inputs takes three quarters of a float one.
+    passes = 1.5 + 0.75 * recipe.observed.data if recipe.seen else 1.3
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     if tried:  # one pass, and on each block tried two more for each choice, and what rounding takes
         some, each = min(tokens, TRIED_TOKENS), len(tried) * min(TRIED_BLOCKS, blocks)
@@ -103,17 +104,17 @@ def shortfall(recipe: Recipe, data: TokenData) -> str | None:
     return f"{amount(data)}; the recipe wants {recipe.calibration.said}"
 
 
-def _gram_bytes(config: ModelConfig, recipe: Recipe, weights: int, tokens: int) -> float:
-    """What grams take: float64 ones of all four inputs, or gram and drift of one; a factor; GPTQ's pieces of rows."""
+def _gram_bytes(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
+    """What grams take: those of all four inputs, or gram and drift of one; two factors; GPTQ's pieces of rows."""
     sizes = [layout.site_shape(config, layout.sites_reading(name)[0])[1] for name in layout.INPUT_NAMES]
-    widest = 8 * max(sizes) ** 2
+    widest = 4 * max(sizes) ** 2
     total = 0.0
     if recipe.observed.gram:
-        total += 8 * sum(size**2 for size in sizes)
+        total += 4 * sum(size**2 for size in sizes)
     if recipe.quantizer.needs.gram:
-        total += widest + 3 * 2**27
-    if recipe.seen:  # and a second network and stream for the float model, and what is kept of either's way
-        total += 2.5 * widest + 4 * weights + 4 * 4 * tokens * config.hidden_size
+        total += 2 * widest + 3 * 2**27
+    if recipe.seen:  # and a stream for the float model, and what is kept of either's way
+        total += 2 * widest + 4 * 4 * tokens * config.hidden_size
     return total
 
 
@@ -125,7 +126,7 @@ def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
         inputs = shapes[0][1]
         if recipe.quantizer.needs.gram:
             total += tokens * inputs**2 * (3 if recipe.seen else 1)
-        total += sum(recipe.quantizer.operations(*shape) for shape in shapes)
+        total += recipe.quantizer.operations(sum(outputs for outputs, _ in shapes), inputs)
     return total
 
 

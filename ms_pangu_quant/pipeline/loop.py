@@ -19,7 +19,7 @@ from ms_pangu_quant.calibration.stream import NoStream, Stream
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import mindformers
 from ms_pangu_quant.formats.reader import Format
-from ms_pangu_quant.pipeline.block import round_block, transform_block
+from ms_pangu_quant.pipeline.block import replay_block, round_block, transform_block
 from ms_pangu_quant.pipeline.output import Output, finished
 from ms_pangu_quant.pipeline.prepare import prepare
 from ms_pangu_quant.pipeline.report import SILENT, Progress, QuantizeResult
@@ -55,13 +55,14 @@ def quantize(
         if kept is not None:
             stream.restore(kept)
         for report in written.reports:
-            if kept is None:
-                stream.replay(run.reader, report.index, written.read)
+            if kept is None and data:
+                plan = run.plan.blocks[report.index]
+                replay_block(run.reader, report.index, written.read(report.index), recipe, plan, stream)
             progress.on_block(report)
         for index in range(len(written.reports), len(run.plan.blocks)):
-            block = run.reader.block(index)
-            block, stats = transform_block(block, stream.observe(block, index), recipe, run.plan.blocks[index])
-            rounded = round_block(block, stats, recipe, run.plan.blocks[index], stream)
+            block, plan = run.reader.block(index), run.plan.blocks[index]
+            block, stats = transform_block(block, stream.observe(block, index, plan), recipe, plan)
+            rounded = round_block(block, stats, recipe, plan, stream)
             del block, stats  # as large as all that is still to come
             progress.on_block(written.add(rounded, stream.advance(rounded), stream.states))
         return written.finish()

@@ -27,6 +27,7 @@ from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
+from ms_pangu_quant.recipe.plan import BlockPlan
 from ms_pangu_quant.recipe.scheme import PRESETS
 from tests.conftest import MINI, TIED, calibration, token_data
 from tools.dev import make_checkpoint
@@ -108,10 +109,10 @@ def test_each_input_alone_is_seen_as_all_of_them_together(begun, held_out):
     known = Needs(data=True, gram=True, rows=20, temper=0.5, held_out=7)
     together, target = served.observe(block, hidden, known, "test")
     rows = {name: each.held_out.rows for name, each in together.items()}
-    way, beside = Way(served, hidden), (Way(floats, hidden), target)
+    ways = Way(served, hidden, BlockPlan()), Way(floats, hidden)
     for name, wanted in together.items():
         needs = dataclasses.replace(known, drift=True)
-        alone = served.observe_input(name, RoundedBlock(block), way, beside, needs, "test")
+        alone = served.observe_input(name, RoundedBlock(block), ways, needs, "test")
         assert alone.tokens == wanted.tokens == (18 if held_out else 48)
         np.testing.assert_allclose(alone.gram, wanted.gram, atol=1e-4 * np.abs(wanted.gram).max())
         np.testing.assert_allclose(alone.absmax, wanted.absmax, rtol=1e-4)
@@ -120,13 +121,18 @@ def test_each_input_alone_is_seen_as_all_of_them_together(begun, held_out):
         assert len(rows[name]) == (7 if held_out else 0)
         np.testing.assert_allclose(alone.held_out.rows, rows[name], atol=1e-4 * wanted.absmax.max())
         assert np.abs(alone.held_out_drift.rows).sum() <= 1e-4 * np.abs(rows[name]).sum() + 1e-9
+    reached = ways[1].behind(RoundedBlock(block)).states
+    np.testing.assert_allclose(reached, target.states, atol=1e-5 * np.abs(target.states).max())
 
 
-def test_a_way_gone_on_with_reaches_what_it_does_from_its_beginning(begun):
-    """To the last bit, with the layers in front of each input rounded meanwhile, and where not every input is asked for."""
+@pytest.mark.parametrize("whole", [[site.name for site in layout.SITES], [layout.Q_PROJ.name]], ids=["integers", "floats"])
+def test_a_way_gone_on_with_reaches_what_it_does_from_its_beginning(begun, whole):
+    """To the last bit, with the layers in front of each input rounded meanwhile, and where not every input is asked for;
+    in integers and, of a plan that no network serves, in floats."""
     reader, hidden = begun
     runner, block = BlockRunner(reader.config, hidden.lengths), reader.block(1)
     scheme = PRESETS["w4a8"]
+    plan = BlockPlan(tuple(scheme if site.name in whole else None for site in layout.SITES))
     stages = [{}]
     for name in layout.INPUT_NAMES[:-1]:
         sites = layout.sites_reading(name)
@@ -135,15 +141,13 @@ def test_a_way_gone_on_with_reaches_what_it_does_from_its_beginning(begun):
     inputs = [RoundedBlock(block, linears=linears) for linears in stages]
 
     def gone(way, place):
-        return np.concatenate([x for _, x in way.to(place, inputs[place])])
+        return np.concatenate([x for _, x, _ in way.to(place, inputs[place])])
 
-    wanted = [gone(Way(runner, hidden), place) for place in range(4)]
+    wanted = [gone(Way(runner, hidden, plan), place) for place in range(4)]
     for places in ([0, 1, 2, 3], [1, 3], [2, 3], [0, 2], [0, 3], [1, 2]):
-        way = Way(runner, hidden)
-        for _ in range(2):  # another block's way begins anew
-            for place in places:
-                np.testing.assert_array_equal(gone(way, place), wanted[place])
-            way.begin(hidden)
+        way = Way(runner, hidden, plan)
+        for place in places:
+            np.testing.assert_array_equal(gone(way, place), wanted[place])
 
 
 def test_without_the_output_the_same_inputs_are_seen_and_nothing_behind_them_is_computed(begun):
@@ -151,7 +155,7 @@ def test_without_the_output_the_same_inputs_are_seen_and_nothing_behind_them_is_
     runner, block, needs = BlockRunner(reader.config, hidden.lengths), reader.block(1), Needs(data=True, gram=True, rows=20)
     seen, output = runner.observe(block, hidden, needs, "test", output=False)
     assert output is None
-    assert [until for _, _, until, _ in runner._cells] == [running._INPUTS]
+    assert [steps for _, _, steps, _ in runner._cells] == [(0, running._INPUTS, False)]
     wanted, _ = runner.observe(block, hidden, needs, "test")
     assert list(seen) == list(wanted)
     for one, two in zip(seen.values(), wanted.values(), strict=True):

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from ms_pangu_quant.calibration.runner import BlockRunner
-from ms_pangu_quant.calibration.stream import Stream
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
 from ms_pangu_quant.network import runtime
+from ms_pangu_quant.pipeline import loop
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.pipeline.report import Progress
@@ -89,8 +89,8 @@ def test_a_run_interrupted_after_any_block_resumes_to_the_same_bytes(recipe, qua
         pass
 
     replayed = []
-    replay = Stream.replay
-    monkeypatch.setattr(Stream, "replay", lambda stream, *given: [replayed.append(given[1]), replay(stream, *given)])
+    replay = loop.replay_block
+    monkeypatch.setattr(loop, "replay_block", lambda *given: [replayed.append(given[1]), replay(*given)])
 
     reader, chosen, data = CheckpointReader(MINI), load_recipe(find_recipe(recipe)), calibration(128)
     runtime.start("cpu", "graph")
@@ -180,7 +180,7 @@ def test_both_models_are_advanced_with_one_reading_of_each_block(asked):
 
 def test_the_grids_of_the_cache_are_made_once_for_all_inputs_behind_it(asked):
     blocks, calls = asked
-    assert [where for (*_, where), _ in calls["observe_cache"]] == [f"block {index}" for index in range(blocks)]
+    assert [where for (*_, where, _), _ in calls["observe_cache"]] == [f"block {index}" for index in range(blocks)]
 
 
 def test_an_output_that_nobody_wants_is_not_computed(asked):

@@ -59,7 +59,7 @@ def _token_error_of_block_0(reader, recipe, data):
 
     rewritten, plan = recipe.rewritten(reader), recipe.plan(reader.config).blocks[0]
     stream, block = Stream(rewritten, data, recipe.observed), rewritten.block(0)
-    block, stats = transform_block(block, stream.observe(block, 0), recipe, plan)
+    block, stats = transform_block(block, stream.observe(block, 0, plan), recipe, plan)
     rounded = round_block(block, stats, recipe, plan, stream)
     target = stream._target.states
     stream.advance(rounded)

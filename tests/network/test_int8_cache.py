@@ -111,8 +111,8 @@ def test_what_lies_behind_the_cache_is_calibrated_behind_its_rounding():
 
     def seen(cache):
         rounded, needs = RoundedBlock(block, cache=cache), Needs(data=True, gram=True, drift=True)
-        way, beside = Way(runner, hidden), (Way(floats, hidden), hidden)
-        return runner.observe_input("attention_output", rounded, way, beside, needs, "test").absmax
+        ways = Way(runner, hidden, BlockPlan()), Way(floats, hidden)
+        return runner.observe_input("attention_output", rounded, ways, needs, "test").absmax
 
     assert (seen(QuantizedCache(fine.key, coarse)) == 0).all()
     assert 0 < np.abs(seen(fine) - seen(None)).max() < 0.05 * seen(None).max()

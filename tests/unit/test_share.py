@@ -14,8 +14,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.errors import BackendError, DataError
-from ms_pangu_quant.job.share import owners, share_of
-from ms_pangu_quant.quantizers.gptq import Gptq
+from ms_pangu_quant.job.share import rows_of, share_of
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import PRESETS
 
@@ -70,20 +69,13 @@ def test_statistics_of_the_shares_merge_into_those_of_the_whole(size):
     assert isinstance(merged, InputStats)
 
 
-def test_the_dearest_layers_are_rounded_by_different_ranks():
-    rounding = Gptq()
-    costs = {"down": rounding.operations(4096, 12800), "gate": rounding.operations(12800, 4096)}
-    costs |= {"up": costs["gate"], "o": rounding.operations(4096, 4096)}
-    assert costs["down"] > 5 * costs["gate"] > 5 * costs["o"]
-    assert owners(costs, 2) == {"down": 0, "gate": 1, "up": 1, "o": 1}
-    assert set(owners(costs, 4).values()) == {0, 1, 2, 3}
-    assert set(owners(costs, 1).values()) == {0}
-    assert owners({}, 3) == {}
-
-
-def test_owners_do_not_depend_on_the_order_in_which_layers_are_named():
-    costs = {"a": 3.0, "b": 3.0, "c": 1.0}
-    assert owners(costs, 2) == owners(dict(reversed(costs.items())), 2)
+@pytest.mark.parametrize("rows", [1, 20, 4097])
+@pytest.mark.parametrize("size", [1, 2, 7, 64])
+def test_every_row_is_rounded_by_one_rank_and_none_has_two_more_than_another(rows, size):
+    shares = [rows_of(rows, rank, size) for rank in range(size)]
+    assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
+    counts = [share.stop - share.start for share in shares]
+    assert max(counts) - min(counts) <= 1
 
 
 def config(**changed):
