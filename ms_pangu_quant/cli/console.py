@@ -87,6 +87,14 @@ def progress_bars(*columns: str) -> Progress:
     )
 
 
+def duration(seconds: float) -> str:
+    """As "45 s", "12 min" or "3 h 5 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 def peak_memory() -> str:
     return size(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 

@@ -19,6 +19,7 @@ from ms_pangu_quant.cli.console import (
     Checkpoint,
     Format,
     Verbose,
+    duration,
     err,
     figure,
     out,
@@ -150,7 +151,9 @@ class Shown:
             parts.append(f"error {figure(report.output_error, '.4f')}{held_out}")
         if report.weight_error:
             parts.append(f"weights {max(report.weight_error.values()):.4f}")
-        self._bars.console.print("  ".join([*parts, f"{seconds:.1f} s", peak_memory()]), soft_wrap=True)
+        left = self._blocks - report.index - 1
+        parts += [f"{seconds:.1f} s", peak_memory(), *([f"{duration(left * seconds)} left"] if left else [])]
+        self._bars.console.print("  ".join(parts), soft_wrap=True)
         for site, note in report.notes.items():
             self._bars.console.print(f"  {site}: {note}")
         self._advance("blocks", 1, self._blocks)
@@ -205,6 +208,6 @@ def _print_estimate(found: Estimate) -> None:
         out.print(said, soft_wrap=True, markup=False)
     out.print(
         f"size: {size(found.bytes_before)} -> {size(found.bytes_after)}; peak memory about {size(found.peak_bytes)}; "
-        f"about {found.seconds / 60:.1f} minutes on this machine",
+        f"about {duration(found.seconds)} on this machine",
         soft_wrap=True,
     )
