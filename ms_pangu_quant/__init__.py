@@ -1,6 +1,7 @@
 """Post-training quantization of openPangu-Embedded models in MindSpore.
 
 quantize  a float checkpoint into a directory in W8A8 or W4A8
+calibrate text for that, by the model itself: its own answers to prompts
 evaluate  a checkpoint on benchmarks in its thinking modes: answers, verdicts, scores
 compare   how far two checkpoints' next-token distributions are apart
 observe   the weights of a block and what enters its layers, after any transforms
@@ -17,16 +18,27 @@ from typing import TYPE_CHECKING, Any
 from ms_pangu_quant.errors import PanguQuantError
 
 if TYPE_CHECKING:
-    from ms_pangu_quant.api import EvaluationRequest, Progress, compare, evaluate, observe, quantize
+    from ms_pangu_quant.api import (
+        CalibrationRequest,
+        EvaluationRequest,
+        Progress,
+        calibrate,
+        compare,
+        evaluate,
+        observe,
+        quantize,
+    )
     from ms_pangu_quant.inference.model import load
 
 ASSETS = Path(__file__).parent / "assets"
 
 __all__ = [
     "ASSETS",
+    "CalibrationRequest",
     "EvaluationRequest",
     "PanguQuantError",
     "Progress",
+    "calibrate",
     "compare",
     "evaluate",
     "load",
@@ -41,7 +53,7 @@ def __getattr__(name: str) -> Any:
         from ms_pangu_quant.inference.model import load
 
         return load
-    if name in ("EvaluationRequest", "Progress", "compare", "evaluate", "observe", "quantize"):
+    if name in __all__:
         from ms_pangu_quant import api
 
         return getattr(api, name)

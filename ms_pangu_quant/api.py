@@ -16,6 +16,9 @@ import numpy as np
 
 from ms_pangu_quant.calibration.data import TokenData, load_token_data
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
+from ms_pangu_quant.chats import job as chats
+from ms_pangu_quant.chats.facts import origin_of
+from ms_pangu_quant.chats.job import CalibrationRequest, Chats, calibrate
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_atomically
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnyRecipe",
+    "CalibrationRequest",
+    "Chats",
     "EvaluationRequest",
     "GenerationSettings",
     "Judging",
@@ -56,6 +61,7 @@ __all__ = [
     "ReportRequest",
     "answer",
     "as_recipe",
+    "calibrate",
     "compare",
     "estimate",
     "evaluate",
@@ -70,6 +76,7 @@ __all__ = [
 ]
 
 AnyRecipe = str | Path | Mapping[str, Any] | Recipe
+AUTO = "auto"  # calibration data: the model's own answers
 
 
 def quantize(
@@ -87,12 +94,18 @@ def quantize(
 ) -> QuantizeResult:
     """Quantize a float checkpoint into the new directory `output`, one block in memory at a time.
 
-    calibration  .jsonl, .parquet or dataset directory; the recipe says how much of it is used.
+    calibration  .jsonl, .parquet or dataset directory; the recipe says how much of it is used. "auto": the model's own
+                 answers to the shipped prompts, generated first (calibrate()), as many rows as the recipe wants. They stay
+                 beside `output` as calibration-HASH.jsonl, where other runs of this checkpoint find them.
     sensitivity  for a recipe with a budget: what sensitivity() wrote. Else OUTPUT.sensitivity.json, which is measured first
                  if it is not there.
     stored_as    "mindformers", "ascend" or "compressed-tensors"; docs/formats.md says who reads which.
     Raises       PanguQuantError, as the command does, before anything is written where that is possible.
     """
+    if str(calibration) == AUTO:
+        find_layout(stored_as)
+        check_room(Path(output), resume=resume)
+        calibration = _own_answers(checkpoint, as_recipe(recipe), Path(output), progress)
     request = _request(checkpoint, recipe, calibration, stored_as, allow_benchmark_overlap, progress)
     runtime.job().from_first(lambda: check_room(Path(output), resume=resume))  # it is rank 0 that writes there
     request = _budget_spent(request, sensitivity, Path(output), resume, progress)
@@ -106,6 +119,17 @@ def quantize(
         stored_as=request.stored_as,
         progress=progress,
     )
+
+
+def _own_answers(checkpoint: str | Path, recipe: Recipe, output: Path, progress: Progress) -> Path:
+    """Generated unless they are there."""
+    wanted = recipe.calibration.texts
+    prepared = chats.prepare(CalibrationRequest(checkpoint, samples=wanted), progress.on_bytes)
+    path = output.absolute().with_name(f"calibration-{prepared.digest[:16]}.jsonl")
+    if chats.finished(prepared, path) is None:
+        progress.on_answering(path)
+        chats.answer(prepared, path, resume=True, on_row=lambda: progress.on_answered(1, wanted))
+    return path
 
 
 def estimate(
@@ -146,13 +170,18 @@ def _request(
     reader, chosen = CheckpointReader(Path(checkpoint)), as_recipe(recipe)
     known = find_layout(stored_as)
     data = None
+    if str(calibration) == AUTO:
+        raise RequestError(
+            "--calibration auto: only a run of quantize makes it, and no --dry-run; make it with pangu-quant calibrate "
+            "and give the file"
+        )
     if calibration is not None:
         used = chosen.calibration
         data = read_data(
             calibration, reader.directory, reader.config, used.texts, used.max_length, used.seed,
             tokens=used.all_tokens, allow_benchmark_overlap=allow_benchmark_overlap,
         )  # fmt: skip
-        data = replace(data, held_out=used.held_out_of(len(data.sequences)))
+        data = replace(data, held_out=used.held_out_of(len(data.sequences)), origin=origin_of(Path(calibration)))
     progress.on_open(reader)
     return _Request(reader, chosen, data, known)
 

@@ -59,6 +59,7 @@ class TokenData:
     left       rows of the file that are not used
     where      the file, for messages
     held_out   so many of the last ones are not for statistics: what is fitted to the others is measured on them
+    origin     of a file of a model's own answers, what made it; for the report
     """
 
     sequences: tuple[NDArray[np.int32], ...]
@@ -67,6 +68,7 @@ class TokenData:
     held_out: int = 0
     left: int = 0
     where: str = "calibration data"
+    origin: Mapping[str, Any] | None = None
 
     @property
     def tokens(self) -> int:

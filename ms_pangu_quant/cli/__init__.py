@@ -21,6 +21,7 @@ import typer
 
 from ms_pangu_quant.checkpoint.files import CheckpointNote
 from ms_pangu_quant.cli.bench import bench_command
+from ms_pangu_quant.cli.calibrate import calibrate_command
 from ms_pangu_quant.cli.compare import compare_command
 from ms_pangu_quant.cli.console import err, out
 from ms_pangu_quant.cli.demo import demo_command
@@ -55,6 +56,7 @@ _EXAMPLE = "\n\nExample:\n"
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo_command,
     "doctor": doctor_command,
+    "calibrate": calibrate_command,
     "quantize": quantize_command,
     "sensitivity": sensitivity_command,
     "inspect": inspect_command,

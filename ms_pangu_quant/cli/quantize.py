@@ -48,7 +48,8 @@ def quantize_command(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Calibration data: .jsonl, .parquet or a dataset directory whose rows have text, messages or token_ids."
+            help="Calibration data: .jsonl, .parquet or a dataset directory whose rows have text, messages or token_ids; "
+            "or auto: the model's own answers, generated first and kept beside --output (pangu-quant calibrate)."
         ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in --output.")] = False,
@@ -102,6 +103,8 @@ class Shown:
         self._previous = time.monotonic()
         self.progress = Progress(
             on_open=self._open,
+            on_answering=self._answering,
+            on_answered=self._answered,
             on_shortfall=print_shortfall,
             on_tried=self._tried,
             on_decided=self._decided,
@@ -119,6 +122,12 @@ class Shown:
         if ranks.current().is_first:
             tell_unusable_tokenizer(reader.directory)
         self._blocks, self._bytes = reader.config.num_hidden_layers, reader.bytes
+
+    def _answering(self, path: Path) -> None:
+        err.print(f"calibration: the model's own answers -> {path}", soft_wrap=True, markup=False)
+
+    def _answered(self, count: int, total: int) -> None:
+        self._advance("answers", count, total)
 
     def _tried(self, done: int, total: int) -> None:
         self._advance("trying transforms", 1, total)

@@ -112,7 +112,7 @@ def _candidates(answer: str, entry_point: str, stub: str) -> Iterator[tuple[str,
         for inside in _BEGIN_DONE.finditer(answer):
             yield "begin_done", inside[1] if inside[1] is not None else inside[2]
     yield "plain", answer
-    blocks, cut_block = _blocks(answer)
+    blocks, cut_block = fenced_blocks(answer)
     yield from (("fenced", block) for block in reversed(blocks[-20:]))
     if stub:
         yield from (("fenced_body", _continued(stub, block, entry_point)) for block in reversed(blocks[-3:]))
@@ -178,7 +178,7 @@ def _from_assignments(answer: str, start: int, entry_point: str) -> int:
     return start if entry_point in answer[begin:start] else begin
 
 
-def _blocks(answer: str) -> tuple[list[str], str | None]:
+def fenced_blocks(answer: str) -> tuple[list[str], str | None]:
     """The fenced blocks, and the one that is still open at the end.
 
     What closes a fence is no shorter, and bare or behind a statement.

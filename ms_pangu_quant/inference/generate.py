@@ -32,11 +32,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Completion:
-    """token_ids without what follows the end; the end-of-sequence token is not among them."""
+    """token_ids without what follows the end; the end-of-sequence token, end_id, is not among them."""
 
     token_ids: tuple[int, ...]
     finish_reason: str
     stopped_by: str | None = None
+    end_id: int | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class Scheduler:
     def _completion(self, sequence: _Sequence) -> Completion | None:
         answer = sequence.answer
         if answer[-1] in self._stop_ids:
-            return Completion(tuple(answer[:-1]), "eos")
+            return Completion(tuple(answer[:-1]), "eos", end_id=answer[-1])
         found = self._stop_text(answer)
         if found is not None:
             return Completion(tuple(answer), "stop", found)

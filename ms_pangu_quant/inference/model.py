@@ -37,7 +37,8 @@ class Generation:
     """One answer. thought is None where the model did not think; finish_reason is "eos", "stop" or "length".
 
     thought_closed is False where generation stopped inside the thought; the answer is empty then.
-    thought_tokens counts the tokens of the thought without its markers.
+    thought_tokens counts the tokens of the thought without its markers. end_id is the token behind token_ids that ended the
+    answer, None where something else did.
     """
 
     text: str
@@ -48,6 +49,7 @@ class Generation:
     finish_reason: str
     thought_closed: bool = True
     thought_tokens: int = 0
+    end_id: int | None = None
 
 
 def load(
@@ -283,7 +285,7 @@ class Model:
         ids = completion.token_ids
         tokenizer = self._found_tokenizer()
         if tokenizer is None:
-            return Generation("", None, "", ids, len(request.prompt), completion.finish_reason)
+            return Generation("", None, "", ids, len(request.prompt), completion.finish_reason, end_id=completion.end_id)
         parts = tokenizer.split_thought(ids)
         text, answer = tokenizer.decode(ids), tokenizer.decode(parts.answer, skip_special_tokens=True)
         if completion.stopped_by is not None:
@@ -298,6 +300,7 @@ class Model:
             completion.finish_reason,
             parts.closed,
             len(parts.thought or ()),
+            completion.end_id,
         )
 
 

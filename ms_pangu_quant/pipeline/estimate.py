@@ -88,6 +88,7 @@ def calibration_facts(recipe: Recipe, data: TokenData) -> dict[str, Any]:
         "max_length": recipe.calibration.max_length,
         "wanted": recipe.calibration.texts,
         "shortfall": shortfall(recipe, data),
+        **({} if data.origin is None else {"own_answers": dict(data.origin)}),
     }
 
 

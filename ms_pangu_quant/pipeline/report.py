@@ -56,6 +56,8 @@ class Progress:
     """What is called while a run is under way.
 
     on_open       with the reader of the checkpoint, once recipe and data are read too.
+    on_answering  with the file that the model's own answers go into, where they are the calibration data.
+    on_answered   with how many more of so many rows it has.
     on_shortfall  with what is said of calibration data that is less than the recipe wants.
     on_tried      with how many of so many steps are done of trying transforms.
     on_decided    with what that came to.
@@ -67,6 +69,8 @@ class Progress:
     """
 
     on_open: Callable[[CheckpointReader], None] = _nothing
+    on_answering: Callable[[Path], None] = _nothing
+    on_answered: Callable[[int, int], None] = _nothing
     on_shortfall: Callable[[str], None] = _nothing
     on_tried: Callable[[int, int], None] = _nothing
     on_decided: Callable[[str], None] = _nothing

@@ -2,7 +2,7 @@
 
     errors <- recipe.scheme <- checkpoint, recipe.plan, calibration, transforms, quantizers, formats
            <- mixed.budget <- recipe, pipeline.estimate, mixed.sensitivity <- network, backends
-           <- calibration.stream <- pipeline, inference, mixed.measure <- evaluation <- report <- api <- cli
+           <- calibration.stream <- pipeline, inference, mixed.measure <- evaluation <- chats <- report <- api <- cli
 
 A new module is put on a level in LEVELS; until then the first test names it.
 """
@@ -29,6 +29,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("calibration.runner", "calibration.stream"),
     ("pipeline", "inference", "mixed.measure", "serving"),
     ("evaluation",),
+    ("chats",),
     ("report",),
     ("api",),
     ("cli", "__main__", "job"),

@@ -1,0 +1,1 @@
+"""Calibration text that a checkpoint writes itself: its own answers, thoughts included, to prompts."""
