@@ -56,8 +56,6 @@ def calibrate_command(
 
     Example:
         pangu-quant calibrate openPangu-Embedded-7B --output chats.jsonl
-        pangu-quant quantize openPangu-Embedded-7B --recipe w8a8 \\
-            --calibration chats.jsonl --output pangu-7b-w8a8
     """
     chosen = None if modes is None else [mode.strip() for mode in modes.split(",") if mode.strip()]
     request = CalibrationRequest(

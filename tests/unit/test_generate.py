@@ -67,7 +67,7 @@ def alone(prompt, max_new_tokens, sampling, generator, stop_ids=frozenset(), sto
         answer.append(token)
         text = "".join(LETTERS[token] for token in answer)
         if token in stop_ids:
-            return Completion(tuple(answer[:-1]), "eos")
+            return Completion(tuple(answer[:-1]), "eos", end_id=answer[-1])
         if any(some in text for some in stop):
             return Completion(tuple(answer), "stop", next(some for some in stop if some in text))
         if len(answer) == max_new_tokens:
@@ -269,18 +269,18 @@ def answer(next_logits, most=6, **settings_of_scheduler):
 
 def test_an_answer_ends_for_one_of_three_reasons():
     assert answer(always(1, 2, 3)) == Completion((1, 2, 3, 1, 2, 3), "length")
-    assert answer(always(1, 2, 3), stop_ids={3}) == Completion((1, 2), "eos")
+    assert answer(always(1, 2, 3), stop_ids={3}) == Completion((1, 2), "eos", end_id=3)
     assert answer(always(1, 2, 3), stop=["cd"]) == Completion((1, 2, 3), "stop", "cd")
 
 
 def test_an_end_token_at_once_gives_an_empty_answer():
-    assert answer(always(5), stop_ids={5}) == Completion((), "eos")
+    assert answer(always(5), stop_ids={5}) == Completion((), "eos", end_id=5)
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
 def test_the_end_token_wins_over_the_length_on_the_last_place(most):
     assert answer(always(1, 2, 3), most, stop_ids={3}) == (
-        Completion((1, 2), "eos") if most == 3 else Completion((1, 2, 3)[:most], "length")
+        Completion((1, 2), "eos", end_id=3) if most == 3 else Completion((1, 2, 3)[:most], "length")
     )
 
 
