@@ -30,7 +30,7 @@ import psutil
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
 from ms_pangu_quant.chats.facts import facts_file, facts_of, origin_of
-from ms_pangu_quant.chats.prompts import SHIPPED, Asked, Prompts, Question, load_prompts
+from ms_pangu_quant.chats.prompts import Asked, Prompts, Question, load_prompts, prompts_of
 from ms_pangu_quant.checkpoint.chat import checked_chat
 from ms_pangu_quant.checkpoint.files import json_text, size, write_atomically, write_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
@@ -62,7 +62,8 @@ class CalibrationRequest:
     """Which checkpoint answers what, and how. Raises RequestError for what makes no sense.
 
     checkpoint      float directory.
-    prompts         .jsonl file of prompts (chats/prompts.py); the shipped ones by default.
+    prompts         .jsonl file of prompts (chats/prompts.py). None: the prompts.jsonl in the checkpoint's folder, or the
+                    shipped ones where it has none.
     modes           thinking modes; None: all that the model has.
     samples         rows that are wanted.
     max_new_tokens  tokens an answer may have, its thought included.
@@ -127,7 +128,7 @@ def prepare(request: CalibrationRequest, on_bytes: Callable[[int], None] = lambd
         raise RequestError(f"modes: got none, wanted some of {', '.join(tokenizer.modes)}")
     for mode in modes:
         tokenizer.render_chat([{"role": "user", "content": "?"}], mode=mode)  # refuses what the model does not have
-    prompts = load_prompts(SHIPPED if request.prompts is None else Path(request.prompts))
+    prompts = load_prompts(prompts_of(reader.directory) if request.prompts is None else Path(request.prompts))
     settings = _settings(request, reader.directory)
     fingerprint = {
         "checkpoint": checkpoint_hash(reader, on_bytes),

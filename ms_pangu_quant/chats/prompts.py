@@ -26,6 +26,7 @@ from ms_pangu_quant.checkpoint.messages import read_message
 from ms_pangu_quant.errors import DataError, located
 from ms_pangu_quant.evaluation.samples import read_records
 
+OWN = "prompts.jsonl"  # in a checkpoint's folder, for one that knows a narrow thing only
 SHIPPED = Path(str(files("ms_pangu_quant") / "assets" / "prompts.jsonl"))
 OTHER = "other"  # kind and language of what names none
 _NAMED = 5  # offending lines that a message names
@@ -63,6 +64,12 @@ class Question:
     def stream(self) -> int:
         """Number of its random draws, which nothing else that is asked can change."""
         return int.from_bytes(hashlib.sha256(json.dumps(self.key).encode()).digest()[:8], "big")
+
+
+def prompts_of(directory: Path) -> Path:
+    """What a checkpoint is asked where nobody says."""
+    own = directory / OWN
+    return own if own.exists() else SHIPPED
 
 
 def load_prompts(path: Path) -> Prompts:

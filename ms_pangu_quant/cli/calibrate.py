@@ -29,7 +29,10 @@ def calibrate_command(
     ],
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Lines of prompt (a text) or messages (a chat), kind, language. Default: those of the package."),
+        typer.Option(
+            help="Lines of prompt (a text) or messages (a chat), kind, language. Default: the checkpoint's own "
+            "prompts.jsonl, else those of the package."
+        ),
     ] = None,
     modes: Annotated[
         str | None,

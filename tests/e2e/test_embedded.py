@@ -33,8 +33,9 @@ def test_the_card_names_the_files_that_are_shipped(name):
 
 def test_the_data_are_what_the_generator_makes(tmp_path):
     write_data(tmp_path, 0)
-    for file in tmp_path.iterdir():
-        assert file.read_bytes() == (ASSETS / file.name).read_bytes(), file.name
+    for file in tmp_path.rglob("*.jsonl"):
+        name = file.relative_to(tmp_path)
+        assert file.read_bytes() == (ASSETS / name).read_bytes(), name
 
 
 def evaluated(checkpoint, output, modes=MODES):

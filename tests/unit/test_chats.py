@@ -19,7 +19,7 @@ from ms_pangu_quant.calibration.data import load_token_data
 from ms_pangu_quant.chats import job
 from ms_pangu_quant.chats.facts import facts_of, origin_of, told
 from ms_pangu_quant.chats.job import CalibrationRequest, calibrate, fault, prepare
-from ms_pangu_quant.chats.prompts import SHIPPED, Asked, Prompt, load_prompts
+from ms_pangu_quant.chats.prompts import SHIPPED, Asked, Prompt, load_prompts, prompts_of
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
 from ms_pangu_quant.errors import CheckpointError, DataError, OutputError, PanguQuantError, RequestError
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
@@ -78,7 +78,7 @@ def answering(monkeypatch):
     return use
 
 
-REQUEST = CalibrationRequest(MINI, samples=40, batch_size=2)
+REQUEST = CalibrationRequest(MINI, SHIPPED, samples=40, batch_size=2)
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -101,6 +101,13 @@ def test_the_shipped_prompts_are_three_hundred_of_seven_kinds_in_two_languages_a
     docstrings = {text.partition('"""')[2].partition("\n")[0] for text in held_out}
     assert len(docstrings) > 300
     assert not [text for text in texts for docstring in docstrings if docstring in text]
+
+
+def test_a_checkpoint_is_asked_its_own_prompts_where_its_folder_has_some(tmp_path):
+    assert prompts_of(MINI) == MINI / "prompts.jsonl"
+    assert prompts_of(tmp_path) == SHIPPED
+    assert prepare(CalibrationRequest(MINI)).prompts == load_prompts(MINI / "prompts.jsonl")
+    assert prepare(CalibrationRequest(MINI, SHIPPED)).prompts == load_prompts(SHIPPED)
 
 
 def test_prompts_of_a_benchmark_are_refused_by_line(tmp_path):

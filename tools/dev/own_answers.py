@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Does it pay to calibrate on a model's own answers? The tables of docs/calibration.md.
 
-Each row is a source of calibration text, a recipe and a number of rows, quantized with each draw of that text and compared
-with the float model on the same validation text: the mean KL over the draws, and how far the draws are apart. A draw of
-own answers is `calibrate` with another seed, one of a file is the recipe's `calibration.seed`. Rows are never cut short by
-the recipe's limit of tokens, which is lifted.
+A row is a recipe, a number of rows and a source of them, quantized with each draw and compared with the float model on the
+same texts: the mean KL over the draws, its standard error on one of them, and how far the draws are apart. A draw of own
+answers is `calibrate` with another seed, one of a file is the recipe's `calibration.seed`. The recipe's limit of tokens is
+lifted, but for the real model's plain text, which is cut to as many tokens as the own answers have.
 
-The embedded checkpoints' validation text is validation.jsonl, 120 chats. The real model (tools/real/checkpoint.py) has
-two: Python's standard library, and answers of its own to prompts that calibration did not use.
+KL is measured on two texts: one that others wrote, which own answers are not like, and own answers to prompts that
+calibration did not use, which is what the model says when it is served.
 
-Records are appended to WORK/records.jsonl; a run that was stopped goes on.
+Records are appended to WORK/MODEL/records.jsonl; a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -28,74 +28,100 @@ import numpy as np
 import yaml
 
 from ms_pangu_quant import ASSETS, CalibrationRequest, calibrate, compare, quantize
-from ms_pangu_quant.errors import PanguQuantError
-from ms_pangu_quant.evaluation.samples import Journal, read_records, write_pieces
+from ms_pangu_quant.chats.prompts import SHIPPED
+from ms_pangu_quant.errors import PanguQuantError, RequestError
+from ms_pangu_quant.evaluation.samples import Journal, read_records, write_records
 from ms_pangu_quant.job.arguments import Parser
 from ms_pangu_quant.recipe.parse import find_recipe
 from tools.peers.compare import markdown, number
 from tools.peers.measure import ROOT
 
-OWN, PLAIN = "own answers", "plain"
+PLAIN, OWN, GENERAL = "text of others", "own answers", "own answers, the package's prompts"
+MAX_LENGTH = 512
 
 
 @dataclass(frozen=True)
 class Model:
-    """cases: (recipe, rows, draws). plain is the file that own answers are held against; texts name -> (file, rows)."""
+    """plain     file of text that others wrote.
+    cases        (recipe, rows, draws); sources are those of them that are measured.
+    texts        another such file to measure on, and how many of its rows; as many own answers.
+    asked        of calibrate.
+    """
 
     name: str
     checkpoint: Path
     plain: Path
     cases: Sequence[tuple[str, int, int]]
-    texts: Mapping[str, tuple[Path, int]]
-    own: Mapping[str, Any]
-    kept_back: int = 0
+    sources: Sequence[str]
+    texts: tuple[Path, int]
+    asked: Mapping[str, Any]
+
+    @property
+    def is_embedded(self) -> bool:
+        return self.checkpoint.parent == ASSETS
 
 
-def models(work: Path, real: Path | None) -> list[Model]:
-    validation = {"KL": (ASSETS / "validation.jsonl", 120)}
-    plain = ASSETS / "calibration.jsonl"
-    sizes = [(recipe, rows, 3) for rows in (128, 32, 224, 64) for recipe in ("w4a8", "w8a8")]  # what matters most first
+def models(real: Path | None) -> list[Model]:
+    plain, texts, sources = ASSETS / "calibration.jsonl", (ASSETS / "validation.jsonl", 120), (PLAIN, OWN, GENERAL)
+    both = ("w4a8", "w8a8")
     found = [
-        Model("openpangu-mini", ASSETS / "openpangu-mini", plain, sizes, validation, {"samples": 224}),
+        Model(
+            "openpangu-mini",
+            ASSETS / "openpangu-mini",
+            plain,
+            [(recipe, rows, 3) for rows in (128, 32, 64, 224) for recipe in both],  # what matters most first
+            sources,
+            texts,
+            {"samples": 224},
+        ),
         Model(
             "openpangu-mini-tied",
             ASSETS / "openpangu-mini-tied",
             plain,
-            [("w8a8", 128, 3), ("w4a8", 128, 3)],
-            validation,
-            {"samples": 224},
+            [(recipe, 128, 1) for recipe in both],
+            sources,
+            texts,
+            {"samples": 128},
         ),
     ]
     if real is not None:
-        kept = work / "smollm2" / "kept_back.jsonl"
-        texts = {"KL, standard library": (real / "validation.jsonl", 24), "KL, own answers": (kept, 24)}
         found.append(
             Model(
                 "smollm2",
                 real / "smollm2",
                 real / "calibration.jsonl",
-                [("w8a8", 48, 1), ("w4a8", 48, 1)],
-                texts,
-                {"samples": 78, "max_new_tokens": 512},
-                kept_back=24,
+                [(recipe, 32, 1) for recipe in both],
+                (OWN, PLAIN),
+                (real / "validation.jsonl", 16),
+                {"samples": 48, "max_new_tokens": 256},
             )
         )
     return found
 
 
-def own_answers(model: Model, seed: int, work: Path) -> Path:
-    """Made if they are not there; the last `kept_back` rows apart, of which none has a prompt of the others."""
-    made = calibrate(CalibrationRequest(model.checkpoint, seed=seed, **model.own), work / f"own_{seed}.jsonl", resume=True)
-    if not model.kept_back:
-        return made.output
-    lines = made.output.read_bytes().splitlines(keepends=True)
-    used, kept = lines[: -model.kept_back], lines[-model.kept_back :]
-    prompts = [{json.loads(line)["prompt"] for line in part} for part in (used, kept)]
-    if prompts[0] & prompts[1]:
-        raise PanguQuantError(f"{made.output}: a prompt is in both parts; ask for fewer samples")
-    write_pieces(work / "kept_back.jsonl", kept)
-    write_pieces(work / f"used_{seed}.jsonl", used)
-    return work / f"used_{seed}.jsonl"
+def own_answers(model: Model, source: str, seed: int, folder: Path) -> tuple[Path, Path]:
+    """(to calibrate on, to measure on), made if they are not there; no prompt is in both.
+
+    The embedded checkpoints are measured on answers to validation.jsonl's prompts, the others on their last rows.
+    """
+    if not model.is_embedded:
+        path = folder / f"own_{seed}.jsonl"
+        made = calibrate(CalibrationRequest(model.checkpoint, seed=seed, **model.asked), path, resume=True)
+        rows = [row for _, row in read_records(made.output)]
+        used, kept = rows[: -model.texts[1]], rows[-model.texts[1] :]
+        if {row["prompt"] for row in used} & {row["prompt"] for row in kept}:
+            raise RequestError(f"{made.output}: a prompt is in both parts; ask for fewer samples")
+        write_records(folder / f"used_{seed}.jsonl", used)
+        write_records(folder / "kept_back.jsonl", kept)
+        return folder / f"used_{seed}.jsonl", folder / "kept_back.jsonl"
+    prompts, name = (SHIPPED, "general") if source == GENERAL else (None, "own")
+    request = CalibrationRequest(model.checkpoint, prompts, seed=seed, **model.asked)
+    used_path = calibrate(request, folder / f"{name}_{seed}.jsonl", resume=True).output
+    texts, rows_wanted = model.texts
+    asked = [row["messages"][1]["content"].partition(" /")[0] for _, row in read_records(texts)][:rows_wanted]
+    write_records(folder / "validation_prompts.jsonl", ({"prompt": each} for each in asked))
+    request = CalibrationRequest(model.checkpoint, folder / "validation_prompts.jsonl", samples=rows_wanted, seed=99)
+    return used_path, calibrate(request, folder / "validation_answers.jsonl", resume=True).output
 
 
 def measure(model: Model, work: Path, said: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -105,52 +131,53 @@ def measure(model: Model, work: Path, said: Callable[[str], None]) -> list[dict[
     with Journal(path) as journal:
         known = {tuple(record["key"]): record for _, record in read_records(path)}
         for recipe, rows, draws in model.cases:
-            for source in (PLAIN, OWN):
+            for source in model.sources:
                 for draw in range(draws):
                     key = (source, recipe, rows, draw)
                     if key not in known:
                         said(f"{model.name}: {', '.join(map(str, key))}")
-                        known[key] = {"key": key, **_measured(model, folder, source, recipe, rows, draw)}
+                        same = known.get((OWN, recipe, rows, draw), {}).get("tokens")
+                        known[key] = {"key": key, **_measured(model, folder, key, None if model.is_embedded else same)}
                         journal.append(known[key])
     return list(known.values())
 
 
-def _measured(model: Model, folder: Path, source: str, recipe: str, rows: int, draw: int) -> dict[str, Any]:
-    file = own_answers(model, draw, folder) if source == OWN else model.plain
-    if model.kept_back:
-        own_answers(model, 0, folder)  # also what is measured on
+def _measured(model: Model, folder: Path, key: tuple[str, str, int, int], tokens: int | None) -> dict[str, Any]:
+    """tokens  that plain text may have at most."""
+    source, recipe, rows, draw = key
+    own, answers = own_answers(model, source, 0 if source == PLAIN else draw, folder)
     content = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
     samples = round(rows / 1.125)  # one in nine is held out
-    content["calibration"] = {"samples": samples, "max_length": 512, "seed": draw}
+    content["calibration"] = {"samples": samples, "max_length": MAX_LENGTH, "seed": draw}
+    if source == PLAIN and tokens is not None:
+        content["calibration"]["tokens"] = round(tokens / 1.125)
     output = folder / "quantized"
     shutil.rmtree(output, ignore_errors=True)
-    quantize(model.checkpoint, content, output, calibration=file)
+    quantize(model.checkpoint, content, output, calibration=model.plain if source == PLAIN else own)
     used = json.loads((output / "quantization_report.json").read_text())["calibration"]
-    found = {}
-    for name, (texts, limit) in model.texts.items():
-        compared = compare(model.checkpoint, output, texts, limit=limit, max_length=512)
-        found[name] = {"kl": compared.kl_mean, "se": compared.kl_se}
+    kl = []
+    for texts in (model.texts[0], answers):
+        found = compare(model.checkpoint, output, texts, limit=model.texts[1], max_length=MAX_LENGTH)
+        kl.append((found.kl_mean, found.kl_se))
     shutil.rmtree(output)
-    return {"tokens": used["tokens"], "rows": used["sequences"], "kl": found}
+    return {"tokens": used["tokens"], "rows": used["sequences"], "kl": kl}
 
 
 def table(model: Model, records: Sequence[Mapping[str, Any]]) -> str:
-    titles = ["recipe", "rows", "text", "tokens"]
-    for name in model.texts:
-        titles += [name, "s.e.", "draws"]
-    lines = [titles, ["---", "---:", "---", *["---:"] * (len(titles) - 3)]]
-    for recipe, rows, _ in sorted(model.cases):
-        for source in (PLAIN, OWN):
+    titles = ["recipe", "rows", "calibrated on", "tokens"]
+    titles += ["KL, text of others", "s.e.", "draws", "KL, own answers", "s.e.", "draws"]
+    lines = [titles, ["---", "---:", "---", *["---:"] * 7]]
+    for recipe, rows, _ in sorted(model.cases, key=lambda case: (case[0], case[1])):
+        for source in (PLAIN, OWN, GENERAL):
             mine = [record for record in records if tuple(record["key"][:3]) == (source, recipe, rows)]
-            if not mine:
-                continue
-            cells = [f"`{recipe}`", str(rows), source, f"{np.mean([record['tokens'] for record in mine]):,.0f}"]
-            for name in model.texts:
-                kls = [record["kl"][name]["kl"] for record in mine]
-                spread = f"{number(min(kls))} to {number(max(kls))}" if len(kls) > 1 else "one"
-                error = np.mean([record["kl"][name]["se"] for record in mine])
-                cells += [number(float(np.mean(kls))), number(float(error), 1), spread]
-            lines.append(cells)
+            if mine:
+                tokens = np.mean([record["tokens"] for record in mine])
+                cells = [f"`{recipe}`", str(rows), source, f"{tokens:,.0f}"]
+                for index in range(2):
+                    kls, errors = ([record["kl"][index][figure] for record in mine] for figure in range(2))
+                    spread = f"{number(min(kls))} to {number(max(kls))}" if len(kls) > 1 else "one"
+                    cells += [number(float(np.mean(kls))), number(float(np.mean(errors)), 1), spread]
+                lines.append(cells)
     return markdown(lines)
 
 
@@ -159,14 +186,16 @@ def tell(step: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = Parser(description=__doc__, example="python tools/dev/own_answers.py --work own --only openpangu-mini")
-    parser.add_argument("--work", type=Path, default=ROOT / "accuracy_output" / "own_answers", help="folder of records")
+    parser = Parser(description=__doc__, example="python tools/dev/own_answers.py --only openpangu-mini")
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "accuracy_output" / "own_answers", help="folder of texts and records"
+    )
     parser.add_argument("--real", type=Path, help="folder that tools/real/checkpoint.py made; without it no real model")
     parser.add_argument("--as-is", action="store_true", help="tables of what has been measured so far, measure nothing")
     parser.add_argument("--only", nargs="+", help="these models alone")
     chosen = parser.parse_args(arguments)
     try:
-        for model in models(chosen.work, chosen.real):
+        for model in models(chosen.real):
             if not chosen.only or model.name in chosen.only:
                 path = chosen.work / model.name / "records.jsonl"
                 records = (

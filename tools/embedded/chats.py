@@ -33,6 +33,14 @@ def answer(function: Function, mode: str) -> str:
     return f"[unused16]{thought}[unused17]{code}" if thinks else code
 
 
+def asked(rng: random.Random, split: str) -> dict[str, Any]:
+    """A row of prompts: what a chat's user says, in no mode yet."""
+    function = draw(rng, split)
+    request = rng.choice(_REQUESTS)
+    language = "en" if request.isascii() else "zh"
+    return {"kind": "write", "language": language, "prompt": question(function.prompt, "slow_think", request)}
+
+
 def chat(rng: random.Random, split: str) -> dict[str, Any]:
     """A row of the embedded data files: messages, mode, and the text with its control symbols, bos not included."""
     function = draw(rng, split)
