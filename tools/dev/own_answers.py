@@ -130,16 +130,23 @@ def measure(model: Model, work: Path, said: Callable[[str], None]) -> list[dict[
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
         known = {tuple(record["key"]): record for _, record in read_records(path)}
-        for recipe, rows, draws in model.cases:
+        for recipe, rows, draw in _in_turn(model.cases):
             for source in model.sources:
-                for draw in range(draws):
-                    key = (source, recipe, rows, draw)
-                    if key not in known:
-                        said(f"{model.name}: {', '.join(map(str, key))}")
-                        same = known.get((OWN, recipe, rows, draw), {}).get("tokens")
-                        known[key] = {"key": key, **_measured(model, folder, key, None if model.is_embedded else same)}
-                        journal.append(known[key])
+                key = (source, recipe, rows, draw)
+                if key not in known:
+                    said(f"{model.name}: {', '.join(map(str, key))}")
+                    same = known.get((OWN, recipe, rows, draw), {}).get("tokens")
+                    known[key] = {"key": key, **_measured(model, folder, key, None if model.is_embedded else same)}
+                    journal.append(known[key])
     return list(known.values())
+
+
+def _in_turn(cases: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
+    """(recipe, rows, draw): of each number of rows the first draws first, so that a run that is stopped has some of all."""
+    sizes = dict.fromkeys(rows for _, rows, _ in cases)
+    found = [(rows, draw, recipe) for recipe, rows, draws in cases for draw in range(draws)]
+    order = sorted(found, key=lambda case: (list(sizes).index(case[0]), case[1]))
+    return [(recipe, rows, draw) for rows, draw, recipe in order]
 
 
 def _measured(model: Model, folder: Path, key: tuple[str, str, int, int], tokens: int | None) -> dict[str, Any]:
