@@ -5,8 +5,8 @@ it finds likely (LLM-QAT, arXiv:2305.17888). A row holds the ids that were gener
 the end, because text that is encoded again may have others; beside them stand the messages, to be read.
 
 Answers are drawn with the checkpoint's own temperature, top-p and top-k. Dropped are those that loop, whose thought does
-not end, that say nothing, or that hold a benchmark's problem; each is replaced by another prompt's, TRIES times at most. An
-answer that is cut behind its thought is kept: what is too long for a row is cut in any case.
+not end, that say nothing, or that hold a benchmark's problem; each is replaced by another prompt's, TRIES prompts in all.
+An answer that is cut behind its thought is kept: what is too long for a row is cut in any case.
 
 One process answers, a group of questions after the other, and journals each answer. A float network's last bits depend on
 what else is in its batch, and after enough drawn tokens so does the answer: a run that was killed asks the whole group that
@@ -45,11 +45,13 @@ from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.prepare import checkpoint_hash
+from ms_pangu_quant.recipe.recipe import CalibrationSettings
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.model import Generation, Model
 
-SAMPLES, MAX_NEW_TOKENS = 256, 2048
+SAMPLES = CalibrationSettings().texts  # as many as the shipped recipes read
+MAX_NEW_TOKENS = 2048
 TRIES = 3  # prompts that a row's place is offered
 DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # of a checkpoint that names none: the distribution as it is
 GROUP = 4  # batches: the fewer, the less is asked again, and the more places in a batch stay empty at a group's end
