@@ -1,14 +1,15 @@
 """What a device could take for a prefill or a decode step: a prediction from its limits, not a measurement.
 
 Every operator of the graph that MindFormers builds (network/graph.py lists them) takes the longest of three times: its
-arithmetic at an attainable share of the peak, its memory traffic at an attainable share of the bandwidth, and a floor for
-launching it. Operators follow one another. Communication between devices is not modelled.
+arithmetic at an attainable share of the peak, its memory traffic at an attainable share of the bandwidth, and a floor.
+Operators follow one another. Their sum, or the launches where these take longer, follows what the host does between two
+steps. Communication between devices is not modelled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 
 _WEIGHT_BYTES = {"float16": 2.0, "w8a8": 1.0, "w8a8_static": 1.0, "w4a8": 0.5, "w4a16": 0.5}
 PRECISIONS = tuple(_WEIGHT_BYTES)
+_MAY_BE_NONE = ("host_ms", "layer_launch_ms")
 _PACKAGE = Path(__file__).parent.parent
 _FOLDERS = (_PACKAGE / "configs" / "devices", _PACKAGE.parent / "configs" / "devices")
 
@@ -33,6 +35,8 @@ class Device:
     cache_mib, cache_speedup   activations that fit in the cache move so many times as fast; weights never do.
     *_efficiency               the share of a limit that is reached.
     operator_us                the shortest an operator can take, microseconds.
+    host_ms                    of a step in which the device waits for the host: it schedules, draws, sends the token.
+    layer_launch_ms            until the host has issued a decoder layer; it runs ahead of a device that takes longer.
     """
 
     fp16_tflops: float
@@ -45,11 +49,15 @@ class Device:
     attention_efficiency: float
     bandwidth_efficiency: float
     operator_us: float
+    host_ms: float
+    layer_launch_ms: float
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-                raise RequestError(f"device: {name} is {value!r}, wanted a positive number")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < float("inf")
+            if not number or (value == 0 and name not in _MAY_BE_NONE):
+                wanted = "a number of at least 0" if name in _MAY_BE_NONE else "a positive number"
+                raise RequestError(f"device: {name} is {value!r}, wanted {wanted}")
             if name.endswith("efficiency") and value > 1:
                 raise RequestError(f"device: {name} is {value}, wanted a share of at most 1")
 
@@ -63,6 +71,9 @@ class Device:
         nbytes = operator.weights + operator.nbytes / (self.cache_speedup if cached else 1)
         traffic = nbytes / (self.bandwidth_gbytes * 1e9 * self.bandwidth_efficiency)
         return max(operator.operations / (arithmetic * 1e12), traffic, self.operator_us * 1e-6)
+
+    def step_seconds(self, operators: Iterable[Operator], layers: int) -> float:
+        return 1e-3 * self.host_ms + max(1e-3 * self.layer_launch_ms * layers, sum(map(self.seconds, operators)))
 
 
 @dataclass(frozen=True)
@@ -101,13 +112,15 @@ def prefill_seconds(device: Device, config: ModelConfig, precision: str, batch_s
     """Until the first token of each of batch_size prompts of prompt_len tokens."""
     tokens = batch_size * prompt_len
     pairs = batch_size * prompt_len * (prompt_len + 1) / 2
-    return sum(map(device.seconds, _operators(config, precision, tokens, batch_size, pairs, cached=0.0)))
+    operators = _operators(config, precision, tokens, batch_size, pairs, cached=0.0)
+    return device.step_seconds(operators, config.num_hidden_layers)
 
 
 def decode_seconds(device: Device, config: ModelConfig, precision: str, batch_size: int, context: int) -> float:
     """One step that gives batch_size sequences, each with `context` tokens in the cache, their next token."""
     pairs = float(batch_size * context)
-    return sum(map(device.seconds, _operators(config, precision, batch_size, batch_size, pairs, cached=pairs)))
+    operators = _operators(config, precision, batch_size, batch_size, pairs, cached=pairs)
+    return device.step_seconds(operators, config.num_hidden_layers)
 
 
 def memory_bytes(config: ModelConfig, precision: str, tokens: int) -> float:

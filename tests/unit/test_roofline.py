@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
@@ -15,9 +16,10 @@ from ms_pangu_quant.report.roofline import (
     memory_bytes,
     prefill_seconds,
 )
+from tools.ascend import fit_host
 
 FIELDS = {field.name for field in dataclasses.fields(Device)}
-UNIT = Device(**{**dict.fromkeys(FIELDS, 1.0), "operator_us": 1e-9, "cache_mib": 1e-9})
+UNIT = Device(**{**dict.fromkeys(FIELDS, 1.0), "operator_us": 1e-9, "cache_mib": 1e-9, "host_ms": 0, "layer_launch_ms": 0})
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,19 @@ def test_activations_that_fit_in_the_cache_move_faster_and_weights_do_not():
     assert device.seconds(Operator("add", 2e9, weights=1e9)) == pytest.approx(3.0)
 
 
+def test_a_step_is_the_hosts_time_and_then_the_launches_or_the_device_whichever_takes_longer():
+    device = dataclasses.replace(UNIT, host_ms=1000.0, layer_launch_ms=2000.0)
+    matmuls = [Operator("matmul", 0, 3e12)] * 2
+    assert device.step_seconds(matmuls, layers=2) == pytest.approx(1 + 6)
+    assert device.step_seconds(matmuls, layers=4) == pytest.approx(1 + 8)
+    assert UNIT.step_seconds(matmuls, layers=4) == pytest.approx(6)
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_device_twice_as_fast_in_everything_takes_half_as_long(precision, device, model):
-    limits = ("fp16_tflops", "int8_tops", "bandwidth_gbytes")
-    faster = dataclasses.replace(
-        device, **{name: 2 * getattr(device, name) for name in limits}, operator_us=device.operator_us / 2
-    )
+    limits, times = ("fp16_tflops", "int8_tops", "bandwidth_gbytes"), ("operator_us", "host_ms", "layer_launch_ms")
+    changed = {name: 2 * getattr(device, name) for name in limits} | {name: getattr(device, name) / 2 for name in times}
+    faster = dataclasses.replace(device, **changed)
     for seconds in (prefill_seconds, decode_seconds):
         assert seconds(faster, model, precision, 4, 512) == pytest.approx(seconds(device, model, precision, 4, 512) / 2)
 
@@ -111,8 +120,34 @@ def test_a_wrong_device_file_is_named(text, message, tmp_path):
         load_device(str(tmp_path / "device.yaml"))
 
 
-def test_every_parameter_of_the_shipped_device_says_where_it_is_from(root):
-    import yaml
-
-    raw = yaml.safe_load((root / "configs/devices/atlas_a2.yaml").read_text())
+@pytest.mark.parametrize("name", ["atlas_a2", "ascend_910b2"])
+def test_every_parameter_of_a_shipped_device_says_where_it_is_from(name, root):
+    raw = yaml.safe_load((root / f"configs/devices/{name}.yaml").read_text())
     assert set(raw["notes"]) == set(raw["parameters"])
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return fit_host.read_rows(fit_host.DEVICE, load_device("ascend_910b2"))
+
+
+def test_the_hosts_constants_are_the_fit_of_the_measured_rows(measured):
+    best = min(fit_host.fit(measured), key=lambda found: found.rms)
+    device = load_device("ascend_910b2")
+    assert best.form == "host + max(launch * layers, device)"
+    assert (device.host_ms, device.layer_launch_ms) == pytest.approx((best.host, best.launch), abs=1e-9)
+
+
+def test_a_fit_finds_the_constants_its_rows_were_made_with():
+    rows = [fit_host.Row("m", "p", layers, 2 * (5.0 + max(0.2 * layers, device),), device) for layers, device in
+            ((20, 1.0), (20, 3.0), (30, 9.0), (40, 12.0))]  # fmt: skip
+    found = fit_host.fit(rows)[-1]
+    assert (found.host, found.launch, found.rms) == pytest.approx((5.0, 0.2, 0.0), abs=1e-9)
+
+
+def test_what_is_predicted_for_the_measured_rows_is_near_what_was_measured(measured, model):
+    device = load_device("ascend_910b2")
+    for row in measured:
+        step = device.host_ms + max(device.layer_launch_ms * row.layers, row.device)
+        assert row.milliseconds[0] - 0.3 <= step <= row.milliseconds[1] + 0.3
+    assert 1e3 * decode_seconds(device, model, "w8a8", 1, 256) == pytest.approx(19.75, abs=0.05)
