@@ -57,7 +57,7 @@ def encode(block: Block, site: layout.LinearSite, linear: QuantizedLinear) -> di
     """Tensors to store, keys without the layer's name."""
     codes, scale = linear.weight.codes, linear.weight.scale
     if linear.scheme.weight.bits == 4:
-        return _encode_int4(site, linear.weight)
+        return _encode_int4(site, linear)
     if linear.scheme.activation.dynamic:
         return {"weight": codes, "weight_scale": scale, "weight_offset": np.zeros_like(scale)}
     if linear.input_scale is None:
@@ -126,14 +126,15 @@ def deq_values(site: layout.LinearSite, stored: NDArray[Any]) -> NDArray[np.floa
     return stored.astype(np.int32).view(np.float32)
 
 
-def _encode_int4(site: layout.LinearSite, weight: QuantizedWeight) -> dict[str, NDArray[Any]]:
+def _encode_int4(site: layout.LinearSite, linear: QuantizedLinear) -> dict[str, NDArray[Any]]:
+    weight = linear.weight
     packed = np.ascontiguousarray(packing.pack_along_out(weight.codes).T)
-    per_channel, second = _split(weight.scale)
-    tensors: dict[str, NDArray[Any]] = {"weight": packed, "weight_scale": per_channel}
-    tensors["weight_offset"] = np.zeros_like(per_channel)
-    if second is not None:
+    tensors: dict[str, NDArray[Any]] = {"weight": packed, "weight_scale": weight.scale}
+    if linear.scheme.group_size:  # one group as well: readers go by the description's group_size
+        tensors["weight_scale"], second = _split(weight.scale)
         tensors["weight_scale_second"] = second
         tensors["weight_offset_second"] = np.zeros(second.shape, np.int64)
+    tensors["weight_offset"] = np.zeros_like(tensors["weight_scale"])
     tensors["scale_bias"] = scale_bias(site, weight)
     return tensors
 
@@ -171,10 +172,8 @@ def scale_bias(site: layout.LinearSite, weight: QuantizedWeight) -> NDArray[np.f
     return (8 * total).astype(np.float32)
 
 
-def _split(scale: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    """scale [out, groups] -> ([out, 1], [out, groups]) whose product is exactly it; (scale, None) for one group."""
-    if scale.shape[1] == 1:
-        return scale, None
+def _split(scale: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """scale [out, groups] -> ([out, 1], [out, groups]) whose product is exactly it."""
     _, exponent = np.frexp(scale.max(axis=1, keepdims=True))
     power = np.ldexp(np.float32(1), exponent).astype(np.float32)
     return power, scale / power

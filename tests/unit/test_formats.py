@@ -3,6 +3,7 @@
 The goldens are those programs' own files (tools/goldens/formats.py).
 """
 
+import dataclasses
 import hashlib
 import json
 
@@ -102,6 +103,17 @@ def test_a_layer_makes_the_round_trip_bit_for_bit_and_is_what_was_promised(name,
         if not specs[key].optional and key != "weight_scale":
             assert value.nbytes == specs[key].nbytes(bfloat16_values=bfloat16)
     assert same(FORMATS[name].decode(where, site, made.scheme, stored), made)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layer_of_one_group_is_stored_as_one_that_has_groups(name):
+    """As its description says: a layer may have no more inputs than a group."""
+    made = linear(INT4, O_PROJ)
+    made = dataclasses.replace(made, scheme=made.scheme.grouped(made.weight.codes.shape[1]))
+    stored = FORMATS[name].encode(block(), O_PROJ, made)
+    specs = FORMATS[name].specs(block().config, O_PROJ, made.scheme)
+    assert {key for key, spec in specs.items() if not spec.optional} <= stored.keys() <= specs.keys()
+    assert same(FORMATS[name].decode(block(), O_PROJ, made.scheme, stored), made)
 
 
 def bfloat16s(low, high):
