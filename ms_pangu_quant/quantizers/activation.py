@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import RecipeError
-from ms_pangu_quant.quantizers.grid import round_down_to_bfloat16
+from ms_pangu_quant.quantizers.grid import as_divisor, round_down_to_bfloat16
 from ms_pangu_quant.recipe.scheme import TensorScheme
 from ms_pangu_quant.recipe.settings import check_types
 
@@ -39,14 +39,18 @@ class ActivationRange:
         return Needs(data=True, rows=0 if self.method == "absmax" else 512)
 
     def factor(self, stats: InputStats, scheme: TensorScheme) -> float:
-        """What x is multiplied by before it is rounded: a bfloat16 value, rounded down so that the range fits the codes.
+        """What x is multiplied by before it is rounded: a bfloat16 value, rounded down so that the range fits the codes,
+        and one that is the same for a program that holds the step in bfloat16 instead (grid.as_divisor).
 
         1 for an input that was never active.
         """
         largest = self._largest(stats, scheme)
         if largest < 1e-30:  # its factor would overflow
             return 1.0
-        return float(round_down_to_bfloat16(np.array([scheme.divisor / largest], np.float32))[0])
+        factor = round_down_to_bfloat16(np.array([scheme.divisor / largest], np.float32))
+        if as_divisor(factor) != factor:  # then the next one below is
+            factor = round_down_to_bfloat16(np.nextafter(factor, np.float32(0)))
+        return float(factor[0])
 
     def _largest(self, stats: InputStats, scheme: TensorScheme) -> float:
         absmax = float(stats.absmax.max())

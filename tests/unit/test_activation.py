@@ -6,7 +6,7 @@ import pytest
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.activation import ActivationRange
-from ms_pangu_quant.quantizers.grid import is_bfloat16
+from ms_pangu_quant.quantizers.grid import as_divisor, is_bfloat16
 from ms_pangu_quant.recipe.scheme import PRESETS
 
 SCHEME = PRESETS["w8a8_static"].activation
@@ -31,6 +31,19 @@ def test_the_percentile_is_that_of_all_values():
     x = np.arange(1, 1001, dtype=np.float32).reshape(100, 10)
     factor = ActivationRange("percentile", 90).factor(observed(x), SCHEME)
     assert 127 / factor == pytest.approx(900, rel=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_program_that_holds_the_step_in_bfloat16_multiplies_by_the_same_factor(method):
+    """As vllm-ascend does. The ranges here go through every bfloat16 mantissa, of which 22 are not such factors."""
+    mantissas = (np.arange(0x3F80, 0x4000, dtype=np.uint32) << 16).view(np.float32)
+    assert (as_divisor(mantissas) != mantissas).sum() == 22
+    for mantissa in mantissas:
+        stats = observed(np.random.default_rng(3).uniform(-1, 1, (40, 4)) * mantissa)
+        factor = np.array([ActivationRange(method).factor(stats, SCHEME)], np.float32)
+        assert as_divisor(factor) == factor
+        exact = 127 / ActivationRange(method)._largest(stats, SCHEME)
+        assert 1 - 2 * 2**-7 <= factor / exact <= 1
 
 
 @pytest.mark.parametrize("method", METHODS)
