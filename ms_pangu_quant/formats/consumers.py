@@ -34,6 +34,8 @@ FLOAT_CACHE = "float cache"
 SERVED = (INTEGER, MEMORY, INT8_CACHE)
 _VERDICTS = (INTEGER, MEMORY, DEQUANTIZED, INT8_CACHE, FLOAT_CACHE, REFUSES, WRONG, UNKNOWN)
 
+KNOWN = ("executed", "read", "unknown")
+
 _FILE = Path(__file__).parent.parent / "assets" / "served.yaml"
 _SCHEMES: dict[str, Arithmetic | None] = {  # by their names in the file; None is the cache of keys and values
     **{name: preset.arithmetic for name, preset in PRESETS.items() if not preset.group_size},
@@ -60,7 +62,10 @@ class Facts:
 
 @dataclass(frozen=True)
 class Row:
-    """`verdict` for layers of `schemes` in `format`, if they are biased / grouped so / of these group sizes (None: any)."""
+    """`verdict` for layers of `schemes` in `format`, if they are biased / grouped so / of these group sizes (None: any).
+
+    known: one of KNOWN, how; `source` says where.
+    """
 
     format: str
     schemes: tuple[Arithmetic | None, ...]
@@ -68,6 +73,7 @@ class Row:
     versions: str
     verdict: str
     note: str
+    known: str
     source: str
     biased: bool | None = None
     group_sizes: tuple[int, ...] | None = None
@@ -105,7 +111,7 @@ def _row(stored_as: str, raw: Any, where: str) -> Row:
     if not isinstance(raw, dict):
         raise BackendError(f"{where}: is {raw!r}, wanted {', '.join(_KEYS)}")
     where = f"{where} ({raw.get('consumer')})"
-    for key in (*raw, *_TEXTS, "schemes", "verdict"):
+    for key in (*raw, *_TEXTS, "schemes", "verdict", "known"):
         if key not in _KEYS:
             raise BackendError(f"{where}: unknown key {key!r}{did_you_mean(str(key), _KEYS)}; known: {', '.join(_KEYS)}")
         lawful, wanted = _KEYS[key]
@@ -115,6 +121,7 @@ def _row(stored_as: str, raw: Any, where: str) -> Row:
         format=stored_as,
         schemes=tuple(_SCHEMES[scheme] for scheme in raw["schemes"]),
         verdict=raw["verdict"],
+        known=raw["known"],
         biased=raw.get("biased"),
         group_sizes=tuple(raw["group_sizes"]) if "group_sizes" in raw else None,
         **{key: raw[key] for key in _TEXTS},
@@ -133,6 +140,7 @@ _KEYS: dict[str, tuple[Callable[[Any], bool], str]] = {  # of a row in the file:
         f"a list of some of {', '.join(_SCHEMES)}",
     ),
     "verdict": (lambda value: value in _VERDICTS, f"one of: {'; '.join(_VERDICTS)}"),
+    "known": (lambda value: value in KNOWN, f"one of: {', '.join(KNOWN)}"),
     "biased": (lambda value: isinstance(value, bool), "true or false"),
     "group_sizes": (
         lambda value: _is_list(value, lambda each: type(each) is int and each >= 0),
@@ -161,7 +169,7 @@ def rows_for(stored_as: str, facts: Facts) -> list[Row]:
         if row.format == stored_as and row.applies(facts):
             if facts.online_hadamard and not row.consumer.startswith("ms_pangu_quant"):
                 note = f"has no Hadamard matrix in front of {layout.DOWN_PROJ.short}_proj"
-                row = replace(row, verdict=REFUSES, note=note, source="-")
+                row = replace(row, verdict=REFUSES, note=note, known="read", source="-")
             found.setdefault(row.consumer, row)
     return list(found.values())
 

@@ -128,6 +128,7 @@ def servability(directory: Path) -> dict[str, Any]:
             "versions": row.versions,
             "verdict": row.verdict,
             "note": row.note,
+            "known": row.known,
             "source": row.source,
         }
         for each in facts_of(reader.config, reader.plan)

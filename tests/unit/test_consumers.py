@@ -60,7 +60,8 @@ def markdown(row):
     ]
     schemes = ", ".join(words(row)) + (f" ({', '.join(conditions)})" if conditions else "")
     schemes = schemes.replace("groups of 0", "per channel")
-    return f"| {row.format} | {schemes} | {row.consumer} | {row.versions} | {row.verdict} | {row.note} | {row.source} |"
+    said = (row.format, schemes, row.consumer, row.versions, row.verdict, row.known, row.note, row.source)
+    return f"| {' | '.join(said)} |"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.format}-{row.consumer}-{words(row)[0]}-{row.verdict[:9]}")
@@ -99,6 +100,7 @@ LAWFUL = {
     "schemes": ["w8a8", "int8_cache"],
     "verdict": INTEGER,
     "note": "how",
+    "known": "read",
     "source": "-",
 }
 
@@ -122,6 +124,7 @@ def test_a_row_of_the_file_calls_schemes_as_recipes_do_and_its_conditions_may_be
         ({"schemes": []}, "schemes is"),
         ({"schemes": [["w8a8"]]}, "schemes is"),
         ({"versions": 2.1}, r"versions is 2.1, wanted a text \(a number in quotes\)"),
+        ({"known": "seen"}, "known is 'seen', wanted one of: executed, read, unknown"),
         ({"note": ""}, "note is ''"),
         ({"biased": "yes"}, "biased is 'yes', wanted true or false"),
         ({"group_sizes": 64}, "group_sizes is 64"),
