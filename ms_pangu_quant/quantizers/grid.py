@@ -72,8 +72,8 @@ def round_down_to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def as_divisor(factors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """What is multiplied by where 1 / factor is held in bfloat16 and inverted in it: of 128 bfloat16 factors in a row 22
-    come out as another, 0.5 % away, and no two neighbours. vllm-ascend does so, and MindFormers with msModelSlim's files."""
+    """What is multiplied by where 1 / factor is held in bfloat16 and inverted in it: of 128 factors in a row 22 come out as
+    another, 0.5 % away, no two of them neighbours. vllm-ascend does so, and MindFormers with msModelSlim's files."""
     divisors = (np.float32(1) / factors).astype(ml_dtypes.bfloat16).astype(np.float32)
     return (np.float32(1) / divisors).astype(ml_dtypes.bfloat16).astype(np.float32)
 
