@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow vllm-ascend lint mutate soak goldens tables notebook api clean
+.PHONY: install demo test test-slow vllm-ascend mindformers-2 lint mutate soak goldens tables notebook api clean
 
 install: $(VENV)/.installed
 
@@ -47,6 +47,19 @@ $(VLLM_ASCEND)/.made:
 	mkdir $(VLLM_ASCEND)/source
 	mv $(VLLM_ASCEND)/wheel/vllm_ascend $(VLLM_ASCEND)/source
 	rm -r $(VLLM_ASCEND)/wheel $(VLLM_ASCEND)/*.whl
+	@touch $@
+
+# The network's tests on MindFormers 2.0 and MindSpore 2.10, with a stand-in for the package that is not published.
+MINDFORMERS_2 := build/mindformers-2
+mindformers-2: $(MINDFORMERS_2)/.made
+	PYTHONPATH=$(abspath tools/dev/hyper_parallel) $(MINDFORMERS_2)/bin/python -m pytest tests/network
+
+$(MINDFORMERS_2)/.made:
+	rm -rf $(MINDFORMERS_2)
+	$(PYTHON) -m venv $(MINDFORMERS_2)
+	$(MINDFORMERS_2)/bin/python -m pip install --quiet --disable-pip-version-check -r tools/dev/hyper_parallel/requirements.txt
+	$(MINDFORMERS_2)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps mindformers==2.0.0
+	$(MINDFORMERS_2)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 soak: install

@@ -290,3 +290,13 @@ def test_a_violation_gives_one_complaint_that_names_it(violation):
     found = complaints({**LAWFUL, module: source})
     assert len(found) == 1, found
     assert said in found[0]
+
+
+def test_the_design_lists_every_name_of_mindformers_that_is_imported(sources, root):
+    text = (root / "docs/DESIGN.md").read_text(encoding="utf-8")
+    edge = text.partition("## The edge to MindFormers\n")[2].partition("\n## ")[0]
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mindformers" and not node.level:
+                for alias in node.names:
+                    assert f"{alias.name}`" in edge or f"{alias.name}." in edge, f"{module}: {node.module}.{alias.name}"
