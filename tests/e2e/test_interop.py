@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ms_pangu_quant.checkpoint import layout
+from ms_pangu_quant.checkpoint.config import ASCEND_FILE
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError
@@ -253,6 +254,55 @@ def test_mindformers_own_lookup_and_linear_methods_and_loader_give_our_logits(re
         np.testing.assert_array_equal(ours.logits(ids()), wanted)
     finally:
         ours.network = kept
+
+
+def mindformers_on_msmodelslims_layout(directory):
+    """MindFormers' own network with its own linear methods, loaded by its own loader from an `ascend` directory."""
+    from mindformers.parallel_core.inference.model_utils import InferModelMixin
+    from mindformers.parallel_core.inference.quantization.golden_stick.config import GoldenStickConfig
+
+    from ms_pangu_quant.network.pangu import WEIGHT_MAPPING, PanguEmbeddedConfig, PanguEmbeddedForCausalLM
+
+    raw, description = (json.loads((directory / name).read_text()) for name in ("config.json", ASCEND_FILE))
+    dtypes = ("compute_dtype", "params_dtype", "layernorm_compute_dtype", "rotary_dtype")
+    with runtime.quiet():
+        settings = GoldenStickConfig.from_config(
+            {**description, "weight_mapping": WEIGHT_MAPPING, "quantization": "ascend"}
+        )
+        config = PanguEmbeddedConfig(
+            **raw, num_blocks=32, block_size=16, position_embedding_type="rope", **dict.fromkeys(dtypes, "float32")
+        )
+        network = PanguEmbeddedForCausalLM(config, settings)
+        InferModelMixin.load_weights(network, str(directory))
+    return network
+
+
+@pytest.mark.slow
+def test_mindformers_adds_the_bias_of_msmodelslims_static_layers_twice_as_the_table_says(quantized, tmp_path):
+    """What its A8W8LinearMethod hands to QuantV2 and QuantBatchMatmul, in their formulas, and the bias that it adds."""
+    runtime.start("cpu", "graph")
+    export(QuantizedReader(quantized("w8a8_static")), FORMATS["ascend"], tmp_path / "out")
+    network = mindformers_on_msmodelslims_layout(tmp_path / "out")
+    block = QuantizedReader(tmp_path / "out").rounded_block(0)
+    layer, ours = network.model.decoder.layers[0].self_attention.linear_proj, block.linears[layout.O_PROJ.name]
+    x = np.random.default_rng(0).uniform(-1, 1, (5, ours.weight.codes.shape[1])).astype(np.float32)
+    factor = layer.input_scale.float().asnumpy()
+    assert factor == ours.input_scale  # it is made in bfloat16, from the step in bfloat16
+    codes = np.clip(np.rint(x * factor), -128, 127)
+    made = (codes @ layer.weight.asnumpy().T.astype(np.float64) + layer.quant_bias.asnumpy()) * layer.deq_scale.asnumpy()
+    bias = block.kept[f"{layout.O_PROJ.name}.bias"]
+    np.testing.assert_array_equal(layer.bias.asnumpy(), bias)
+    wanted = codes / factor @ ours.weight.dequantize().T + bias
+    np.testing.assert_allclose(made, wanted, atol=1e-4 * np.abs(wanted).max())
+    assert np.abs(bias).max() > 0.01 * np.abs(wanted).max()
+
+
+@pytest.mark.slow
+def test_mindformers_does_not_load_msmodelslims_dynamic_q_k_and_v_as_the_table_says(quantized, tmp_path):
+    runtime.start("cpu", "graph")
+    export(QuantizedReader(quantized("w8a8")), FORMATS["ascend"], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"could not broadcast input array from shape \(128,1\) into shape \(128,\)"):
+        mindformers_on_msmodelslims_layout(tmp_path / "out")
 
 
 def test_mindformers_refuses_dense_w4a8_as_the_table_says():
