@@ -4,8 +4,14 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# The client of --endpoint: retries, timeouts and errors of the API that servers imitate. An extra, since quantizing never
+# needs its 30 MB, and a host such as vLLM brings its own version. Nothing that it requires clashes with the pins below.
+ENDPOINT = ["openai>=1.99,<4"]
+
 EXTRAS = {
+    "endpoint": ENDPOINT,
     "dev": [
+        *ENDPOINT,
         "pytest>=8,<10",
         "pytest-timeout>=2.3,<3",
         "hypothesis>=6.100,<7",

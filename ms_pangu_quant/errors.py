@@ -58,6 +58,14 @@ class BackendError(PanguQuantError):
     """This machine or this installation cannot run what was asked for."""
 
 
+class EndpointError(PanguQuantError):
+    """A server that is away, refuses, or answers what cannot be used. status: its HTTP status, where it refused."""
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class RankLostError(PanguQuantError):
     """Another process of the job has ended, so that this one cannot go on. Its own error says what to mend."""
 

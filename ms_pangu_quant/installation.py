@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib import metadata
 
 DISTRIBUTION = "ms_pangu_quant"
+_OPTIONAL = 'extra == "endpoint"'  # what a command needs; other extras are for those who work on this project
 _MODULES = {"yaml": "pyyaml"}  # modules whose distribution is called otherwise
 _MANAGERS = {  # program -> what it is told, with {0} for sudo and {1} for the package
     "apt-get": "{0}apt-get update && {0}apt-get install -y {1}",
@@ -72,7 +73,7 @@ def missing_module(error: ModuleNotFoundError) -> str | None:
     wanted = _normalized(_MODULES.get(module, module))
     for text in requirements():
         name = re.match(r"[\w.-]+", text)
-        if name and _normalized(name[0]) == wanted and "extra ==" not in text:
+        if name and _normalized(name[0]) == wanted and ("extra ==" not in text or _OPTIONAL in text):
             return f"{name[0]} is not installed; pip install {quoted(text.partition(';')[0].strip())}"
     return None
 

@@ -120,6 +120,11 @@ class Tokenizer:
         """
         return self._pieces.encode(_unicode(text))
 
+    def encode_part(self, text: str) -> list[int]:
+        """Of a text that something stands before: without the bos of encode()."""
+        ids = self.encode(text)
+        return ids[1:] if ids and ids[0] == self.bos_id else ids
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Inverse of encode, up to what the files normalize (sentencepiece's U+2581 always comes back as a space).
 
@@ -128,6 +133,10 @@ class Tokenizer:
         UTF-8 become U+FFFD.
         """
         return self._pieces.decode([int(token_id) for token_id in ids], skip_special_tokens=skip_special_tokens)
+
+    def chat(self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None) -> list[dict[str, str]]:
+        """Role and content of each message as a template gets them, the mode's suffix on the last of the user's."""
+        return checked_chat(messages, mode, self.modes)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None, add_generation_prompt: bool = True
@@ -140,7 +149,7 @@ class Tokenizer:
         Raises  RequestError for messages that make no chat or a mode that the model does not have, CheckpointError for a
                 template that fails.
         """
-        chat = checked_chat(messages, mode, self.modes)
+        chat = self.chat(messages, mode=mode)
         if self.template is None:
             where = self._directory / "tokenizer_config.json"
             raise RequestError(f"{where}: has no chat_template, and openPangu's needs an [unused9] token")
@@ -155,14 +164,18 @@ class Tokenizer:
         prompt = self.render_chat(messages, mode=mode, add_generation_prompt=add_generation_prompt)
         return self._pieces.encode_prompt(_unicode(prompt))
 
+    def before_end(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """Generated ids up to the first that ends an answer."""
+        kept = tuple(map(int, ids))
+        return kept[: min(_index(kept, end, len(kept)) for end in self.end_ids)]
+
     def split_thought(self, ids: Sequence[int]) -> Thought:
         """Split generated ids by id, never by text. What ends an answer and what follows it is cut off first.
 
         The first [unused17] closes; the first [unused16] before it opens, and what precedes that is dropped. With an
         [unused17] alone the thought begins at the first id: the model may omit [unused16] (official reasoning parser).
         """
-        kept = tuple(map(int, ids))
-        kept = kept[: min(_index(kept, end, len(kept)) for end in self.end_ids)]
+        kept = self.before_end(ids)
         end = _index(kept, self.think_end_id, len(kept))
         begin = _index(kept[:end], self.think_start_id, -1) + 1
         if begin == 0 and end == len(kept):

@@ -23,7 +23,9 @@ from rich.text import Text
 
 from ms_pangu_quant.checkpoint.files import size as size  # for the commands
 from ms_pangu_quant.checkpoint.tokenizer import unusable
+from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.formats.reader import FORMATS
+from ms_pangu_quant.inference.endpoint import API_KEY, Endpoint
 from ms_pangu_quant.network import runtime
 
 out = Console(highlight=False, soft_wrap=False)
@@ -56,10 +58,27 @@ AllowBenchmarkOverlap = Annotated[
     bool,
     typer.Option("--allow-benchmark-overlap", help="Accept calibration data that contains HumanEval or MBPP problems."),
 ]
+EndpointUrl = Annotated[
+    str | None,
+    typer.Option("--endpoint", help=f"Ask an OpenAI-compatible server, http://host:port/v1; a key is read from {API_KEY}."),
+]
+ServedName = Annotated[str | None, typer.Option("--model", help="What the server calls the model. Default: its only one.")]
+ServerTimeout = Annotated[
+    float | None, typer.Option("--timeout", help="Seconds that an answer of the server may take; 600 by default.")
+]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopP = Annotated[float, typer.Option(help="Nucleus of the distribution that is drawn from.")]
 TopK = Annotated[int, typer.Option(help="Draw from so many tokens; 0 is all.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def endpoint_of(url: str | None, model: str | None, timeout: float | None) -> Endpoint | None:
+    """Raises RequestError for an option that goes with --endpoint alone."""
+    if url is not None:
+        return Endpoint(url, model, *([] if timeout is None else [timeout]))
+    if model is not None or timeout is not None:
+        raise RequestError(f"--{'timeout' if model is None else 'model'} goes with --endpoint")
+    return None
 
 
 def figure(value: float | None, form: str) -> str:

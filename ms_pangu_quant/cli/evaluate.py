@@ -14,16 +14,35 @@ from rich.table import Table
 from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, answer, score
 from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
-from ms_pangu_quant.cli.console import AsJson, Device, Head, Temperature, TopK, TopP, Verbose, err, out, progress_bars
+from ms_pangu_quant.cli.console import (
+    AsJson,
+    Device,
+    EndpointUrl,
+    Head,
+    ServedName,
+    ServerTimeout,
+    Temperature,
+    TopK,
+    TopP,
+    Verbose,
+    endpoint_of,
+    err,
+    out,
+    progress_bars,
+)
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import PROMPT, alone_in
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.run import SAMPLES_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
 from ms_pangu_quant.evaluation.tasks import TASKS, check_tasks
+from ms_pangu_quant.inference.endpoint import Endpoint
 from ms_pangu_quant.job import ranks
 
-Directory = Annotated[Path | None, typer.Argument(help="Checkpoint directory, float or quantized; not with --score-only.")]
+Directory = Annotated[
+    Path | None,
+    typer.Argument(help="Checkpoint directory; with --endpoint its tokenizer is enough. Not with --score-only."),
+]
 PromptName = Annotated[str, typer.Option(help=f"Prompt, or benchmark=prompt with commas between: {', '.join(PROMPTS)}.")]
 OwnProblems = Annotated[list[str] | None, typer.Option(help="benchmark=FILE: your own problems in that benchmark's form.")]
 SamplesFile = Annotated[
@@ -46,6 +65,9 @@ def evaluate_command(
         typer.Option(help=f"Thinking modes, separated by commas: {', '.join(THINKING_MODES)}. Default: all it has."),
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory of the results; a run begun there goes on.")] = Path("evaluation"),
+    endpoint: EndpointUrl = None,
+    model: ServedName = None,
+    timeout: ServerTimeout = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N problems of each benchmark.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="Answers to each problem; more than 1 needs --temperature.")] = 1,
     prompt: PromptName = PROMPT,
@@ -73,23 +95,27 @@ def evaluate_command(
 ) -> None:
     """HumanEval and MBPP in the three thinking modes: generate answers, run them in a sandbox, count what passes.
 
-    With --score-only, answers that another program generated.
+    With --endpoint, answers of a server, which is asked with prompts that the checkpoint's tokenizer has encoded; with
+    --score-only, answers that another program generated.
 
     Example:
         pangu-quant evaluate pangu-7b-w8a8 --tasks humaneval,mbpp \\
             --modes slow_think,no_think --output results/w8a8
+        pangu-quant evaluate pangu-7b-w8a8 --endpoint http://localhost:8000/v1 \\
+            --output results/served
         pangu-quant evaluate --score-only --tasks humaneval \\
             --samples samples.jsonl --output results/mine
     """
     names, own = _words(tasks), _own_problems(data or [])
     check_tasks(names, own)
-    _check(directory, samples, samples_only, score_only)
+    served = endpoint_of(endpoint, model, timeout)
+    _check(directory, samples, samples_only, score_only, served)
     with alone_in(output):
         if directory is not None:
             request = EvaluationRequest(
                 directory, output, names, None if modes is None else _words(modes), _prompts(prompt, names), own, limit,
                 GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
-                device=device, head=head, tensor_parallel=tensor_parallel,
+                device=device, head=head, tensor_parallel=tensor_parallel, endpoint=served,
             )  # fmt: skip
             _answer(request)
         if not ranks.current().is_first:
@@ -101,15 +127,22 @@ def evaluate_command(
             out.print(f"samples in {output / SAMPLES_FILE}")
 
 
-def _check(directory: Path | None, samples: Path | None, samples_only: bool, score_only: bool) -> None:
+def _check(
+    directory: Path | None, samples: Path | None, samples_only: bool, score_only: bool, served: Endpoint | None
+) -> None:
     if score_only and samples_only:
         raise RequestError("evaluate: give one of --samples-only and --score-only")
     if samples is not None and not score_only:
         raise RequestError("evaluate: --samples goes with --score-only; a run's own samples are in its --output")
     if score_only and ranks.in_job():
         raise RequestError("evaluate: --score-only is the work of one process; start it without msrun")
-    if score_only and directory is not None:
-        raise RequestError(f"evaluate: --score-only needs no model; leave out {directory}")
+    if score_only and (directory is not None or served is not None):
+        raise RequestError(f"evaluate: --score-only needs no model; leave out {directory or '--endpoint'}")
+    if served is not None and directory is None:
+        raise RequestError(
+            "evaluate: --endpoint needs a checkpoint directory too: prompts are encoded with its tokenizer (of which the "
+            "files are enough)"
+        )
     if not score_only and directory is None:
         raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
 

@@ -18,11 +18,11 @@ import psutil
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
 from ms_pangu_quant.checkpoint.writer import absent_folders, lock, remove_empty
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import EndpointError, RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.packages import find_packages
 from ms_pangu_quant.evaluation.prompts import PROMPTS
-from ms_pangu_quant.evaluation.provenance import environment, of_checkpoint
+from ms_pangu_quant.evaluation.provenance import environment, of_checkpoint, of_endpoint
 from ms_pangu_quant.evaluation.samples import Record, write_json
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, VERSION, Sandbox, find_isolation
 from ms_pangu_quant.evaluation.score import load_samples
@@ -33,6 +33,7 @@ from ms_pangu_quant.evaluation.tasks.task import Problems
 from ms_pangu_quant.evaluation.verdict import Limits
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import open_checkpoint
+from ms_pangu_quant.inference.endpoint import Endpoint, ServedModel, Server, stated_context
 from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.network import runtime
@@ -56,7 +57,9 @@ class EvaluationRequest:
     limit       ask the first so many problems of each benchmark.
     samples     answers to each problem; more than 1 needs a temperature.
     batch_size  answers under way at a time; does not change them.
-    device, head and tensor_parallel are those of load().
+    endpoint    a server to ask instead of loading the checkpoint, whose tokenizer is enough then, with config.json where
+                the server does not say how long its context is.
+    device, head and tensor_parallel are those of load(), for a checkpoint that is loaded.
     """
 
     checkpoint: str | Path
@@ -72,6 +75,7 @@ class EvaluationRequest:
     device: str = "cpu"
     head: str = "stored"
     tensor_parallel: int = 1
+    endpoint: Endpoint | None = None
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.data)
@@ -83,6 +87,8 @@ class EvaluationRequest:
             if count is not None and count < 1:
                 raise RequestError(f"{name}: got {count}, wanted at least 1")
         _settings(self)  # refuses several greedy answers
+        if self.endpoint is not None and (self.device, self.head, self.tensor_parallel) != ("cpu", "stored", 1):
+            raise RequestError("endpoint: device, head and tensor_parallel are the server's own business; leave them out")
 
 
 @dataclass(frozen=True)
@@ -162,36 +168,72 @@ def answer(
     on_answer  called for each answer of this rank, also for those that an earlier run has written.
     Raises     PanguQuantError, as the command does, before anything is generated where that is possible.
     """
+    tasks, output = load_tasks(request.tasks, request.data), Path(request.output)
+    with alone_in(output):
+        if request.endpoint is None:
+            _ask_checkpoint(request, tasks, on_begin, on_tokens, on_answer)
+        else:
+            _ask_server(request, request.endpoint, tasks, on_begin, on_tokens, on_answer)
+
+
+def _ask_checkpoint(
+    request: EvaluationRequest,
+    tasks: Mapping[str, Problems],
+    on_begin: Callable[[int], None],
+    on_tokens: Callable[[int], None],
+    on_answer: Callable[[], None],
+) -> None:
     from ms_pangu_quant.inference.model import check_head, load
 
-    tasks, directory, output = load_tasks(request.tasks, request.data), Path(request.checkpoint), Path(request.output)
-    with alone_in(output):
-        reader = open_checkpoint(directory)
-        check_head(request.head, reader, request.device)
-        asked = _asked(request, tasks)
-        runtime.start(request.device, "graph", tensor_parallel=request.tensor_parallel)
-        job = ranks.current()
-        with alone_in(output):  # now it is known who is first
-            provenance = of_checkpoint(directory, request.device, request.head)
-            job.agree("checkpoint", provenance["checkpoint_sha256"])
-            cache = min(job.gather(_cache_tokens(request, reader.config, asked)))  # ranks of one model batch alike
-            model = load(
-                directory,
-                request.device,
-                kv_cache_tokens=cache,
-                head=request.head,
-                tensor_parallel=request.tensor_parallel,
-            )
-            on_begin(len(asked))
-            run.answer(
-                model,
-                asked,
-                run.Target(output, provenance["checkpoint_sha256"], _settings(request), provenance),
-                share=run.Share(job, request.tensor_parallel),
-                max_batch=request.batch_size,
-                on_tokens=on_tokens,
-                on_answer=on_answer,
-            )
+    directory, output = Path(request.checkpoint), Path(request.output)
+    reader = open_checkpoint(directory)
+    check_head(request.head, reader, request.device)
+    asked = _asked(request, tasks)
+    runtime.start(request.device, "graph", tensor_parallel=request.tensor_parallel)
+    job = ranks.current()
+    with alone_in(output):  # now it is known who is first
+        provenance = of_checkpoint(directory, request.device, request.head)
+        job.agree("checkpoint", provenance["checkpoint_sha256"])
+        cache = min(job.gather(_cache_tokens(request, reader.config, asked)))  # ranks of one model batch alike
+        model = load(
+            directory,
+            request.device,
+            kv_cache_tokens=cache,
+            head=request.head,
+            tensor_parallel=request.tensor_parallel,
+        )
+        on_begin(len(asked))
+        run.answer(
+            model,
+            asked,
+            run.Target(output, provenance["checkpoint_sha256"], _settings(request), provenance),
+            share=run.Share(job, request.tensor_parallel),
+            max_batch=request.batch_size,
+            on_tokens=on_tokens,
+            on_answer=on_answer,
+        )
+
+
+def _ask_server(
+    request: EvaluationRequest,
+    endpoint: Endpoint,
+    tasks: Mapping[str, Problems],
+    on_begin: Callable[[int], None],
+    on_tokens: Callable[[int], None],
+    on_answer: Callable[[], None],
+) -> None:
+    if ranks.in_job():
+        raise RequestError("endpoint: one process asks a server; start it without msrun, with a larger batch_size")
+    directory = Path(request.checkpoint)
+    asked = _asked(request, tasks)
+    model = ServedModel(Server(endpoint), Tokenizer(directory), stated_context(directory))
+    provenance = of_endpoint(model.description, model.asked_with, directory)
+    target = run.Target(Path(request.output), model.id, _settings(request), provenance)
+    on_begin(len(asked))
+    try:
+        run.answer(model, asked, target, max_batch=request.batch_size, on_tokens=on_tokens, on_answer=on_answer)
+    except EndpointError as error:
+        raise EndpointError(f"{error}; what was answered is kept, and the same command goes on from there") from None
 
 
 def score(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import platform
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ms_pangu_quant.checkpoint.config import read_json
 from ms_pangu_quant.checkpoint.writer import REPORT_FILE
@@ -14,6 +15,9 @@ from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.formats.words import INT8_CACHE_WORD, word_of
 from ms_pangu_quant.installation import version
 from ms_pangu_quant.pipeline.prepare import checkpoint_hash
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.inference.endpoint import Description
 
 _PACKAGES = ("ms_pangu_quant", "mindspore", "mindformers", "numpy", "scipy")
 
@@ -29,6 +33,16 @@ def of_checkpoint(directory: Path, device: str, head: str = "stored") -> dict[st
         "recipe": _recipe(reader),
         "device": device,
         **({} if head == "stored" else {"head": head}),
+        **environment(),
+    }
+
+
+def of_endpoint(server: Description, asked_with: str, tokenizer: Path) -> dict[str, Any]:
+    """What a server says of itself; it alone knows the checkpoint. asked_with: "token ids" or "chats"."""
+    return {
+        "model": server.model,
+        "served_by": {**asdict(server), "asked_with": asked_with},
+        "tokenizer": tokenizer.resolve().name,
         **environment(),
     }
 

@@ -18,23 +18,55 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ms_pangu_quant.errors import OutputError, RequestError
 from ms_pangu_quant.evaluation.lengths import periodic_tail
-from ms_pangu_quant.evaluation.prompts import Prompt
+from ms_pangu_quant.evaluation.prompts import Messages, Prompt
 from ms_pangu_quant.evaluation.samples import Journal, Record, line, places_of_records, read_records, rearrange, write_json
 from ms_pangu_quant.evaluation.tasks.task import Problem, Problems
 from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.job.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
-    from ms_pangu_quant.inference.model import Generation, Model
+    from ms_pangu_quant.inference.model import Generation
 
 SAMPLES_FILE, RUN_FILE = "samples.jsonl", "run.json"
 _RANK_FILES = "samples.rank*.jsonl"
 GENERATION = GenerationSettings(max_new_tokens=4096)  # a slow thought is long
 Key = tuple[str, str, str, int]
+
+
+class Generator(Protocol):
+    """What answers: a loaded Model, or a ServedModel behind an HTTP API.
+
+    context_length  tokens that a prompt and its answer may have together.
+    takes_chats     whether it is given each prompt as a Chat, rather than as token ids.
+    """
+
+    takes_chats: bool
+
+    @property
+    def context_length(self) -> int: ...
+
+    def stream(
+        self,
+        prompts: Sequence[Any],
+        settings: GenerationSettings,
+        *,
+        streams: Sequence[int],
+        max_batch: int | None,
+        on_tokens: Callable[[int], None],
+    ) -> Iterator[tuple[int, Generation]]:
+        """(place of a prompt, its answer) as each ends; on_tokens is called with how many tokens there are more."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt that someone else renders."""
+
+    messages: Messages
+    mode: str
 
 
 @dataclass(frozen=True)
@@ -62,7 +94,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """Where answers go, and whose they are: the model's id is the checkpoint's hash.
+    """Where answers go, and whose they are: the model's id is the checkpoint's hash, or ServedModel.id.
 
     provenance  written to `output`/run.json once the samples there are known to be of this model and these settings.
     """
@@ -101,13 +133,14 @@ WHOLE = Share()
 
 @dataclass(frozen=True)
 class Question:
-    """A problem to answer once more: which, in what mode, and the prompt's token ids."""
+    """A problem to answer once more: which, in what mode, and the prompt, as token ids and as messages."""
 
     task: str
     mode: str
     problem: Problem
     sample_id: int
     token_ids: tuple[int, ...]
+    messages: Messages
     prompt_id: str
 
     @property
@@ -145,13 +178,14 @@ def questions(
     for name, problems in tasks.items():
         for mode in modes:
             for problem in [*problems.by_id.values()][:limit]:
-                ids = tuple(encode(prompts[name].render(problem), mode))
+                messages = prompts[name].render(problem)
+                ids = tuple(encode(messages, mode))
                 for sample_id in range(settings.samples):
-                    yield Question(name, mode, problem, sample_id, ids, prompts[name].id)
+                    yield Question(name, mode, problem, sample_id, ids, messages, prompts[name].id)
 
 
 def answer(
-    model: Model,
+    model: Generator,
     asked: Sequence[Question],
     target: Target,
     *,
@@ -189,18 +223,18 @@ def _begin(target: Target, records: Mapping[Key, Record]) -> set[Key]:
 
 
 def _answers(
-    model: Model,
+    model: Generator,
     missing: Sequence[Question],
     settings: GenerationSettings,
     max_batch: int | None,
     on_tokens: Callable[[int], None],
 ) -> Iterator[tuple[Question, Record]]:
     """Questions with their samples, as answers end; first those that leave no room for one."""
-    room = model.config.max_position_embeddings
+    room = model.context_length
     yield from ((question, _too_long(question)) for question in missing if len(question.token_ids) >= room)
     fitting = [question for question in missing if len(question.token_ids) < room]
     answers = model.stream(
-        [question.token_ids for question in fitting],
+        [Chat(each.messages, each.mode) if model.takes_chats else each.token_ids for each in fitting],
         settings,
         streams=[question.stream for question in fitting],
         max_batch=max_batch,

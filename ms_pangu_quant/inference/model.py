@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,24 @@ class Generation:
     thought_closed: bool = True
     thought_tokens: int = 0
     end_id: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        ids: Sequence[int],
+        prompt_tokens: int,
+        finish_reason: str,
+        stopped_by: str | None = None,
+    ) -> Generation:
+        """From generated ids without what ends them. stopped_by: the text that ended the answer, which is no part of it."""
+        parts = tokenizer.split_thought(ids)
+        text, answer = tokenizer.decode(ids), tokenizer.decode(parts.answer, skip_special_tokens=True)
+        if stopped_by is not None:
+            text, answer = (part.split(stopped_by)[0] for part in (text, answer))
+        thought = None if parts.thought is None else tokenizer.decode(parts.thought, skip_special_tokens=True)
+        closed, count = parts.closed, len(parts.thought or ())
+        return cls(text, thought, answer, tuple(ids), prompt_tokens, finish_reason, closed, count)
 
 
 def load(
@@ -100,6 +118,8 @@ def check_head(head: str, reader: Reader, device: str) -> None:
 class Model:
     """A network with its weights and its key/value cache; made by load()."""
 
+    takes_chats = False  # a prompt is asked as its token ids, see evaluation.run.Generator
+
     def __init__(self, reader: Reader, kv_cache_tokens: int, w4a8: str, head: str) -> None:
         from ms_pangu_quant.network.pangu import build_network
         from ms_pangu_quant.network.weights import served_tensors
@@ -149,6 +169,11 @@ class Model:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.config.max_position_embeddings
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -286,22 +311,8 @@ class Model:
         tokenizer = self._found_tokenizer()
         if tokenizer is None:
             return Generation("", None, "", ids, len(request.prompt), completion.finish_reason, end_id=completion.end_id)
-        parts = tokenizer.split_thought(ids)
-        text, answer = tokenizer.decode(ids), tokenizer.decode(parts.answer, skip_special_tokens=True)
-        if completion.stopped_by is not None:
-            text, answer = (part.split(completion.stopped_by)[0] for part in (text, answer))
-        thought = None if parts.thought is None else tokenizer.decode(parts.thought, skip_special_tokens=True)
-        return Generation(
-            text,
-            thought,
-            answer,
-            ids,
-            len(request.prompt),
-            completion.finish_reason,
-            parts.closed,
-            len(parts.thought or ()),
-            completion.end_id,
-        )
+        found = Generation.of(tokenizer, ids, len(request.prompt), completion.finish_reason, completion.stopped_by)
+        return replace(found, end_id=completion.end_id)
 
 
 def in_order(answers: Iterable[tuple[int, Generation]]) -> list[Generation]:

@@ -59,9 +59,17 @@ class Run:
         return [*first.values()]
 
     @property
+    def precision(self) -> str | None:
+        """Of the checkpoint that answered; of one behind a server, what it was served by."""
+        server = self.provenance.get("served_by")
+        if not isinstance(server, dict):
+            return self.provenance.get("precision")
+        software = " ".join(str(server[key]) for key in ("software", "version") if server.get(key))
+        return f"served by {software or server.get('url')}"
+
+    @property
     def label(self) -> str:
-        precision = self.provenance.get("precision")
-        return f"{self.name} ({precision})" if precision else self.name
+        return f"{self.name} ({self.precision})" if self.precision else self.name
 
 
 def load_runs(directories: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ class Killed(BaseException):
 class FakeModel:
     """Ends its answers in an order that depends on the batch; `left` answers, then it is killed."""
 
-    config = SimpleNamespace(max_position_embeddings=4000)
+    context_length, takes_chats = 4000, False
 
     def __init__(self, left=10**9):
         self.left, self.asked = left, 0
@@ -135,7 +134,7 @@ def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
     model = FakeModel()
     questions = asked()
     room = int(np.median([len(question.token_ids) for question in questions]))
-    model.config = SimpleNamespace(max_position_embeddings=room)
+    model.context_length = room
     long = [question for question in questions if len(question.token_ids) >= room]
     assert 0 < len(long) < len(questions)
     answered = []

@@ -1,0 +1,399 @@
+"""A model that an OpenAI-compatible server answers for, asked as a loaded one is.
+
+Prompts go to /completions as the token ids that this project encodes, so that no template or bos of the server's comes
+between. A server that takes no ids is asked at /chat/completions, where its own template renders the chat. What it returns
+as ids is decoded here; text is taken as it is, its tokens counted with the same tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ms_pangu_quant.checkpoint.config import read_json
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.errors import EndpointError, RequestError
+from ms_pangu_quant.inference.model import Generation
+from ms_pangu_quant.inference.sampling import GenerationSettings
+from ms_pangu_quant.suggestion import did_you_mean
+
+if TYPE_CHECKING:
+    from openai import APIError, OpenAI
+
+API_KEY = "PANGU_QUANT_API_KEY"  # of this project's own, so that a key of OpenAI's goes nowhere by accident
+COMPLETIONS, CHAT = "/completions", "/chat/completions"
+CONCURRENT = 16
+_RETRIES = 5  # after 0.5, 1, 2, 4, 8 s, or what the server's Retry-After says
+_CONNECT_SECONDS = 10.0
+_CHAT_ROOM = 16  # tokens by which the server's template may be longer than ours
+_SHOWN = 300  # characters of what a server says
+_THINK_START, _THINK_END = "[unused16]", "[unused17]"
+_REFUSED = (400, 404, 405, 415, 422, 501)  # for what is asked, not for who asks or when
+_EXTRAS = {  # beyond OpenAI's API: vLLM's and what follows it; the defaults of generation_config.json are not meant here
+    "return_token_ids": True,
+    "skip_special_tokens": False,
+    "repetition_penalty": 1.0,
+    "min_p": 0.0,
+}
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where an OpenAI-compatible server is. Raises RequestError for what is no address.
+
+    url      up to and with the version, http://host:port/v1.
+    model    as the server calls it; None for the only one that it serves.
+    timeout  seconds in which an answer must come, each time that it is asked for.
+
+    A key is read from the environment variable PANGU_QUANT_API_KEY and written nowhere.
+    """
+
+    url: str
+    model: str | None = None
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        try:
+            parts = urlsplit(self.url)
+            fits = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            fits = False
+        if fits and (parts.username is not None or parts.password is not None):
+            raise RequestError(f"endpoint: a URL with a user or password in it; put a key into {API_KEY} instead")
+        if not fits or parts.query or parts.fragment:
+            raise RequestError(f"endpoint: got {self.url!r}, wanted a URL such as http://localhost:8000/v1")
+        if not 0 < self.timeout < float("inf"):
+            raise RequestError(f"timeout: got {self.timeout}, wanted seconds, more than 0")
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a server says of itself and the model; None where it does not say."""
+
+    url: str
+    model: str
+    software: str | None
+    version: str | None
+    root: str | None
+    max_model_len: int | None
+
+
+class Server:
+    """Sends requests and checks what comes back. Raises EndpointError where the server is away, refuses, or answers what
+    cannot be read, RequestError for a model that it does not serve."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.url, self.timeout = endpoint.url.rstrip("/"), endpoint.timeout
+        self._key = os.environ.get(API_KEY, "")
+        self._client = self._new_client(endpoint.timeout, _RETRIES)
+        served = self._models()
+        name = self._chosen(endpoint.model, [*served])
+        said = served[name]
+        length = said.get("max_model_len")
+        self.description = Description(
+            self.url,
+            name,
+            _text(said.get("owned_by")),
+            self._version(),
+            _text(said.get("root")),
+            length if isinstance(length, int) and length > 0 else None,
+        )
+
+    def _new_client(self, seconds: float, retries: int) -> OpenAI:
+        from openai import OpenAI, Timeout
+
+        timeout = Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds))
+        client = OpenAI(base_url=self.url, api_key=self._key or "none", timeout=timeout, max_retries=retries)
+        client.organization = client.project = None  # it takes OpenAI's from the environment, to send them along
+        return client
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        """The JSON object of an answer. Raises EndpointError; its status is that of a refusal."""
+        body = {"model": self.description.model, **body, "stream": False}
+        return self._answered(path, lambda: self._client.post(path, cast_to=str, body=body))
+
+    def _models(self) -> dict[str, Mapping[str, Any]]:
+        answered = self._answered("/models", lambda: self._client.get("/models", cast_to=str))
+        entries = answered.get("data")
+        if not isinstance(entries, list) or not all(isinstance(each, dict) and _text(each.get("id")) for each in entries):
+            raise EndpointError(f"{self.url}/models: got no list of models, wanted what an OpenAI-compatible server gives")
+        return {each["id"]: each for each in entries}
+
+    def _chosen(self, wanted: str | None, served: Sequence[str]) -> str:
+        names = ", ".join(served) or "none"
+        if wanted is None and len(served) != 1:
+            raise RequestError(f"model: {self.url} serves {len(served)} models ({names}); name one")
+        if wanted is not None and wanted not in served:
+            raise RequestError(
+                f"model: {self.url} does not serve {wanted!r}{did_you_mean(wanted, served)}, it serves {names}"
+            )
+        return served[0] if wanted is None else wanted
+
+    def _version(self) -> str | None:
+        """vLLM's and SGLang's say it beside the API."""
+        from openai import OpenAIError
+
+        client = self._new_client(_CONNECT_SECONDS, 0)
+        try:
+            said = json.loads(client.get(f"{self.url.removesuffix('/v1')}/version", cast_to=str))
+        except (OpenAIError, ValueError):
+            return None
+        return _text(said.get("version")) if isinstance(said, dict) else None
+
+    def _answered(self, path: str, ask: Callable[[], str]) -> dict[str, Any]:
+        from openai import APIConnectionError, APIError, APITimeoutError
+
+        where = f"{self.url}{path}"
+        try:
+            text = ask()
+        except APITimeoutError:
+            raise EndpointError(
+                f"{where}: no answer within {self.timeout:g} s, asked {_RETRIES + 1} times; give it longer (--timeout), or "
+                "ask for less at a time (--batch-size)"
+            ) from None
+        except APIConnectionError as error:
+            raise EndpointError(
+                f"{where}: the server is away ({self._shown(_cause(error))}); start it, or mend the endpoint"
+            ) from None
+        except APIError as error:
+            raise self._refusal(where, error) from None
+        try:
+            answered = json.loads(text)
+        except ValueError:
+            what = "a stream" if text.lstrip().startswith(("data:", "event:")) else "no JSON"
+            raise EndpointError(
+                f"{where}: got {what}, wanted one JSON object; it begins with {self._shown(text)!r}"
+            ) from None
+        if not isinstance(answered, dict):
+            raise EndpointError(f"{where}: got a JSON {type(answered).__name__}, wanted an object")
+        if answered.get("error"):
+            raise EndpointError(f"{where}: the server says {self._shown(_message(answered['error']))!r}")
+        return answered
+
+    def _refusal(self, where: str, error: APIError) -> EndpointError:
+        status = getattr(error, "status_code", None)
+        said = self._shown(_message(error.body) or error.message)
+        todo = {
+            401: f"; put the server's key into the environment variable {API_KEY}",
+            403: f"; put a key that may into the environment variable {API_KEY}",
+            404: "; wanted the address of an OpenAI-compatible API, such as http://localhost:8000/v1",
+        }.get(status or 0, "")
+        tried = f", asked {_RETRIES + 1} times" if status in (408, 409, 429) or (status or 0) >= 500 else ""
+        return EndpointError(f"{where}: the server refuses with {status} ({said}){tried}{todo}", status)
+
+    def _shown(self, text: str) -> str:
+        text = " ".join(text.split())
+        text = text.replace(self._key, "***") if self._key else text
+        return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+class ServedModel:
+    """Generates as a loaded Model does: stream() gives the same for the same arguments.
+
+    takes_chats     whether prompts are evaluation.run.Chat, messages and thinking mode, rather than token ids.
+    context_length  tokens that a prompt and its answer may have together.
+    """
+
+    def __init__(self, server: Server, tokenizer: Tokenizer, context_length: int | None) -> None:
+        """context_length  where the server does not say it. Raises EndpointError, RequestError where neither is known."""
+        length = server.description.max_model_len or context_length
+        if length is None:
+            raise RequestError(
+                f"{server.url}: does not say how long its context is (max_model_len); copy config.json beside the tokenizer"
+            )
+        self.context_length = length
+        self.description = server.description
+        self._server, self._tokenizer = server, tokenizer
+        self._extras: dict[str, Any] = {}
+        self.takes_chats = not self._takes_ids()
+
+    @property
+    def asked_with(self) -> str:
+        return "chats" if self.takes_chats else "token ids"
+
+    @property
+    def id(self) -> str:
+        """A hash of what the server says that its answers depend on."""
+        said = self.description
+        known = [said.model, said.root, said.max_model_len, self.asked_with]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    def _takes_ids(self) -> bool:
+        """Found out with one token, and whether it also takes what is beyond OpenAI's API."""
+        prompt = [self._tokenizer.eos_id if self._tokenizer.bos_id is None else self._tokenizer.bos_id]
+        for extras in ({**_EXTRAS, "top_k": 0, "stop_token_ids": sorted(self._tokenizer.end_ids)}, {}):
+            try:
+                self._server.post(COMPLETIONS, prompt=prompt, max_tokens=1, temperature=0.0, **extras)
+            except EndpointError as error:
+                if error.status not in _REFUSED:
+                    raise
+                continue
+            self._extras = extras
+            return True
+        return False
+
+    def stream(
+        self,
+        prompts: Sequence[Any],
+        settings: GenerationSettings,
+        *,
+        streams: Sequence[int] | None = None,
+        max_batch: int | None = None,
+        on_tokens: Callable[[int], None] = lambda count: None,
+    ) -> Iterator[tuple[int, Generation]]:
+        """(place of a prompt, its answer) as each ends; at most max_batch are asked for at a time.
+
+        Once one has failed no other is begun; those under way are waited for and given before the error is raised.
+        """
+        if settings.top_k and not self._extras:
+            raise RequestError(
+                f"top_k: {self._server.url} takes only what OpenAI's API has, and that has none; leave it out"
+            )
+        waiting = iter(enumerate(prompts))
+        running: dict[Future[Generation], int] = {}
+        failed: EndpointError | None = None
+        pool = ThreadPoolExecutor(max_batch or CONCURRENT, thread_name_prefix="endpoint")
+        try:
+            while True:
+                while failed is None and len(running) < (max_batch or CONCURRENT) and (each := next(waiting, None)):
+                    index, prompt = each
+                    stream = index if streams is None else streams[index]
+                    running[pool.submit(self._answer, prompt, settings, stream)] = index
+                if not running:
+                    break
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index = running.pop(future)
+                    try:
+                        generation = future.result()
+                    except EndpointError as error:
+                        failed = failed or error
+                        continue
+                    on_tokens(len(generation.token_ids))
+                    yield index, generation
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+        if failed is not None:
+            raise failed
+
+    def _answer(self, prompt: Any, settings: GenerationSettings, stream: int) -> Generation:
+        body = {"temperature": settings.temperature, "top_p": settings.top_p, **self._extras}
+        if self._extras:
+            body["top_k"] = settings.top_k
+        if settings.temperature:
+            body["seed"] = int(settings.generator(stream).integers(1 << 31))
+        if settings.stop:
+            body["stop"] = list(settings.stop)
+        ids = self._tokenizer.encode_chat(prompt.messages, mode=prompt.mode) if self.takes_chats else list(prompt)
+        room = self.context_length - len(ids)
+        if self.takes_chats:
+            chat = self._tokenizer.chat(prompt.messages, mode=prompt.mode)
+            most = max(1, min(settings.max_new_tokens, room - _CHAT_ROOM))
+            path, answered = CHAT, self._server.post(CHAT, messages=chat, max_tokens=most, **body)
+        else:
+            most = min(settings.max_new_tokens, room)
+            path, answered = COMPLETIONS, self._server.post(COMPLETIONS, prompt=ids, max_tokens=most, **body)
+        return self._generation(f"{self._server.url}{path}", answered, len(ids), most)
+
+    def _generation(self, where: str, answered: Mapping[str, Any], prompt_tokens: int, most: int) -> Generation:
+        choice = only_choice(where, answered)
+        reason, stopped_by = choice.get("finish_reason"), choice.get("stop_reason")
+        if reason not in ("stop", "length"):
+            raise EndpointError(f"{where}: an answer ended with finish_reason {reason!r}, wanted 'stop' or 'length'")
+        ended = "length" if reason == "length" else "stop" if isinstance(stopped_by, str) else "eos"
+        ids = choice.get("token_ids")
+        if isinstance(ids, list) and all(type(each) is int for each in ids) and not self.takes_chats:
+            kept = self._tokenizer.before_end(ids)
+            found = Generation.of(self._tokenizer, kept, prompt_tokens, ended, stopped_by if ended == "stop" else None)
+        else:
+            found = _of_text(self._tokenizer, _answer_text(where, choice), prompt_tokens, ended)
+        self._check_length(where, answered, found, most)
+        return found
+
+    def _check_length(self, where: str, answered: Mapping[str, Any], found: Generation, most: int) -> None:
+        """Raises EndpointError for an answer that the server, and neither its context nor what was asked for, has cut."""
+        used = answered.get("usage")
+        used = used if isinstance(used, dict) else {}
+        tokens, prompt = used.get("completion_tokens"), used.get("prompt_tokens")
+        tokens = tokens if isinstance(tokens, int) else len(found.token_ids)
+        prompt = prompt if isinstance(prompt, int) else found.prompt_tokens
+        if found.finish_reason == "length" and tokens < most and prompt + tokens < self.context_length:
+            raise EndpointError(
+                f"{where}: the server cut an answer after {tokens} tokens, with {most} asked for and a context of "
+                f"{self.context_length}; raise its limit (of vLLM: --generation-config vllm, as max_new_tokens of "
+                f"generation_config.json is one), or ask for at most {tokens} (--max-new-tokens)"
+            )
+
+
+def stated_context(directory: Path) -> int | None:
+    """max_position_embeddings of a config.json, of whatever architecture; None where there is none."""
+    path = directory / "config.json"
+    length = read_json(path).get("max_position_embeddings") if path.exists() else None
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def only_choice(where: str, answered: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Raises EndpointError where there is no choice, or none of the wanted form."""
+    choices = answered.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise EndpointError(f"{where}: an answer without choices; wanted one")
+    first: Mapping[str, Any] = choices[0]
+    return first
+
+
+def _answer_text(where: str, choice: Mapping[str, Any]) -> str:
+    """A completion's, or a chat message's; the thought that a reasoning parser has set apart is in its markers again."""
+    message = choice.get("message")
+    if message is None and isinstance(choice.get("text"), str):
+        return str(choice["text"])
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str | None):
+        raise EndpointError(f"{where}: a choice without text, wanted a text or a message with content")
+    thought = message.get("reasoning_content") or message.get("reasoning")
+    content = message.get("content")
+    if not isinstance(thought, str) or not thought:
+        return content or ""
+    return f"{_THINK_START}{thought}" + ("" if content is None else f"{_THINK_END}{content}")
+
+
+def _of_text(tokenizer: Tokenizer, text: str, prompt_tokens: int, ended: str) -> Generation:
+    """The thought ends at the first marker in the text; a start marker without it is a thought that never ends."""
+    head, marker, tail = text.partition(_THINK_END)
+    begun = _THINK_START in head
+    thought = head.partition(_THINK_START)[2] if begun else head
+    thinks = bool(marker) or begun
+    ids = tokenizer.encode_part(text)
+    return Generation(
+        text,
+        thought if thinks else None,
+        tail if marker else "" if begun else text,
+        tuple(ids),
+        prompt_tokens,
+        ended,
+        bool(marker) or not begun,
+        len(tokenizer.encode_part(thought)) if thinks else 0,
+    )
+
+
+def _message(body: object) -> str:
+    """What a server's error says: OpenAI's form, FastAPI's, or whatever it is."""
+    if isinstance(body, dict):
+        said = body.get("message") or body.get("detail") or body.get("error") or body
+        return _message(said) if isinstance(said, dict) and said is not body else str(said)
+    return "" if body is None else str(body)
+
+
+def _cause(error: APIError) -> str:
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    return str(cause) or type(cause).__name__
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None

@@ -1,0 +1,408 @@
+"""inference/endpoint.py: a server is asked as a loaded model is; whatever it does is told in one line and loses nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from itertools import count
+
+import openai._base_client
+import pytest
+
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
+from ms_pangu_quant.cli import main
+from ms_pangu_quant.errors import EndpointError, RequestError
+from ms_pangu_quant.evaluation import run
+from ms_pangu_quant.evaluation.prompts import PROMPTS
+from ms_pangu_quant.evaluation.samples import read_records
+from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.inference import endpoint
+from ms_pangu_quant.inference.model import Generation
+from ms_pangu_quant.inference.sampling import GenerationSettings
+from ms_pangu_quant.report.results import load_runs
+from tests.unit.openai_server import Answer, Server, running
+
+SETTINGS = GenerationSettings(max_new_tokens=100)
+THOUGHT = "[unused16]first this\nthen that[unused17]```python\ndef f(x):\n    return x + {}\n```"
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch):
+    """Waits of the client's in hundredths of their length."""
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.005)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.08)
+    monkeypatch.delenv(endpoint.API_KEY, raising=False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from tests.unit.conftest import ROOT
+
+    return Tokenizer(ROOT / "ms_pangu_quant/assets/openpangu-mini")
+
+
+@pytest.fixture
+def serving(tokenizer):
+    """(fields of Server) -> a running server that thinks, and adds a number of its prompt's."""
+    contexts = []
+
+    def start(**fields) -> Server:
+        fields.setdefault("reply", lambda prompt: THOUGHT.format(len(prompt)))
+        context = running(Server(tokens=lambda text: [*tokenizer.encode_part(text), tokenizer.eos_id], **fields))
+        contexts.append(context)
+        return context.__enter__()
+
+    yield start
+    for context in contexts:
+        context.__exit__(None, None, None)
+
+
+def served(server: Server, tokenizer, *, context_length=None, **fields) -> endpoint.ServedModel:
+    return endpoint.ServedModel(endpoint.Server(endpoint.Endpoint(server.url, **fields)), tokenizer, context_length)
+
+
+def answers(model, prompts, settings=SETTINGS, **more):
+    return [answer for _, answer in sorted(model.stream(prompts, settings, **more), key=lambda pair: pair[0])]
+
+
+def chat(text, mode="no_think"):
+    return run.Chat([{"role": "user", "content": text}], mode)
+
+
+# --- the same as from a loaded model --------------------------------------------------------------------------------
+
+
+def test_token_ids_are_asked_with_and_answered_as_a_model_answers(serving, tokenizer):
+    server, counted = serving(), []
+    model = served(server, tokenizer)
+    prompts = [[1, 5, 9], [1, 7]]
+    found = answers(model, prompts, max_batch=1, on_tokens=counted.append)
+    assert [body["prompt"] for _, body in server.questions] == prompts
+    assert found == [
+        Generation.of(tokenizer, tokenizer.encode_part(THOUGHT.format(len(prompt))), len(prompt), "eos")
+        for prompt in prompts
+    ]
+    assert found[0].thought == "first this\nthen that"
+    assert sum(counted) == sum(len(each.token_ids) for each in found)
+    assert not model.takes_chats
+    assert model.context_length == 512
+
+
+def test_what_generation_config_says_on_a_server_is_not_taken(serving, tokenizer):
+    server = serving()
+    answers(served(server, tokenizer), [[1, 5]], GenerationSettings(77, temperature=0.5, top_p=0.9, top_k=4, seed=2))
+    ((_, body),) = server.questions
+    wanted = {"max_tokens": 77, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "repetition_penalty": 1.0, "min_p": 0.0}
+    wanted |= {"stop_token_ids": sorted(tokenizer.end_ids), "skip_special_tokens": False, "stream": False}
+    assert {name: body[name] for name in wanted} == wanted
+
+
+def test_a_draw_has_a_seed_of_its_own_whatever_else_is_asked(serving, tokenizer):
+    server = serving()
+    model, drawing = served(server, tokenizer), GenerationSettings(50, temperature=1.0, seed=3)
+    answers(model, [[1, 5], [1, 6]], drawing, streams=[10, 11])
+    answers(model, [[1, 6]], drawing, streams=[11])
+    seeds = {tuple(body["prompt"]): body["seed"] for _, body in server.questions[:2]}
+    assert len(set(seeds.values())) == 2
+    assert server.questions[2][1]["seed"] == seeds[1, 6]
+
+
+def test_text_without_ids_is_split_and_counted_the_same(serving, tokenizer):
+    server = serving(only_openai=True)
+    assert answers(served(server, tokenizer), [[1, 5, 9]]) == answers(served(serving(), tokenizer), [[1, 5, 9]])
+    assert all(
+        set(body) <= {"model", "prompt", "max_tokens", "temperature", "top_p", "stream"} for _, body in server.questions
+    )
+
+
+@pytest.mark.parametrize("reasoning", [False, True])
+def test_a_server_that_takes_no_ids_is_asked_in_chats(serving, tokenizer, reasoning):
+    server = serving(takes_ids=False, reasoning=reasoning)
+    model = served(server, tokenizer)
+    assert model.takes_chats
+    (found,) = answers(model, [chat("hello")])
+    ((path, body),) = server.questions
+    assert (path, body["messages"]) == ("/v1/chat/completions", [{"role": "user", "content": "hello /no_think"}])
+    assert (found.thought, found.thought_closed) == ("first this\nthen that", True)
+    assert found.answer == THOUGHT.format(len("hello /no_think")).partition("[unused17]")[2]
+    assert found.prompt_tokens == len(tokenizer.encode_chat([{"role": "user", "content": "hello"}], mode="no_think"))
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "answer", "closed"),
+    [
+        ("plain", None, "plain", True),
+        ("[unused16]never ends", "never ends", "", False),
+        ("no begin[unused17]end", "no begin", "end", True),
+        ("[unused16][unused17]end", "", "end", True),
+    ],
+)
+def test_a_thought_in_a_text_is_told_from_the_answer_as_in_ids(serving, tokenizer, text, thought, answer, closed):
+    for only_openai in (True, False):
+        server = serving(only_openai=only_openai, reply=lambda prompt: text)
+        (found,) = answers(served(server, tokenizer), [[1, 5]])
+        assert (found.thought, found.answer, found.thought_closed) == (thought, answer, closed)
+
+
+def test_an_answer_has_no_more_tokens_than_the_context_leaves(serving, tokenizer):
+    server = serving(reply=lambda prompt: "x " * 600)
+    (found,) = answers(served(server, tokenizer), [[1] * 500])
+    assert server.questions[0][1]["max_tokens"] == 12
+    assert (found.finish_reason, len(found.token_ids)) == ("length", 12)
+
+
+def test_so_many_are_asked_at_a_time(serving, tokenizer):
+    gate = threading.Barrier(3)
+
+    def wait(path, body, number):
+        gate.wait(5)  # passes only three together
+
+    server = serving(misbehave=wait)
+    found = answers(served(server, tokenizer), [[1, index + 2] for index in range(9)], max_batch=3)
+    assert len(found) == 9
+    assert server.most == 3
+
+
+# --- a server that fails for a while --------------------------------------------------------------------------------
+
+SHORT = [
+    Answer({"error": {"message": "busy"}}, 429, {"Retry-After": "0.3"}),
+    Answer({"error": "broken"}, 500),
+    Answer("starting", 503),
+    Answer(reset=True),
+    Answer({"choices": []}, cut=True),
+]
+
+
+@pytest.mark.parametrize("wrong", SHORT, ids=["429", "500", "503", "reset", "cut"])
+def test_what_passes_is_asked_again(serving, tokenizer, wrong):
+    server = serving(misbehave=lambda path, body, number: wrong if number in (0, 1) else None)
+    started = time.monotonic()
+    (found,) = answers(served(server, tokenizer), [[1, 5]])
+    assert found.finish_reason == "eos"
+    assert len(server.questions) == 3
+    assert (time.monotonic() - started >= 0.6) == ("Retry-After" in wrong.headers)
+
+
+FAULTS = {
+    "no JSON": (Answer("<html>bad gateway</html>"), "no JSON, wanted one JSON object; it begins with '<html>bad gateway"),
+    "stream": (Answer('data: {"choices": []}\n\n', headers={"Content-Type": "text/event-stream"}), "got a stream, wanted"),
+    "list": (Answer([1]), "got a JSON list, wanted an object"),
+    "error": (Answer({"error": {"message": "out of memory"}}), "the server says 'out of memory'"),
+    "no choices": (Answer({"choices": []}), "an answer without choices"),
+    "null choices": (Answer({"choices": None}), "an answer without choices"),
+    "no text": (Answer({"choices": [{"finish_reason": "stop"}]}), "a choice without text"),
+    "abort": (Answer({"choices": [{"text": "x", "finish_reason": "abort"}]}), "finish_reason 'abort', wanted"),
+    "cut": (
+        Answer(
+            {"choices": [{"text": "x", "finish_reason": "length"}], "usage": {"completion_tokens": 40, "prompt_tokens": 2}}
+        ),
+        "the server cut an answer after 40 tokens, with 100 asked for and a context of 512",
+    ),
+    "400": (Answer({"error": {"message": "too long"}}, 400), "the server refuses with 400 (too long)"),
+    "422": (Answer({"detail": "what is this"}, 422), "the server refuses with 422 (what is this)"),
+    "401": (Answer({"error": {"message": "who are you"}}, 401), f"environment variable {endpoint.API_KEY}"),
+    "404": (Answer({"error": {"message": "gone"}}, 404), "refuses with 404 (gone); wanted the address of an OpenAI"),
+    "500": (Answer({"error": {"message": "broken"}}, 500), "refuses with 500 (broken), asked 6 times"),
+    "reset": (
+        Answer(reset=True),
+        "the server is away (",
+    ),
+    "slow": (Answer({"choices": []}, after=0.5), "no answer within 0.2 s, asked 6 times; give it longer (--timeout)"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_stays_wrong_is_told_in_one_line(serving, tokenizer, fault):
+    wrong, said = FAULTS[fault]
+    server = serving(misbehave=lambda path, body, number: wrong)
+    model = served(server, tokenizer, timeout=0.2 if fault == "slow" else 600)
+    with pytest.raises(EndpointError) as found:
+        answers(model, [[1, 5]])
+    assert said in str(found.value)
+    assert server.url in str(found.value)
+
+
+def test_a_server_that_is_away_is_told(serving, tokenizer):
+    server = serving(models=())
+    with pytest.raises(RequestError, match=r"serves 0 models \(none\)"):
+        served(server, tokenizer)
+    with pytest.raises(EndpointError, match=r"/v1/models: the server is away \(.*refused\); start it"):
+        endpoint.Server(endpoint.Endpoint("http://127.0.0.1:1/v1"))
+
+
+def test_an_address_without_its_version_is_told(serving):
+    server = serving()
+    with pytest.raises(EndpointError, match=r"refuses with 404 .*wanted the address of an OpenAI-compatible API"):
+        endpoint.Server(endpoint.Endpoint(server.url.removesuffix("/v1")))
+
+
+def test_a_model_that_is_not_served_is_told_with_those_that_are(serving, tokenizer):
+    server = serving(models=[{"id": name} for name in ("pangu-7b", "pangu-1b")])
+    with pytest.raises(
+        RequestError, match=r"does not serve 'pangu-7bb' \(did you mean 'pangu-7b'\?\), it serves pangu-7b, p"
+    ):
+        served(server, tokenizer, model="pangu-7bb")
+    with pytest.raises(RequestError, match=r"serves 2 models \(pangu-7b, pangu-1b\); name one"):
+        served(server, tokenizer)
+    with pytest.raises(RequestError, match="does not say how long its context is"):
+        served(server, tokenizer, model="pangu-1b")
+    assert served(server, tokenizer, model="pangu-1b", context_length=300).context_length == 300
+
+
+@pytest.mark.parametrize("url", ["localhost:8000/v1", "ftp://x/v1", "http://", "http://x/v1?key=1", "http://x:y/v1", ""])
+def test_what_is_no_address_is_refused(url):
+    with pytest.raises(RequestError, match="wanted a URL such as"):
+        endpoint.Endpoint(url)
+
+
+def test_a_key_comes_from_the_environment_and_goes_into_the_header_alone(serving, tokenizer, tmp_path, monkeypatch, mini):
+    with pytest.raises(RequestError, match=endpoint.API_KEY):
+        endpoint.Endpoint("http://me:secret@localhost/v1")
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    monkeypatch.setenv("OPENAI_ORG_ID", "organization")
+    server = serving()
+    served(server, tokenizer)
+    assert not any("another" in str(headers) or "organization" in str(headers) for headers in server.headers)
+    monkeypatch.setenv(endpoint.API_KEY, "secret-key")
+    assert main(evaluate(mini, server, tmp_path / "out")) == 0
+    assert server.headers[-1]["authorization"] == "Bearer secret-key"
+    assert not any(b"secret-key" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    server.misbehave = lambda path, body, number: Answer({"error": {"message": "Incorrect key: secret-key"}}, 401)
+    with pytest.raises(EndpointError, match=r"Incorrect key: \*\*\*"):
+        answers(served(server, tokenizer), [[1, 5]])
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def questions(tokenizer, limit=6):
+    problems = {"mini": load_problems(TASKS["mini"])}
+    prompts = {"mini": PROMPTS["zero_shot_instruct"]}
+    encode = lambda messages, mode: tokenizer.encode_chat(messages, mode=mode)  # noqa: E731
+    return [*run.questions(problems, ["no_think"], prompts, encode, run.Settings(SETTINGS), limit)]
+
+
+def test_a_server_that_goes_away_loses_no_answer_and_is_asked_nothing_twice(serving, tokenizer, tmp_path):
+    whole, asked = serving(), questions(tokenizer)
+    target = lambda model, name: run.Target(tmp_path / name, model.id, run.Settings(SETTINGS))  # noqa: E731
+    model = served(whole, tokenizer)
+    run.answer(model, asked, target(model, "whole"), max_batch=2)
+
+    away = serving(misbehave=lambda path, body, number: None if number < 3 else Answer(after=0.05, reset=True))
+    model = served(away, tokenizer)
+    with pytest.raises(EndpointError, match="the server is away"):
+        run.answer(model, asked, target(model, "stopped"), max_batch=2)
+    assert len([*read_records(tmp_path / "stopped" / run.SAMPLES_FILE)]) == 3
+    away.misbehave = lambda path, body, number: None
+    run.answer(served(away, tokenizer), asked, target(model, "stopped"), max_batch=2)
+    prompts = [tuple(prompt) for prompt in away.answered if len(prompt) > 1]
+    assert len(prompts) == len(set(prompts)) == 6
+    bytes_of = lambda name: (tmp_path / name / run.SAMPLES_FILE).read_bytes()  # noqa: E731
+    assert bytes_of("stopped") == bytes_of("whole")
+
+
+def test_a_server_of_another_model_does_not_go_on_with_a_run(serving, tokenizer):
+    ids = [
+        served(serving(**fields), tokenizer).id
+        for fields in (
+            {},
+            {"models": [{"id": "mini", "root": "/models/other", "max_model_len": 512}]},
+            {"models": [{"id": "mini", "root": "/models/mini", "max_model_len": 300}]},
+            {"takes_ids": False},
+        )
+    ]
+    assert len(set(ids)) == 4
+    assert served(serving(version="0.33.0"), tokenizer).id == ids[0]
+
+
+def evaluate(mini, server, output, *more):
+    return [
+        *("evaluate", str(mini), "--endpoint", server.url, "--model", "mini", "--tasks", "mini", "--modes", "no_think"),
+        *("--limit", "6", "--max-new-tokens", "100", "--sandbox", "rlimits", "--output", str(output), *more),
+    ]
+
+
+def test_a_served_model_is_scored_and_says_so(serving, tokenizer, mini, tmp_path, capsys):
+    solutions = {
+        tuple(question.token_ids): f"```python\n{question.problem.reference}\n```" for question in questions(tokenizer)
+    }
+    server = serving(reply=lambda prompt: solutions.get(tuple(prompt), "none"))
+    assert main([*evaluate(mini, server, tmp_path / "served"), "--max-new-tokens", "400"]) == 0
+    summary = json.loads((tmp_path / "served/summary.json").read_text())
+    assert summary["entries"][0]["passed"] == summary["entries"][0]["samples"] == 6
+    told = json.loads((tmp_path / "served/run.json").read_text())
+    assert told["served_by"] == {
+        "url": server.url, "model": "mini", "software": "vllm", "version": "0.32.0", "root": "/models/mini",
+        "max_model_len": 512, "asked_with": "token ids",
+    }  # fmt: skip
+    (loaded,) = load_runs([tmp_path / "served"])
+    assert loaded.label == "served (served by vllm 0.32.0)"
+    assert main(["report", str(tmp_path / "served"), "--output", str(tmp_path)]) == 0
+    for page in ("report.html", "report.md"):
+        assert "served by vllm 0.32.0" in (tmp_path / page).read_text()
+
+
+def test_a_tokenizer_alone_is_enough_and_mindspore_is_not_started(serving, mini, tmp_path):
+    server = serving()
+    for name in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "tokenizer").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer" / name).write_bytes((mini / name).read_bytes())
+    arguments = evaluate(tmp_path / "tokenizer", server, tmp_path / "out", "--samples-only")
+    program = f"import sys; from ms_pangu_quant.cli import main; code = main({arguments!r}); "
+    program += "sys.exit(code or 'mindspore' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_process_that_is_killed_goes_on_where_it_was(serving, mini, tmp_path):
+    numbers = count()
+    server = serving(misbehave=lambda path, body, number: Answer(after=60) if next(numbers) == 3 else None)
+    command = [
+        sys.executable,
+        "-m",
+        "ms_pangu_quant",
+        *evaluate(mini, server, tmp_path, "--batch-size", "1", "--samples-only"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while len(server.questions) < 4 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+    assert main(evaluate(mini, server, tmp_path, "--samples-only")) == 0
+    prompts = [tuple(body["prompt"]) for _, body in server.questions]
+    assert len(prompts) == 7  # the one under way is asked again, and no other
+    assert prompts[3] in prompts[4:]
+    assert len(set(prompts)) == len([*read_records(tmp_path / run.SAMPLES_FILE)]) == 6
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--device", "ascend"], "the server's own business"),
+        (["--tensor-parallel", "2"], "the server's own business"),
+        (["--timeout", "0"], "timeout: got 0.0"),
+        (["--score-only"], "--score-only needs no model"),
+    ],
+)
+def test_options_that_do_not_go_with_a_server_are_refused(serving, mini, tmp_path, capsys, more, said):
+    server = serving()
+    assert main(evaluate(mini, server, tmp_path / "out", *more)) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not server.asked
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_a_server_need_one(mini, capsys):
+    assert main(["evaluate", str(mini), "--model", "mini"]) == 2
+    assert "--model goes with --endpoint" in capsys.readouterr().err
+    assert main(["evaluate", "--endpoint", "http://localhost:1/v1"]) == 2
+    assert "prompts are encoded with its tokenizer" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_missing_library_is_told_with_how_to_get_it(mini, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    assert main(["evaluate", str(mini), "--endpoint", "http://localhost:1/v1", "--output", str(tmp_path / "out")]) == 2
+    assert "openai is not installed; pip install 'openai" in " ".join(capsys.readouterr().err.split())
