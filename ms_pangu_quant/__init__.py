@@ -6,6 +6,7 @@ evaluate  a checkpoint on benchmarks in its thinking modes: answers, verdicts, s
 compare   how far two checkpoints' next-token distributions are apart
 observe   the weights of a block and what enters its layers, after any transforms
 load      a checkpoint to compute logits and generate text with
+Endpoint  a server that evaluate() asks instead of loading the checkpoint
 Progress  what quantize() calls while it is under way
 ASSETS    folder of the embedded checkpoint, openpangu-mini, and its data
 """
@@ -20,6 +21,7 @@ from ms_pangu_quant.errors import PanguQuantError
 if TYPE_CHECKING:
     from ms_pangu_quant.api import (
         CalibrationRequest,
+        Endpoint,
         EvaluationRequest,
         Progress,
         calibrate,
@@ -35,6 +37,7 @@ ASSETS = Path(__file__).parent / "assets"
 __all__ = [
     "ASSETS",
     "CalibrationRequest",
+    "Endpoint",
     "EvaluationRequest",
     "PanguQuantError",
     "Progress",

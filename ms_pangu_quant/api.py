@@ -31,6 +31,7 @@ from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, fa
 from ms_pangu_quant.formats.export import export as run_export
 from ms_pangu_quant.formats.finished import is_exported, stored_bytes
 from ms_pangu_quant.formats.reader import FORMATS, Format, QuantizedReader, open_checkpoint
+from ms_pangu_quant.inference.endpoint import Endpoint, Server
 from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.mixed.sensitivity import DEFAULT_TOKENS, Sensitivity, assigned, schemes_to_measure
 from ms_pangu_quant.network import runtime
@@ -48,12 +49,13 @@ from ms_pangu_quant.report.sensitivity_plot import sensitivity_plot
 from ms_pangu_quant.suggestion import did_you_mean
 
 if TYPE_CHECKING:
-    from ms_pangu_quant.inference.compare import Comparison
+    from ms_pangu_quant.inference.compare import Comparison, ServedComparison
 
 __all__ = [
     "AnyRecipe",
     "CalibrationRequest",
     "Chats",
+    "Endpoint",
     "EvaluationRequest",
     "GenerationSettings",
     "Judging",
@@ -63,6 +65,7 @@ __all__ = [
     "as_recipe",
     "calibrate",
     "compare",
+    "compare_served",
     "estimate",
     "evaluate",
     "export",
@@ -354,6 +357,34 @@ def compare(
     longest = min(max_length, config.max_position_embeddings)
     rows = read_data(data, directory, config, limit, longest, None, allow_benchmark_overlap=True)
     return run(directory, Path(quantized), rows.sequences, on_block)
+
+
+def compare_served(
+    reference: str | Path,
+    endpoint: Endpoint,
+    data: str | Path,
+    *,
+    top: int = 20,
+    limit: int | None = None,
+    max_length: int = 2048,
+    on_text: Callable[[], None] = lambda: None,
+    on_block: Callable[[], None] = lambda: None,
+) -> ServedComparison:
+    """How far what a server computes is from a directory, float or quantized: compare() on what the server gives.
+
+    top      tokens of each of its distributions that it is asked for.
+    on_text  called for each row that it has answered.
+    data, limit, max_length and on_block are those of compare().
+    """
+    from ms_pangu_quant.inference.compare import compare_served as run
+
+    directory = Path(reference)
+    config = open_checkpoint(directory).config
+    server = Server(endpoint)
+    context = min(config.max_position_embeddings, server.description.max_model_len or config.max_position_embeddings)
+    longest = min(max_length, context - 1)  # a server generates a token besides
+    rows = read_data(data, directory, config, limit, longest, None, allow_benchmark_overlap=True)
+    return run(directory, server, rows.sequences, top, on_text, on_block)
 
 
 def observe(

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import check_same_model
 from ms_pangu_quant.checkpoint.reader import embedding_rows
+from ms_pangu_quant.errors import EndpointError
 from ms_pangu_quant.formats.reader import Reader, open_checkpoint
+from ms_pangu_quant.inference.endpoint import PromptLogprobs, Server
 from ms_pangu_quant.network import runtime
 
 _SLICE_BYTES = 64 << 20
+_LEAST_REST = 1e-6  # of a probability 1 less twenty float32 ones
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,28 @@ class Comparison:
     top1_agreement: float
     ppl_reference: float
     ppl_quantized: float
+
+
+@dataclass(frozen=True)
+class ServedComparison:
+    """Over every token that has a next one, of what a server gives: its most likely tokens and the text's own, on average
+    `given` of them, which have `covered` of its probability.
+
+    kl_mean, kl_p99, kl_se  as in Comparison, of distributions in which all other tokens are one event. That is at most the
+                            KL of the whole ones (the log-sum inequality), and no more can be said from these.
+    top1_agreement, ppl_*   as in Comparison.
+    """
+
+    texts: int
+    tokens: int
+    given: float
+    covered: float
+    kl_mean: float
+    kl_se: float | None
+    kl_p99: float
+    top1_agreement: float
+    ppl_reference: float
+    ppl_served: float
 
 
 def compare(
@@ -74,6 +99,76 @@ def compare(
         ppl_reference=_perplexity(nll[0]),
         ppl_quantized=_perplexity(nll[1]),
     )
+
+
+def compare_served(
+    reference: Path,
+    server: Server,
+    sequences: Sequence[NDArray[np.int32]],
+    top: int,
+    on_text: Callable[[], None] = lambda: None,
+    on_block: Callable[[], None] = lambda: None,
+) -> ServedComparison:
+    """Compare a server's next-token distributions with those of a directory, float or quantized, on token sequences.
+
+    top       tokens of each distribution that the server is asked for.
+    on_text   called for each sequence that the server has answered; on_block after each block of the reference.
+    Raises    EndpointError where the server gives no such distributions, or those of another vocabulary.
+    """
+    reader = open_checkpoint(reference)
+    said = PromptLogprobs(server, top).ask([[int(token) for token in sequence] for sequence in sequences], on_text)
+    ids, log_q = _table([each for text in said for each in text])
+    if ids.max() >= reader.config.vocab_size:
+        raise EndpointError(
+            f"{server.url}: has a token {ids.max()}, and {reference} only {reader.config.vocab_size}: not the same model's"
+        )
+    targets = np.concatenate([sequence[1:] for sequence in sequences])
+    log_p, best = log_likelihoods(
+        lambda start, stop: head_rows(reader, start, stop),
+        reader.config.vocab_size,
+        _final_states(reader, sequences, on_block),
+        np.concatenate([ids, targets[:, None]], axis=1),
+    )
+    kl = lumped_kl(log_p[:, :-1], log_q)
+    ends = np.cumsum([len(sequence) - 1 for sequence in sequences])[:-1]
+    of_text = log_q[np.arange(len(targets)), (ids == targets[:, None]).argmax(axis=1)]
+    return ServedComparison(
+        texts=len(sequences),
+        tokens=len(targets),
+        given=float((ids >= 0).sum(axis=1).mean()),
+        covered=float(np.exp(log_q).sum(axis=1).mean()),
+        kl_mean=float(kl.mean()),
+        kl_se=cluster_error(np.split(kl, ends)),
+        kl_p99=float(np.percentile(kl, 99)),
+        top1_agreement=float((ids[:, 0] == best).mean()),
+        ppl_reference=_perplexity(-log_p[:, -1]),
+        ppl_served=_perplexity(-of_text),
+    )
+
+
+def _table(said: Sequence[dict[int, float]]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Token ids and log-probabilities [tokens, most], -1 and -inf where there are fewer; the likeliest first, of equal ones
+    the least id, as an argmax takes it."""
+    most = max(map(len, said))
+    ids, log_q = np.full((len(said), most), -1, np.int64), np.full((len(said), most), -np.inf)
+    for row, each in enumerate(said):
+        sorted_ids = sorted(each, key=lambda token: (-each[token], token))
+        ids[row, : len(each)], log_q[row, : len(each)] = sorted_ids, [each[token] for token in sorted_ids]
+    return ids, log_q
+
+
+def lumped_kl(log_p: NDArray[np.float64], log_q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(p || q) [tokens] of distributions of which some events are known [tokens, events] and the others taken as one.
+
+    log_q is -inf where no event stands. What q leaves for the others is at least _LEAST_REST, which only lowers the result.
+    """
+    known = np.isfinite(log_q)
+    p, q = np.where(known, np.exp(log_p), 0.0), np.exp(log_q)
+    terms = p * np.where(known, log_p - np.where(known, log_q, 0.0), 0.0)
+    rest_p, rest_q = np.maximum(1 - p.sum(axis=1), 0.0), np.maximum(1 - q.sum(axis=1), _LEAST_REST)
+    rest = rest_p * np.log(np.where(rest_p > 0, rest_p, 1.0) / rest_q)
+    lumped: NDArray[np.float64] = np.maximum(terms.sum(axis=1) + np.where(rest_p > 0, rest, 0.0), 0.0)
+    return lumped
 
 
 def _perplexity(nll: NDArray[np.float64]) -> float:
@@ -146,6 +241,31 @@ def divergences(
     kl = np.maximum(weighted / total[0] - log_total[0] + log_total, 0.0)
     kl[0] = 0.0
     return kl, best == best[0], log_total - chosen
+
+
+@np.errstate(over="ignore", invalid="ignore")
+def log_likelihoods(
+    head: Callable[[int, int], NDArray[np.float32]], vocab: int, states: NDArray[np.float32], wanted: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Log-probabilities [tokens, n] of the tokens `wanted` [tokens, n], 0 for an id of -1; the most likely token [tokens].
+
+    head and states as in divergences(), of one model.
+    """
+    count = len(wanted)
+    top, total, best = np.full(count, -np.inf), np.zeros(count), np.zeros(count, np.int64)
+    logits = np.zeros(wanted.shape)
+    step = max(1, _SLICE_BYTES // (4 * max(count, 1)))
+    for start in range(0, vocab, step):
+        stop = min(start + step, vocab)
+        values = (states @ head(start, stop).T).astype(np.float64)
+        rows, columns = np.nonzero((wanted >= start) & (wanted < stop))
+        logits[rows, columns] = values[rows, wanted[rows, columns] - start]
+        peak = values.max(axis=1)
+        best = np.where(peak > top, values.argmax(axis=1) + start, best)
+        raised = np.maximum(top, peak)
+        total = total * np.exp(top - raised) + np.exp(values - raised[:, None]).sum(axis=1)
+        top = raised
+    return np.where(wanted >= 0, logits - (top + np.log(total))[:, None], 0.0), best
 
 
 def head_rows(reader: Reader, start: int, stop: int) -> NDArray[np.float32]:

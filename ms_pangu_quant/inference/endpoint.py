@@ -13,8 +13,9 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from ms_pangu_quant.checkpoint.config import read_json
@@ -27,6 +28,7 @@ from ms_pangu_quant.suggestion import did_you_mean
 if TYPE_CHECKING:
     from openai import APIError, OpenAI
 
+Answered = TypeVar("Answered")
 API_KEY = "PANGU_QUANT_API_KEY"  # of this project's own, so that a key of OpenAI's goes nowhere by accident
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 CONCURRENT = 16
@@ -248,39 +250,16 @@ class ServedModel:
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[int, Generation]]:
-        """(place of a prompt, its answer) as each ends; at most max_batch are asked for at a time.
-
-        Once one has failed no other is begun; those under way are waited for and given before the error is raised.
-        """
+        """(place of a prompt, its answer) as each ends; at most max_batch are asked for at a time."""
         if settings.top_k and not self._extras:
             raise RequestError(
                 f"top_k: {self._server.url} takes only what OpenAI's API has, and that has none; leave it out"
             )
-        waiting = iter(enumerate(prompts))
-        running: dict[Future[Generation], int] = {}
-        failed: EndpointError | None = None
-        pool = ThreadPoolExecutor(max_batch or CONCURRENT, thread_name_prefix="endpoint")
-        try:
-            while True:
-                while failed is None and len(running) < (max_batch or CONCURRENT) and (each := next(waiting, None)):
-                    index, prompt = each
-                    stream = index if streams is None else streams[index]
-                    running[pool.submit(self._answer, prompt, settings, stream)] = index
-                if not running:
-                    break
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    index = running.pop(future)
-                    try:
-                        generation = future.result()
-                    except EndpointError as error:
-                        failed = failed or error
-                        continue
-                    on_tokens(len(generation.token_ids))
-                    yield index, generation
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        if failed is not None:
-            raise failed
+        numbers = range(len(prompts)) if streams is None else streams
+        asking = [partial(self._answer, prompt, settings, stream) for prompt, stream in zip(prompts, numbers, strict=True)]
+        for index, generation in _as_they_end(asking, max_batch or CONCURRENT):
+            on_tokens(len(generation.token_ids))
+            yield index, generation
 
     def _answer(self, prompt: Any, settings: GenerationSettings, stream: int) -> Generation:
         body = {"temperature": settings.temperature, "top_p": settings.top_p, **self._extras}
@@ -329,6 +308,107 @@ class ServedModel:
                 f"{self.context_length}; raise its limit (of vLLM: --generation-config vllm, as max_new_tokens of "
                 f"generation_config.json is one), or ask for at most {tokens} (--max-new-tokens)"
             )
+
+
+class PromptLogprobs:
+    """Asks a server for its distributions at the tokens of texts: of each the most likely, and the text's own.
+
+    It gives them as vLLM's prompt_logprobs, else as logprobs of an echoed prompt, if tokens are named by their ids there.
+    """
+
+    def __init__(self, server: Server, top: int) -> None:
+        """top: tokens of each distribution; vLLM gives 20, or as many as its --max-logprobs says."""
+        self._server, self._top, self._where = server, top, f"{server.url}{COMPLETIONS}"
+        self._form = self._of_prompt
+
+    def ask(
+        self, texts: Sequence[Sequence[int]], on_text: Callable[[], None] = lambda: None
+    ) -> list[list[dict[int, float]]]:
+        """Of each text, for each token behind its first: token id -> log-probability, nats. Raises EndpointError where the
+        server gives none, or those of other tokens."""
+        first = self._first(texts[0])
+        on_text()
+        found = [first, *([] for _ in texts[1:])]
+        for index, said in _as_they_end([partial(self._form, text) for text in texts[1:]], CONCURRENT):
+            found[index + 1] = said
+            on_text()
+        return found
+
+    def _first(self, text: Sequence[int]) -> list[dict[int, float]]:
+        """Finds out which form it has."""
+        try:
+            return self._of_prompt(text)
+        except EndpointError as error:
+            if error.status is not None and error.status not in _REFUSED:
+                raise
+            self._form = self._of_echo
+            try:
+                return self._of_echo(text)
+            except EndpointError:
+                raise error from None
+
+    def _of_prompt(self, text: Sequence[int]) -> list[dict[int, float]]:
+        asked = {"prompt": list(text), "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": self._top}
+        said = only_choice(self._where, self._server.post(COMPLETIONS, **asked)).get("prompt_logprobs")
+        if not isinstance(said, list):
+            raise EndpointError(
+                f"{self._where}: gives no log-probabilities of a prompt's tokens, neither as vLLM's prompt_logprobs nor as "
+                "logprobs with echo"
+            )
+        try:
+            found = [{int(token): float(each["logprob"]) for token, each in entry.items()} for entry in said[1:]]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EndpointError(f"{self._where}: prompt_logprobs of another form than vLLM's") from None
+        return self._checked(text, found)
+
+    def _of_echo(self, text: Sequence[int]) -> list[dict[int, float]]:
+        asked = {"prompt": list(text), "max_tokens": 1, "temperature": 0.0, "logprobs": self._top, "echo": True}
+        answered = self._server.post(COMPLETIONS, **asked, return_tokens_as_token_ids=True)
+        said: Any = only_choice(self._where, answered).get("logprobs")
+        try:
+            found = [
+                {int(token.removeprefix("token_id:")): float(each) for token, each in {**top, own: chance}.items()}
+                for top, own, chance in zip(said["top_logprobs"], said["tokens"], said["token_logprobs"], strict=True)
+                if top is not None
+            ]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EndpointError(f"{self._where}: logprobs of another form than OpenAI's, or not of token ids") from None
+        return self._checked(text, found[: len(text) - 1])
+
+    def _checked(self, text: Sequence[int], found: list[dict[int, float]]) -> list[dict[int, float]]:
+        """Raises EndpointError where they are of other tokens than the text's."""
+        if len(found) != len(text) - 1 or any(token not in each for token, each in zip(text[1:], found, strict=True)):
+            raise EndpointError(f"{self._where}: log-probabilities of other tokens than the {len(text)} that were sent")
+        return found
+
+
+def _as_they_end(asking: Sequence[Callable[[], Answered]], most: int) -> Iterator[tuple[int, Answered]]:
+    """(place, what it gives) of each call, at most so many at a time.
+
+    Once one has raised an EndpointError no other is begun; those under way are waited for, and given, before it is raised.
+    """
+    waiting = iter(enumerate(asking))
+    running: dict[Future[Answered], int] = {}
+    failed: EndpointError | None = None
+    pool = ThreadPoolExecutor(most, thread_name_prefix="endpoint")
+    try:
+        while True:
+            while failed is None and len(running) < most and (each := next(waiting, None)):
+                running[pool.submit(each[1])] = each[0]
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                index = running.pop(future)
+                try:
+                    answered = future.result()
+                except EndpointError as error:
+                    failed = failed or error
+                    continue
+                yield index, answered
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    if failed is not None:
+        raise failed
 
 
 def stated_context(directory: Path) -> int | None:

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import ms_pangu_quant as pq
-from ms_pangu_quant.api import GenerationSettings, Judging, as_recipe
+from ms_pangu_quant.api import GenerationSettings, Judging, as_recipe, compare_served
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import OutputError, PanguQuantError, RecipeError, RequestError
@@ -20,7 +20,8 @@ from ms_pangu_quant.mixed.sensitivity import total_steps
 from ms_pangu_quant.pipeline.report import Progress
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
-from tests.conftest import MINI
+from tests.conftest import MINI, token_data
+from tests.unit.openai_server import Server, running
 from tools.dev.make_checkpoint import make_config
 
 DATA = pq.ASSETS / "validation.jsonl"
@@ -157,6 +158,34 @@ def test_a_checkpoint_compared_with_itself_has_no_kl():
     assert found.kl_mean == 0
     assert found.top1_agreement == 1
     assert found.ppl_reference == found.ppl_quantized
+
+
+def test_a_served_checkpoint_is_as_far_away_as_the_directory_is_and_what_is_not_given_only_lowers_it(quantized):
+    """Behind the API is the quantized checkpoint itself, loaded here."""
+    directory = quantized("w8a8_rtn")
+    model, texts = pq.load(directory), token_data("validation", 3).sequences
+    logits = {tuple(text.tolist()): model.logits(text.tolist()).astype(np.float64) for text in texts}
+
+    def top(prompt, count):
+        chances = logits[tuple(prompt)]
+        chances = chances - np.log(np.exp(chances).sum(axis=1, keepdims=True))
+        said = [None]
+        for row, own in zip(chances, prompt[1:], strict=False):
+            said.append({str(token): {"logprob": row[token]} for token in {*np.argsort(-row)[:count].tolist(), own}})
+        return {"prompt_logprobs": said}
+
+    whole = pq.compare(MINI, directory, DATA, limit=3)
+    with running(Server(reply=lambda prompt: "", tokens=lambda text: [4], logprobs=top)) as server:
+        endpoint = pq.Endpoint(server.url)
+        some, everything = (compare_served(MINI, endpoint, DATA, top=count, limit=3) for count in (5, 1024))
+    assert 0 < some.kl_mean < everything.kl_mean
+    assert everything.kl_mean == pytest.approx(whole.kl_mean, rel=1e-3)
+    for found in (some, everything):
+        assert (found.texts, found.tokens, found.top1_agreement) == (whole.texts, whole.tokens, whole.top1_agreement)
+        assert found.ppl_reference == pytest.approx(whole.ppl_reference)
+        assert found.ppl_served == pytest.approx(whole.ppl_quantized, rel=1e-5)
+    assert 5 <= some.given < 6
+    assert everything.covered == pytest.approx(1)
 
 
 def test_evaluate_writes_the_bytes_that_the_command_writes(tmp_path, capsys):

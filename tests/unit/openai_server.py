@@ -90,7 +90,7 @@ class Server:
         if body.get("return_token_ids"):
             choice |= {"token_ids": ids, "stop_reason": None, "prompt_token_ids": body["prompt"]}
         if self.logprobs:
-            choice |= self.logprobs(body["prompt"], body["prompt_logprobs"])
+            choice |= self.logprobs(body["prompt"], body.get("prompt_logprobs", body.get("logprobs")))
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": len(ids)}
         return {"object": "text_completion", "model": body["model"], "choices": [choice], "usage": usage}
 

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from itertools import count
+from itertools import count, pairwise
 
+import numpy as np
 import openai._base_client
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.cli import main
@@ -19,7 +22,9 @@ from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.samples import read_records
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
+from ms_pangu_quant.inference import compare as comparing
 from ms_pangu_quant.inference import endpoint
+from ms_pangu_quant.inference.compare import log_likelihoods, lumped_kl
 from ms_pangu_quant.inference.model import Generation
 from ms_pangu_quant.inference.sampling import GenerationSettings
 from ms_pangu_quant.report.results import load_runs
@@ -406,3 +411,97 @@ def test_the_missing_library_is_told_with_how_to_get_it(mini, tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "openai", None)
     assert main(["evaluate", str(mini), "--endpoint", "http://localhost:1/v1", "--output", str(tmp_path / "out")]) == 2
     assert "openai is not installed; pip install 'openai" in " ".join(capsys.readouterr().err.split())
+
+
+# --- distributions --------------------------------------------------------------------------------------------------
+
+CHANCES = [{7: -0.1, 3: -2.5, 330: -9.0}, {8: -1.5, 3: -0.3, 916: -4.0}]  # behind the first two of 1, 7, 8
+
+
+def of_prompt(prompt, top):
+    said = [{str(token): {"logprob": chance, "rank": 1} for token, chance in each.items()} for each in CHANCES]
+    return {"prompt_logprobs": [None, *said]}
+
+
+def of_echo(prompt, top, form="token_id:{}"):
+    named = [{form.format(token): chance for token, chance in each.items()} for each in CHANCES]
+    tokens = [form.format(token) for token in (*prompt, 5)]
+    own = [None, *(each[token] for each, token in zip(CHANCES, prompt[1:], strict=True)), -0.2]
+    return {"logprobs": {"tokens": tokens, "token_logprobs": own, "top_logprobs": [None, *named, {tokens[-1]: -0.2}]}}
+
+
+def distributions(server, texts=((1, 7, 8),), top=3):
+    return endpoint.PromptLogprobs(endpoint.Server(endpoint.Endpoint(server.url)), top).ask(texts)
+
+
+@pytest.mark.parametrize("form", [of_prompt, of_echo])
+def test_distributions_are_those_of_the_tokens_that_were_sent(serving, form):
+    server = serving(logprobs=form)
+    assert distributions(server, [(1, 7, 8)] * 5) == [CHANCES] * 5
+    _, body = server.asked[-1]
+    assert body["prompt_logprobs" if form is of_prompt else "logprobs"] == 3
+
+
+OTHERS = {
+    "none": (lambda prompt, top: {}, "gives no log-probabilities of a prompt's tokens"),
+    "names": (lambda prompt, top: of_echo(prompt, top, "<{}>"), "gives no log-probabilities of a prompt's tokens"),
+    "other tokens": (
+        lambda prompt, top: {"prompt_logprobs": [None, *[{"3": {"logprob": -1.0}}] * 2]},
+        "of other tokens than",
+    ),
+    "fewer": (lambda prompt, top: {"prompt_logprobs": [None, {"7": {"logprob": -1.0}}]}, "of other tokens than the 3"),
+    "other form": (lambda prompt, top: {"prompt_logprobs": [None, [1]]}, "of another form than vLLM's"),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_server_that_does_not_give_them_is_told(serving, other):
+    form, said = OTHERS[other]
+    with pytest.raises(EndpointError, match=said):
+        distributions(serving(logprobs=form))
+
+
+def test_more_than_a_server_gives_is_told_in_its_words(serving):
+    refusal = Answer({"error": {"message": "21 is greater than max allowed: 20"}}, 400)
+    server = serving(logprobs=lambda prompt, top: {}, misbehave=lambda path, body, number: refusal)
+    server.answer, usual = (lambda path, body: refusal if path == "/v1/completions" else usual(path, body)), server.answer
+    with pytest.raises(EndpointError, match="max allowed: 20"):
+        distributions(server, top=21)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.floats(0.05, 8))
+def test_kl_of_lumped_events_is_a_lower_bound_that_rises_with_what_is_known(seed, events, spread):
+    """By the log-sum inequality, whichever events are known; of all of them it is the KL."""
+    random = np.random.default_rng(seed)
+    p, q = (np.exp(random.normal(0, spread, (20, events + 3))) for _ in range(2))
+    log_p, log_q = (np.log(each / each.sum(axis=1, keepdims=True)) for each in (p, q))
+    whole = (np.exp(log_p) * (log_p - log_q)).sum(axis=1)
+    known = np.argsort(-log_q, axis=1)
+    pick = lambda values, count: np.take_along_axis(values, known[:, :count], axis=1)  # noqa: E731
+    bounds = [lumped_kl(pick(log_p, count), pick(log_q, count)) for count in range(1, events + 4)]
+    assert all((bound <= whole + 1e-9).all() for bound in bounds)
+    if np.exp(log_q).min() > 1e-6:  # as small a rest as a server's float32 tells from none
+        assert all((lower <= higher + 1e-9).all() for lower, higher in pairwise(bounds))
+        np.testing.assert_allclose(bounds[-1], whole, atol=1e-9)
+    padded = [
+        np.pad(pick(each, 2), ((0, 0), (0, 3)), constant_values=rest) for each, rest in ((log_p, 0), (log_q, -np.inf))
+    ]
+    np.testing.assert_array_equal(lumped_kl(*padded), bounds[1])
+
+
+def test_log_likelihoods_are_those_of_the_whole_distribution(monkeypatch):
+    monkeypatch.setattr(comparing, "_SLICE_BYTES", 4 * 7 * 5)  # five words at a time
+    random = np.random.default_rng(3)
+    head, states = (random.normal(size=(rows, 6)).astype(np.float32) for rows in (23, 7))
+    wanted = random.integers(-1, 23, (7, 4))
+    log_p, best = log_likelihoods(lambda start, stop: head[start:stop], 23, states, wanted)
+    logits = (states @ head.T).astype(np.float64)
+    whole = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(log_p, np.where(wanted < 0, 0, np.take_along_axis(whole, wanted, axis=1)), atol=1e-6)
+    assert (best == logits.argmax(axis=1)).all()
+
+
+def test_compare_wants_another_directory_or_a_server(mini, capsys):
+    for more in ([], [str(mini), "--endpoint", "http://localhost:1/v1"]):
+        assert main(["compare", str(mini), *more, "--data", "x"]) == 2
+        assert "give a second directory, or --endpoint" in capsys.readouterr().err
