@@ -38,6 +38,25 @@ class Architecture:
         return found | {layout.O_PROJ} if output else found - {layout.O_PROJ}
 
 
+# Published checkpoints that config.json tells from others of their architecture by no key of their own.
+_EMBEDDED_1B = {"hidden_size": 1536, "num_hidden_layers": 26, "num_attention_heads": 12, "vocab_size": 153376}
+_DIFFUSION_7B = {"hidden_size": 4096, "num_hidden_layers": 34, "vocab_size": 153376, "rms_norm_eps": 1e-6}
+
+
+def is_embedded_1b(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is openPangu-Embedded-1B's or 1B-V1.1's, by its shape: it was trained to answer at once."""
+    return _is(raw, _EMBEDDED_1B)
+
+
+def is_diffusion(raw: Mapping[str, Any]) -> bool:
+    """Whether a config.json is that of an openPangu-7B-Diffusion: Embedded-7B's, but for an rms_norm_eps of 1e-6."""
+    return _is(raw, _DIFFUSION_7B)
+
+
+def _is(raw: Mapping[str, Any], published: Mapping[str, Any]) -> bool:
+    return raw.get("model_type") == "PanguEmbedded" and all(raw.get(key) == value for key, value in published.items())
+
+
 _ATTENTION = frozenset({layout.Q_PROJ, layout.K_PROJ, layout.V_PROJ, layout.O_PROJ})
 ARCHITECTURES = {
     "PanguEmbedded": Architecture("bias", _ATTENTION, True, 1e-5, 16_000_000.0, "output_bias"),

@@ -156,15 +156,19 @@ def render(template: Template, chat: Sequence[Mapping[str, str]], where: Path, *
 
 
 def checked_chat(
-    messages: Sequence[Mapping[str, Any]], mode: str | None, modes: Sequence[str] = THINKING_MODES
+    messages: Sequence[Mapping[str, Any]], mode: str | None, modes: Sequence[str], *, thinks: bool
 ) -> list[dict[str, str]]:
-    """Role and content of messages, thoughts in it, and the mode's suffix on the last user message; modes are those of the
-    model."""
+    """Role and content of messages, thoughts in it, and the mode's suffix on the last user message.
+
+    modes   those of the model.
+    thinks  whether it has the tokens that stand around a thought.
+    """
     if mode is not None and mode not in THINKING_MODES:
         close = did_you_mean(mode, THINKING_MODES)
         raise RequestError(f"thinking mode {mode!r} is unknown{close}, wanted one of {', '.join(THINKING_MODES)}")
     if mode is not None and mode not in modes:
-        raise RequestError(f"thinking mode {mode!r}: this model has no thinking tokens, wanted {', '.join(modes)}")
+        reason = f"thinks in no mode but {modes[-1]}" if thinks else "has no thinking tokens"
+        raise RequestError(f"thinking mode {mode!r}: this model {reason}, wanted {', '.join(modes)}")
     if not messages:
         raise RequestError("messages is empty, wanted at least one user message")
     chat = []
@@ -173,8 +177,8 @@ def checked_chat(
         read = read_message(message, where)
         if read["role"] not in _ROLES:
             raise RequestError(f"{where}: role is {read['role']!r}, wanted one of {', '.join(_ROLES)}")
-        chat.append(with_thought(read, len(modes) > 1, where))
-    if mode is not None and len(modes) > 1:  # the only mode of a model that does not think needs no word
+        chat.append(with_thought(read, thinks, where))
+    if mode is not None and len(modes) > 1:  # the only mode of a model needs no word
         _append_suffix(chat, mode)
     return chat
 

@@ -15,7 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES
+from ms_pangu_quant.checkpoint.architecture import ARCHITECTURES, is_diffusion
 from ms_pangu_quant.checkpoint.layout import Sizes
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.suggestion import dangling, did_you_mean_path, fetching
@@ -203,6 +203,11 @@ def _refuse_other_graphs(raw: Mapping[str, Any], where: str) -> None:
     if model_type not in tuple(ARCHITECTURES):  # of a type that has no hash, perhaps
         wanted = ", ".join(map(repr, ARCHITECTURES))
         raise CheckpointError(f"{where}: model_type is {model_type!r}, wanted one of {wanted}")
+    if is_diffusion(raw):
+        raise CheckpointError(
+            f"{where}: 'rms_norm_eps' 1e-06 at openPangu-Embedded-7B's sizes marks an openPangu-7B-Diffusion, which fills "
+            "in blocks of masked tokens; the 7B that is read here has 1e-05"
+        )
     scaling = raw.get("rope_scaling")
     if isinstance(scaling, Mapping) and scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
         raise CheckpointError(f"{where}: rope_scaling {dict(scaling)} is not supported; openPangu-Embedded has none")

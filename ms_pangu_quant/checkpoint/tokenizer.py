@@ -7,6 +7,7 @@ checkpoint but its chat template is executed, and transformers is not needed. No
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ import numpy as np
 from jinja2 import Template
 from numpy.typing import NDArray
 
+from ms_pangu_quant.checkpoint.architecture import is_embedded_1b
 from ms_pangu_quant.checkpoint.chat import (
     OPENPANGU_TEMPLATE,
     THINKING_MODES,
@@ -25,10 +27,11 @@ from ms_pangu_quant.checkpoint.chat import (
     find_template,
     render,
 )
+from ms_pangu_quant.checkpoint.files import CheckpointNote
 from ms_pangu_quant.checkpoint.json_pieces import JsonPieces
 from ms_pangu_quant.checkpoint.sentencepieces import SentencePieces
 from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles
-from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.errors import CheckpointError, RequestError, one_line
 
 __all__ = ["THINKING_MODES", "Thought", "Tokenizer", "completed_generation", "end_ids", "find_tokenizer", "unusable"]
 
@@ -79,7 +82,8 @@ class Tokenizer:
 
     eos_id   the tokenizer's own.  end_ids  whatever ends an answer: that one, and those of generation_config.json and
              config.json.
-    modes    the thinking modes that the model has; one without thinking tokens has only no_think.
+    modes    the thinking modes that the model has; one without thinking tokens has only no_think, as has
+             openPangu-Embedded-1B (arXiv 2512.23367v2), to which no word is said for it.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -96,7 +100,8 @@ class Tokenizer:
         self.eos_id, self.bos_id = pieces.named["eos_token"], pieces.named.get("bos_token")
         self.end_ids = files.end_ids | {self.eos_id}
         self.think_start_id, self.think_end_id = pieces.find("[unused16]"), pieces.find("[unused17]")
-        self.modes = THINKING_MODES if self.think_end_id is not None else THINKING_MODES[-1:]
+        all_modes = self.think_end_id is not None and not is_embedded_1b(files.model)
+        self.modes = THINKING_MODES if all_modes else THINKING_MODES[-1:]
 
     @cached_property
     def template(self) -> Template | None:
@@ -105,6 +110,12 @@ class Tokenizer:
         if template is None and self._pieces.find("[unused9]") is not None:
             template = OPENPANGU_TEMPLATE
         return None if template is None else compile_template(template, where)
+
+    def tell_only_mode(self) -> None:
+        """A CheckpointNote where a model that could write a thought has one mode, for whoever has named none."""
+        if self.think_end_id is not None and len(self.modes) == 1:
+            note = f"{self._directory}: openPangu-Embedded-1B thinks in no mode but {self.modes[0]}, which is taken"
+            warnings.warn(CheckpointNote(one_line(note)), stacklevel=3)
 
     def without_token(self, size: int) -> NDArray[np.bool_] | None:
         """[size], True for the ids of a model of so many that are no token's and end no answer: nothing that it can say, as
@@ -136,7 +147,7 @@ class Tokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None) -> list[dict[str, str]]:
         """Role and content of each message as a template gets them, the mode's suffix on the last of the user's."""
-        return checked_chat(messages, mode, self.modes)
+        return checked_chat(messages, mode, self.modes, thinks=self.think_end_id is not None)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], *, mode: str | None = None, add_generation_prompt: bool = True

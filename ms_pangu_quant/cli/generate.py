@@ -11,7 +11,7 @@ import typer
 
 from ms_pangu_quant.api import GenerationSettings
 from ms_pangu_quant.checkpoint.files import json_text
-from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
+from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, find_tokenizer
 from ms_pangu_quant.cli.console import AsJson, Device, Directory, Head, Temperature, TopK, TopP, Verbose, err
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.job import ranks
@@ -54,6 +54,8 @@ def generate_command(
     from ms_pangu_quant.inference.model import in_order, load
 
     prompts = _prompts(prompt, token_ids)
+    if mode is None and (tokenizer := find_tokenizer(directory)) is not None:
+        tokenizer.tell_only_mode()
     settings = GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed, tuple(stop or ()))
     needed = max_new_tokens + max(map(len, prompts))  # a character is at least one byte, a token at least one too
     model = load(

@@ -302,6 +302,8 @@ def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[ru
     def encode(chat: list[dict[str, str]], mode: str) -> list[int]:
         return tokenizer.encode_chat(chat, mode=mode)
 
+    if request.modes is None:
+        tokenizer.tell_only_mode()
     modes = tokenizer.modes if request.modes is None else request.modes
     return [*run.questions(tasks, modes, prompts, encode, _settings(request), request.limit)]
 

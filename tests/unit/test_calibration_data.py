@@ -491,8 +491,8 @@ def test_what_stands_beside_messages_and_belongs_into_the_prompt_is_refused(tmp_
 def test_a_thought_is_refused_where_the_model_has_no_tokens_for_it():
     chat = [USER, {**ANSWER, "reasoning": "a"}]
     with pytest.raises(RequestError, match=r"messages\[1\]\.reasoning_content: this model has no thinking tokens"):
-        checked_chat(chat, None, ("no_think",))
-    assert checked_chat([USER, ANSWER], None, ("no_think",)) == [USER, ANSWER]
+        checked_chat(chat, None, ("no_think",), thinks=False)
+    assert checked_chat([USER, ANSWER], None, ("no_think",), thinks=False) == [USER, ANSWER]
 
 
 @pytest.mark.parametrize(

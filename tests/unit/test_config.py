@@ -145,6 +145,15 @@ def test_a_head_dim_of_its_own_need_not_divide_hidden_size():
     assert read(PANGU_1B, head_dim=None).head_dim == 128
 
 
+def test_the_diffusion_checkpoints_are_told_from_the_7b_by_the_one_key_that_differs():
+    """openPangu-R-7B-Diffusion's config.json, and 7B-Diffusion-Base's, whose eos_token_id is 2."""
+    for changes in ({}, {"eos_token_id": 2}):
+        with pytest.raises(CheckpointError, match=r"'rms_norm_eps' 1e-06 .* marks an openPangu-7B-Diffusion"):
+            read(PANGU_7B, rms_norm_eps=1e-06, **changes)
+    assert read(PANGU_7B, hidden_size=2048, rms_norm_eps=1e-06).rms_norm_eps == 1e-06
+    assert read(PANGU_7B).rms_norm_eps == 1e-05
+
+
 def test_the_first_of_several_end_tokens_counts():
     assert read(LLAMA, eos_token_id=[128001, 128009]).eos_token_id == 128001
     assert read(LLAMA, eos_token_id=None).eos_token_id is None

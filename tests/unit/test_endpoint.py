@@ -15,9 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ms_pangu_quant.checkpoint.files import CheckpointNote
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.errors import EndpointError, RequestError
+from ms_pangu_quant.cli.generate import generate_command
+from ms_pangu_quant.errors import CheckpointError, EndpointError, RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.samples import read_records
@@ -381,6 +383,27 @@ def test_a_process_that_is_killed_goes_on_where_it_was(serving, mini, tmp_path):
     assert len(prompts) == 7  # the one under way is asked again, and no other
     assert prompts[3] in prompts[4:]
     assert len(set(prompts)) == len([*read_records(tmp_path / run.SAMPLES_FILE)]) == 6
+
+
+def test_the_1b_is_asked_in_its_only_mode_and_that_is_said(serving, mini, tmp_path, capsys):
+    shape = {"hidden_size": 1536, "num_hidden_layers": 26, "num_attention_heads": 12, "vocab_size": 153376}
+    (tmp_path / "1b").mkdir()
+    for path in mini.glob("*.json"):
+        told = json.loads(path.read_text())
+        (tmp_path / "1b" / path.name).write_text(json.dumps(told | shape if path.name == "config.json" else told))
+    (tmp_path / "1b/tokenizer.model").write_bytes((mini / "tokenizer.model").read_bytes())
+    arguments = evaluate(tmp_path / "1b", serving(), tmp_path / "out", "--samples-only")
+    place = arguments.index("--modes")
+    assert main([*arguments[:place], *arguments[place + 2 :]]) == 0
+    assert "openPangu-Embedded-1B thinks in no mode but no_think, which is taken" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    records = [record for _, record in read_records(tmp_path / "out" / run.SAMPLES_FILE)]
+    assert [record["mode"] for record in records] == ["no_think"] * 6
+    with pytest.warns(CheckpointNote, match="no mode but no_think"), pytest.raises(CheckpointError):  # has no weights
+        generate_command(tmp_path / "1b", ["hello"])
+    assert main([*arguments[: place + 1], "slow_think", *arguments[place + 2 :]]) == 2
+    assert "this model thinks in no mode but no_think" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

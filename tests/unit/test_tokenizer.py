@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
+from ms_pangu_quant.checkpoint.files import CheckpointNote
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Thought, Tokenizer, end_ids, find_tokenizer
 from ms_pangu_quant.errors import CheckpointError, RequestError
 
@@ -349,6 +350,21 @@ def test_a_model_without_thinking_tokens_has_one_mode_and_it_adds_nothing(pangu:
     assert tokenizer.render_chat([USER], mode="no_think") == tokenizer.render_chat([USER])
     with pytest.raises(RequestError, match="mode 'auto_think': this model has no thinking tokens, wanted no_think"):
         tokenizer.render_chat([USER], mode="auto_think")
+
+
+def test_the_1b_has_one_mode_to_which_no_word_is_said_and_that_is_told(copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    shape = {"hidden_size": 1536, "num_hidden_layers": 26, "num_attention_heads": 12, "vocab_size": 153376}
+    write(copy, "config.json", {**config, **shape})
+    tokenizer = Tokenizer(copy)
+    assert tokenizer.modes == ("no_think",)
+    assert tokenizer.render_chat([USER], mode="no_think") == tokenizer.render_chat([USER])
+    with pytest.raises(RequestError, match="mode 'slow_think': this model thinks in no mode but no_think, wanted no_think"):
+        tokenizer.render_chat([USER], mode="slow_think")
+    with pytest.warns(CheckpointNote, match="1B thinks in no mode but no_think, which is taken"):
+        tokenizer.tell_only_mode()
+    thought = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2"}  # a chat that another model wrote
+    assert "[unused16]2 and 2[unused17]4" in tokenizer.render_chat([USER, thought, USER])
 
 
 def test_bos_is_not_doubled_when_the_template_writes_it(copy: Path) -> None:
