@@ -28,17 +28,17 @@ QUANTIZED_KEYS = ("quantization_config", "compression_config")  # the latter is 
 _MOST_FOLDERS = 1000  # that are looked into
 
 # A key that only another architecture's config has -> what that architecture is.
-_OTHER_GRAPHS = {
+_OTHER_GRAPHS = {  # experts and towers first: such models may have the others' keys too
+    "vision_config": "openPangu-VL (a vision tower and multi-modal rope)",
+    "num_experts": "openPangu-Pro-MoE or openPangu-R-72B (a mixture of experts)",
+    "n_routed_experts": "openPangu-Ultra-MoE (a mixture of experts)",
+    "num_routed_experts": "openPangu-Ultra-MoE or openPangu-Pro-MoE (a mixture of experts)",
+    "num_local_experts": "a mixture of experts",
+    "kv_lora_rank": "openPangu-Ultra-MoE (multi-head latent attention)",
     "param_sink_number": "openPangu-R-7B (attention sinks, sliding windows, partial rope)",
     "qk_rope_dim": "openPangu-R-7B (partial rope)",
     "qk_nope_dim": "openPangu-R-7B (partial rope)",
     "num_nextn_predict_layers": "a variant with a multi-token-prediction layer (openPangu-R)",
-    "vision_config": "openPangu-VL (a vision tower and multi-modal rope)",
-    "num_experts": "openPangu-Pro-MoE (a mixture of experts)",
-    "n_routed_experts": "openPangu-Ultra-MoE (a mixture of experts)",
-    "num_routed_experts": "openPangu-Pro-MoE (a mixture of experts)",
-    "num_local_experts": "a mixture of experts",
-    "kv_lora_rank": "openPangu-Ultra-MoE (multi-head latent attention)",
     "sliding_window": "a variant with sliding-window attention",
     "layer_types": "openPangu-R-7B (alternating attention types)",
 }

@@ -145,6 +145,13 @@ def test_a_head_dim_of_its_own_need_not_divide_hidden_size():
     assert read(PANGU_1B, head_dim=None).head_dim == 128
 
 
+def test_a_mixture_of_experts_is_called_so_though_it_has_the_keys_of_another_too():
+    """Some of openPangu-R-72B-2512's config.json."""
+    sinks = {"qk_nope_dim": 128, "qk_rope_dim": 64, "param_sink_number": 128}
+    with pytest.raises(CheckpointError, match=r"'num_experts' marks .*openPangu-R-72B \(a mixture of experts\)"):
+        read(PANGU_7B, model_type="PanguProMoE", num_experts=80, **sinks)
+
+
 def test_the_diffusion_checkpoints_are_told_from_the_7b_by_the_one_key_that_differs():
     """openPangu-R-7B-Diffusion's config.json, and 7B-Diffusion-Base's, whose eos_token_id is 2."""
     for changes in ({}, {"eos_token_id": 2}):
