@@ -305,8 +305,8 @@ class ServedModel:
         if found.finish_reason == "length" and tokens < most and prompt + tokens < self.context_length:
             raise EndpointError(
                 f"{where}: the server cut an answer after {tokens} tokens, with {most} asked for and a context of "
-                f"{self.context_length}; raise its limit (of vLLM: --generation-config vllm, as max_new_tokens of "
-                f"generation_config.json is one), or ask for at most {tokens} (--max-new-tokens)"
+                f"{self.context_length}; raise its limit (of vLLM: max_new_tokens in --override-generation-config), or ask "
+                f"for at most {tokens} (--max-new-tokens)"
             )
 
 

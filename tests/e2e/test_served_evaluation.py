@@ -87,8 +87,8 @@ def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
 def pair(request, tmp_path_factory, quantized):
     """(a directory, the same as it is served).
 
-    Without smoothing, the embedded checkpoint's outliers make int8 so coarse that vLLM's bfloat16 in front of it moves as much
-    as the rounding does: answers, and ten of 300 verdicts, are then chance.
+    Without smoothing, the embedded checkpoint's outliers make int8 so coarse that vLLM's bfloat16 in front of it moves as
+    much as the rounding does: answers, and ten of 300 verdicts, are then chance.
     """
     if request.param == "float":
         return MINI, MINI

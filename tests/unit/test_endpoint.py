@@ -312,6 +312,23 @@ def test_a_server_that_goes_away_loses_no_answer_and_is_asked_nothing_twice(serv
     assert bytes_of("stopped") == bytes_of("whole")
 
 
+def test_what_is_under_way_when_an_answer_fails_is_kept_and_no_other_is_begun(serving, tokenizer):
+    both = threading.Barrier(2)
+
+    def wrong(path, body, number):
+        both.wait(5)
+        refused = body["prompt"] == [1, 5]
+        time.sleep(0 if refused else 0.3)
+        return Answer({"error": {"message": "no"}}, 400) if refused else None
+
+    server = serving(misbehave=wrong)
+    stream = served(server, tokenizer).stream([[1, 5], [1, 6], [1, 7]], SETTINGS, max_batch=2)
+    assert next(stream)[0] == 1
+    with pytest.raises(EndpointError, match=r"400 \(no\)"):
+        next(stream)
+    assert len(server.questions) == 2
+
+
 def test_a_server_of_another_model_does_not_go_on_with_a_run(serving, tokenizer):
     ids = [
         served(serving(**fields), tokenizer).id
