@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# The client of --endpoint: retries, timeouts and errors of the API that servers imitate. An extra, since quantizing never
+# The client of --endpoint: connections, timeouts and errors of the API that servers imitate. An extra, since nothing else
 # needs its 30 MB, and a host such as vLLM brings its own version. Nothing that it requires clashes with the pins below.
 ENDPOINT = ["openai>=1.99,<4"]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -32,7 +34,9 @@ Answered = TypeVar("Answered")
 API_KEY = "PANGU_QUANT_API_KEY"  # of this project's own, so that a key of OpenAI's goes nowhere by accident
 COMPLETIONS, CHAT = "/completions", "/chat/completions"
 CONCURRENT = 16
-_RETRIES = 5  # after 0.5, 1, 2, 4, 8 s, or what the server's Retry-After says
+_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before something is asked again, or what the server's Retry-After says
+_LONGEST_WAIT = 120.0
+_PASSING = (408, 409, 429)  # and from 500 on: statuses of a server that may answer soon
 _CONNECT_SECONDS = 10.0
 _CHAT_ROOM = 16  # tokens by which the server's template may be longer than ours
 _SHOWN = 300  # characters of what a server says
@@ -94,7 +98,7 @@ class Server:
     def __init__(self, endpoint: Endpoint) -> None:
         self.url, self.timeout = endpoint.url.rstrip("/"), endpoint.timeout
         self._key = os.environ.get(API_KEY, "")
-        self._client = self._new_client(endpoint.timeout, _RETRIES)
+        self._client = self._new_client(endpoint.timeout)
         served = self._models()
         name = self._chosen(endpoint.model, [*served])
         said = served[name]
@@ -108,11 +112,12 @@ class Server:
             length if isinstance(length, int) and length > 0 else None,
         )
 
-    def _new_client(self, seconds: float, retries: int) -> OpenAI:
+    def _new_client(self, seconds: float) -> OpenAI:
+        """Without its own retries, which would wait for a server that hangs as often as for one that starts."""
         from openai import OpenAI, Timeout
 
         timeout = Timeout(seconds, connect=min(_CONNECT_SECONDS, seconds))
-        client = OpenAI(base_url=self.url, api_key=self._key or "none", timeout=timeout, max_retries=retries)
+        client = OpenAI(base_url=self.url, api_key=self._key or "none", timeout=timeout, max_retries=0)
         client.organization = client.project = None  # it takes OpenAI's from the environment, to send them along
         return client
 
@@ -142,7 +147,7 @@ class Server:
         """vLLM's and SGLang's say it beside the API."""
         from openai import OpenAIError
 
-        client = self._new_client(_CONNECT_SECONDS, 0)
+        client = self._new_client(_CONNECT_SECONDS)
         try:
             said = json.loads(client.get(f"{self.url.removesuffix('/v1')}/version", cast_to=str))
         except (OpenAIError, ValueError):
@@ -150,22 +155,24 @@ class Server:
         return _text(said.get("version")) if isinstance(said, dict) else None
 
     def _answered(self, path: str, ask: Callable[[], str]) -> dict[str, Any]:
-        from openai import APIConnectionError, APIError, APITimeoutError
+        from openai import APIConnectionError, APIError, APITimeoutError, OpenAIError
 
         where = f"{self.url}{path}"
         try:
-            text = ask()
-        except APITimeoutError:
-            raise EndpointError(
-                f"{where}: no answer within {self.timeout:g} s, asked {_RETRIES + 1} times; give it longer (--timeout), or "
-                "ask for less at a time (--batch-size)"
-            ) from None
+            text = _asked_again(ask)
         except APIConnectionError as error:
+            if isinstance(error, APITimeoutError) and not _is_away(error):
+                raise EndpointError(
+                    f"{where}: no answer within {self.timeout:g} s; give it longer (--timeout), or ask for less at a time "
+                    "(--batch-size)"
+                ) from None
             raise EndpointError(
                 f"{where}: the server is away ({self._shown(_cause(error))}); start it, or mend the endpoint"
             ) from None
         except APIError as error:
             raise self._refusal(where, error) from None
+        except OpenAIError as error:
+            raise EndpointError(f"{where}: {self._shown(str(error))}") from None
         try:
             answered = json.loads(text)
         except ValueError:
@@ -187,7 +194,7 @@ class Server:
             403: f"; put a key that may into the environment variable {API_KEY}",
             404: "; wanted the address of an OpenAI-compatible API, such as http://localhost:8000/v1",
         }.get(status or 0, "")
-        tried = f", asked {_RETRIES + 1} times" if status in (408, 409, 429) or (status or 0) >= 500 else ""
+        tried = f", asked {len(_WAITS) + 1} times" if _may_pass(error) else ""
         return EndpointError(f"{where}: the server refuses with {status} ({said}){tried}{todo}", status)
 
     def _shown(self, text: str) -> str:
@@ -458,6 +465,43 @@ def _of_text(tokenizer: Tokenizer, text: str, prompt_tokens: int, ended: str) ->
         bool(marker) or not begun,
         len(tokenizer.encode_part(thought)) if thinks else 0,
     )
+
+
+def _asked_again(ask: Callable[[], str]) -> str:
+    """What `ask` gives, in several tries where the server is away or busy; what takes too long is not awaited twice."""
+    from openai import APIError
+
+    for pause in _WAITS:
+        try:
+            return ask()
+        except APIError as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(max(pause * random.uniform(0.8, 1.2), _retry_after(error)))  # not all at once
+    return ask()
+
+
+def _may_pass(error: APIError) -> bool:
+    from openai import APIConnectionError, APITimeoutError
+
+    if isinstance(error, APIConnectionError):
+        return not isinstance(error, APITimeoutError) or _is_away(error)
+    status = getattr(error, "status_code", 0)
+    return status in _PASSING or status >= 500
+
+
+def _is_away(error: APIError) -> bool:
+    """Whether a connection was not even made."""
+    return type(error.__cause__).__name__ == "ConnectTimeout"
+
+
+def _retry_after(error: APIError) -> float:
+    """Seconds that a refusal asks to wait for; 0 where it names none, or a date."""
+    response = getattr(error, "response", None)
+    try:
+        return min(float(response.headers["retry-after"]), _LONGEST_WAIT) if response is not None else 0.0
+    except (KeyError, ValueError):
+        return 0.0
 
 
 def _message(body: object) -> str:

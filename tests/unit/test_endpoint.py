@@ -10,7 +10,6 @@ import time
 from itertools import count, pairwise
 
 import numpy as np
-import openai._base_client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,9 +37,8 @@ THOUGHT = "[unused16]first this\nthen that[unused17]```python\ndef f(x):\n    re
 
 @pytest.fixture(autouse=True)
 def patience(monkeypatch):
-    """Waits of the client's in hundredths of their length."""
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.005)
-    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.08)
+    """Waits in hundredths of their length."""
+    monkeypatch.setattr(endpoint, "_WAITS", tuple(wait / 100 for wait in endpoint._WAITS))
     monkeypatch.delenv(endpoint.API_KEY, raising=False)
 
 
@@ -218,7 +216,7 @@ FAULTS = {
         Answer(reset=True),
         "the server is away (",
     ),
-    "slow": (Answer({"choices": []}, after=0.5), "no answer within 0.2 s, asked 6 times; give it longer (--timeout)"),
+    "slow": (Answer({"choices": []}, after=0.5), "no answer within 0.2 s; give it longer (--timeout)"),
 }
 
 
@@ -231,6 +229,7 @@ def test_what_stays_wrong_is_told_in_one_line(serving, tokenizer, fault):
         answers(model, [[1, 5]])
     assert said in str(found.value)
     assert server.url in str(found.value)
+    assert len(server.questions) == (6 if fault in ("500", "reset") else 1)
 
 
 def test_a_server_that_is_away_is_told(serving, tokenizer):
