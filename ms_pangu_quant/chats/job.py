@@ -31,7 +31,6 @@ import psutil
 from ms_pangu_quant.calibration.overlap import find_benchmark
 from ms_pangu_quant.chats.facts import facts_file, facts_of, origin_of
 from ms_pangu_quant.chats.prompts import Asked, Prompts, Question, load_prompts, prompts_of
-from ms_pangu_quant.checkpoint.chat import checked_chat
 from ms_pangu_quant.checkpoint.files import json_text, size, write_atomically, write_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
@@ -379,7 +378,7 @@ class _Asking:
 
 def _row(question: Question, prompt: Sequence[int], generation: Generation, tokenizer: Tokenizer) -> dict[str, Any]:
     end = [] if generation.end_id is None else [generation.end_id]
-    said = checked_chat(question.prompt.messages, question.mode, tokenizer.modes)
+    said = tokenizer.chat(question.prompt.messages, mode=question.mode)
     return {
         "token_ids": [*prompt, *generation.token_ids, *end],
         "messages": [*said, {"role": "assistant", "content": generation.text}],
