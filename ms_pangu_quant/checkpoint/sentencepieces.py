@@ -39,6 +39,8 @@ _MOST_IDS = 2**31  # a token's id may lie beyond the model
 
 
 class SentencePieces:
+    """added  text -> id of all that is cut out before sentencepiece sees it.  bos  what encode puts in front, or None."""
+
     def __init__(self, files: TokenizerFiles) -> None:
         directory, limit = files.directory, files.limit
         self._directory, self._limit = directory, limit
@@ -54,14 +56,17 @@ class SentencePieces:
         self._refused = dict(_refused_texts(files, self._listed, pieces))
         self._texts = {i: pieces.IdToPiece(i) for i in self.named.values() if i < count}
         self._texts |= {token_id: text for text, token_id in self._listed.items()}
-        self._added = {text: token_id for token_id, text in self._texts.items()}  # all that sentencepiece never sees
-        cuts = sorted({*self._added, *self._refused}, key=len, reverse=True)
+        self.added = {text: token_id for token_id, text in self._texts.items()}
+        cuts = sorted({*self.added, *self._refused}, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, cuts)) + ")")
         self.vocab_size = max(count, 1 + max(self._texts, default=0))
-        self._bos = self.named.get("bos_token") if str(files.config.get("add_bos_token", True)).lower() != "false" else None
+        self.bos = self.named.get("bos_token") if str(files.config.get("add_bos_token", True)).lower() != "false" else None
 
     def ids(self) -> Collection[int]:
         return {*range(self._model.GetPieceSize()), *self._texts}
+
+    def refuses(self, text: str) -> bool:
+        return any(segment in self._refused for segment in self._splitter.split(text)[1::2])
 
     def find(self, text: str) -> int | None:
         return _find(text, self._listed, self._model)
@@ -70,18 +75,18 @@ class SentencePieces:
         return self._texts.get(token_id) or str(self._model.IdToPiece(token_id))
 
     def encode(self, text: str) -> list[int]:
-        ids = [] if self._bos is None else [self._bos]
-        if self._bos is not None and self._bos >= self._limit:
-            raise beyond_the_model(self.text_of(self._bos), self._bos, self._limit)
+        ids = [] if self.bos is None else [self.bos]
+        if self.bos is not None and self.bos >= self._limit:
+            raise beyond_the_model(self.text_of(self.bos), self.bos, self._limit)
         for index, segment in enumerate(self._splitter.split(text)):
             if index % 2 and segment in self._refused:
                 raise RequestError(self._refused[segment])
-            ids += [self._added[segment]] if index % 2 else self._model.Encode(segment)
+            ids += [self.added[segment]] if index % 2 else self._model.Encode(segment)
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
         ids = self.encode(text)
-        return ids[1:] if self._bos is not None and ids[:2] == [self._bos] * 2 else ids
+        return ids[1:] if self.bos is not None and ids[:2] == [self.bos] * 2 else ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         parts: list[str] = []

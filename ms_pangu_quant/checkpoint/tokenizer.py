@@ -33,9 +33,19 @@ from ms_pangu_quant.checkpoint.sentencepieces import SentencePieces
 from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles
 from ms_pangu_quant.errors import CheckpointError, RequestError, one_line
 
-__all__ = ["THINKING_MODES", "Thought", "Tokenizer", "completed_generation", "end_ids", "find_tokenizer", "unusable"]
+__all__ = [
+    "OPENPANGU_TOKENIZER",
+    "THINKING_MODES",
+    "Thought",
+    "Tokenizer",
+    "completed_generation",
+    "end_ids",
+    "find_tokenizer",
+    "unusable",
+]
 
 _FAST, _SLOW = "tokenizer.json", "tokenizer.model"
+OPENPANGU_TOKENIZER = "PanguTokenizer"  # code of the checkpoint, which transformers does not have
 
 
 @dataclass(frozen=True)
@@ -208,7 +218,7 @@ def _unicode(text: str) -> str:
 
 def _read_pieces(files: TokenizerFiles) -> Pieces:
     fast, slow = ((files.directory / name).exists() for name in (_FAST, _SLOW))
-    return JsonPieces(files) if fast and not (slow and files.kind == "PanguTokenizer") else SentencePieces(files)
+    return JsonPieces(files) if fast and not (slow and files.kind == OPENPANGU_TOKENIZER) else SentencePieces(files)
 
 
 def find_tokenizer(directory: Path) -> Tokenizer | None:

@@ -15,6 +15,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,6 +25,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ms_pangu_quant.checkpoint.chat import OLDER_TEMPLATE_FILE, TEMPLATE_FILE, TEMPLATES_FOLDER
+from ms_pangu_quant.checkpoint.fast_tokenizer import served_files
 from ms_pangu_quant.checkpoint.files import (
     INDEX_FILE,
     TensorEntry,
@@ -33,6 +35,7 @@ from ms_pangu_quant.checkpoint.files import (
     write_safetensors,
 )
 from ms_pangu_quant.checkpoint.tokenizer import completed_generation
+from ms_pangu_quant.checkpoint.tokenizer_files import read_json
 from ms_pangu_quant.errors import CheckpointError, OutputError
 
 JOURNAL = ".quantize_journal.json"
@@ -51,6 +54,7 @@ CARRIED_OVER = (
     OLDER_TEMPLATE_FILE,
     GENERATION_FILE,
 )
+CODE = ("configuration_*.py", "modeling_*.py", "tokenization_*.py")
 
 
 def begun_with(output: Path) -> Mapping[str, str]:
@@ -254,21 +258,44 @@ class QuantizedWriter:
 
 
 def carry_over(source: Path, output: Path) -> list[str]:
-    """Copy those of CARRIED_OVER that `source` has, and the templates in its folder; returns their names. What ends an
-    answer is added to generation_config.json where it is said elsewhere only. Raises OutputError."""
+    """Copy those of CARRIED_OVER that `source` has, the templates in its folder and its code, as bytes; returns the names.
+
+    What a server needs besides is made of them: generation_config.json names all that ends an answer, and beside
+    openPangu's tokenizer stands one that needs no code (fast_tokenizer). Raises OutputError.
+    """
     templates = sorted(f"{TEMPLATES_FOLDER}/{path.name}" for path in (source / TEMPLATES_FOLDER).glob("*.jinja"))
-    names = [name for name in (*CARRIED_OVER, *templates) if (source / name).is_file()]
+    names = [name for name in (*CARRIED_OVER, *templates, *_code(source)) if (source / name).is_file()]
     for name in names:
         try:
             (output / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, output / name)
         except OSError as error:
             raise OutputError(f"{output / name}: cannot write ({error.strerror})") from None
+    made: dict[str, Any] = {}
     with suppress(CheckpointError):  # files that cannot be read are copied as they are
         if (generation := completed_generation(source)) is not None:
-            write_json(output / GENERATION_FILE, generation)
-            names = [*dict.fromkeys([*names, GENERATION_FILE])]
-    return names
+            made[GENERATION_FILE] = generation
+    with suppress(CheckpointError):
+        made |= served_files(source)
+    for name, value in made.items():
+        if isinstance(value, str):
+            write_atomically(output / name, [value.encode()])
+        else:
+            write_json(output / name, value)
+    return [*dict.fromkeys([*names, *made])]
+
+
+def _code(source: Path) -> list[str]:
+    """The files that auto_map of config.json and of tokenizer_config.json names, and those that go by transformers' names,
+    since these import each other. Never imported here."""
+    names = {path.name for pattern in CODE for path in source.glob(pattern)}
+    for file in ("config.json", "tokenizer_config.json"):
+        with suppress(CheckpointError):
+            named = read_json(source / file).get("auto_map")
+            for reference in named.values() if isinstance(named, dict) else ():  # a tokenizer has two
+                both = reference if isinstance(reference, list) else [reference]
+                names.update(f"{found[1]}.py" for each in both if (found := re.fullmatch(r"(\w+)\.\w+", str(each))))
+    return sorted(names)
 
 
 def _shards(tensors: Mapping[str, TensorEntry]) -> list[dict[str, TensorEntry]]:

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from ms_pangu_quant.checkpoint.fast_tokenizer import unserved
 from ms_pangu_quant.checkpoint.files import size as size  # for the commands
 from ms_pangu_quant.checkpoint.tokenizer import unusable
 from ms_pangu_quant.errors import RequestError
@@ -122,3 +123,9 @@ def tell_unusable_tokenizer(directory: Path) -> None:
     """One line, before anything takes long, for a command that gets by without the tokenizer and hands it on."""
     if (fault := unusable(directory)) is not None:
         err.print(f"the tokenizer cannot be used, and stays as it is: {fault}", soft_wrap=True, markup=False)
+
+
+def tell_unserved_tokenizer(directory: Path) -> None:
+    """One line, of a directory that was written without the tokenizer.json that servers read."""
+    if unusable(directory) is None and (fault := unserved(directory)) is not None:
+        err.print(f"servers need --trust-remote-code for the tokenizer: {fault}", soft_wrap=True, markup=False)

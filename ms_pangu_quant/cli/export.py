@@ -8,7 +8,16 @@ from typing import Annotated
 import typer
 
 from ms_pangu_quant import api
-from ms_pangu_quant.cli.console import AllowUnserved, Format, err, out, progress_bars, size, tell_unusable_tokenizer
+from ms_pangu_quant.cli.console import (
+    AllowUnserved,
+    Format,
+    err,
+    out,
+    progress_bars,
+    size,
+    tell_unserved_tokenizer,
+    tell_unusable_tokenizer,
+)
 
 
 def export_command(
@@ -43,3 +52,4 @@ def export_command(
     out.print(f"{output}: {found.stored_as_before} -> {found.stored_as}, {size(found.bytes)}", soft_wrap=True)
     for each, row in found.wrong:
         err.print(f"{each.word}: not for {row.consumer}, which {row.verdict}: {row.note}", soft_wrap=True)
+    tell_unserved_tokenizer(output)

@@ -26,6 +26,7 @@ from ms_pangu_quant.cli.console import (
     peak_memory,
     progress_bars,
     size,
+    tell_unserved_tokenizer,
     tell_unusable_tokenizer,
 )
 from ms_pangu_quant.cli.inspect import print_layers
@@ -191,6 +192,7 @@ def _print_result(result: QuantizeResult, seconds: float) -> None:
         f"{seconds:.0f} s, peak memory {peak_memory()}"
     )
     print_layers(inspection(result.output))
+    tell_unserved_tokenizer(result.output)
 
 
 def _print_estimate(found: Estimate) -> None:

@@ -89,9 +89,12 @@ def refuse_online_hadamard(config: ModelConfig, stored_as: str) -> None:
 def pangu_config(config: ModelConfig) -> dict[str, Any]:
     """config.json by openPangu's names with every default written out, and without any quantization.
 
-    openPangu's o_proj has a bias where q, k and v have them; `output_bias` is said where it is otherwise.
+    openPangu's o_proj has a bias where q, k and v have them; `output_bias` is said where it is otherwise. auto_map names an
+    openPangu's own code, which is carried over.
     """
-    dropped = ("auto_map", "attention_bias", "mlp_bias", "output_bias", "quantize", "quantization_config")
+    dropped = ["attention_bias", "mlp_bias", "output_bias", "quantize", "quantization_config"]
+    if config.raw.get("model_type") != "PanguEmbedded":
+        dropped.append("auto_map")
     bias, output_bias = layout.Q_PROJ in config.biased, layout.O_PROJ in config.biased
     raw = {key: value for key, value in config.raw.items() if key not in dropped}
     raw.update(

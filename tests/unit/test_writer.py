@@ -111,6 +111,7 @@ def test_a_finished_directory_holds_what_a_loader_wants(tmp_path, source, finish
         "config.json",
         "report.json",
         "generation_config.json",
+        "modeling_openpangu_dense.py",
         "tokenizer.model",
         "tokenizer_config.json",
     }
@@ -156,15 +157,25 @@ def test_what_is_outside_the_blocks_is_split_at_the_shard_size(tmp_path, finish,
         assert sum(held) <= limit or len(held) == 1
 
 
-def test_only_the_tokenizer_and_generation_settings_are_carried_over(tmp_path, source, finish):
-    for name in CARRIED_OVER:
-        (source / name).write_text(f"this is {name}")
+def test_the_tokenizer_generation_settings_and_code_are_carried_over_and_no_more(tmp_path, source, finish):
+    """The code that auto_map names, and what goes by transformers' names; as bytes, whatever they hold."""
+    change(
+        source / "config.json", auto_map={"AutoConfig": "pangu_settings.Config", "AutoModel": "other/repository--far.Model"}
+    )
+    code = (
+        "modeling_openpangu_dense.py",
+        "configuration_openpangu_dense.py",
+        "tokenization_openpangu.py",
+        "pangu_settings.py",
+    )
+    for name in (*CARRIED_OVER, *code, "far.py", "setup.py", "notes.txt"):
+        (source / name).write_bytes(b"raise SystemExit(" + name.encode() + b")\xff")
     with begin(tmp_path / "out") as writer:
         write(writer)
         finish(writer)
     carried = contents(tmp_path / "out").keys() & contents(source).keys() - {"config.json"}
-    assert carried == set(CARRIED_OVER)
-    assert all((tmp_path / "out" / name).read_text() == f"this is {name}" for name in carried)
+    assert carried == {*CARRIED_OVER, *code}
+    assert all((tmp_path / "out" / name).read_bytes() == (source / name).read_bytes() for name in carried)
 
 
 @pytest.fixture
@@ -229,10 +240,10 @@ def test_a_tokenizer_that_cannot_be_used_leaves_the_ends_that_the_configs_name(m
 
 def test_the_templates_of_a_folder_are_carried_over_and_verified(model, tmp_path):
     (model / "additional_chat_templates").mkdir()
-    (model / "additional_chat_templates" / "default.jinja").write_text("{{ messages[0].content }}!")
+    (model / "additional_chat_templates" / "default.jinja").write_text("{{ bos_token }}{{ messages[0].content }}!")
     (model / "additional_chat_templates" / "notes.txt").write_text("x")
     out = quantized(model, tmp_path / "out")
-    assert Tokenizer(out).render_chat([{"role": "user", "content": "a"}]) == "a!"
+    assert Tokenizer(out).render_chat([{"role": "user", "content": "a"}]) == "<s>a!"
     assert [path.name for path in (out / "additional_chat_templates").iterdir()] == ["default.jinja"]
     assert not verify(out).faults
     (out / "additional_chat_templates" / "default.jinja").write_text("{{ 1 }}")
