@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.10 python3; do \
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install demo test test-slow vllm-ascend mindformers-2 lint mutate soak goldens tables notebook api clean
+.PHONY: install demo test test-slow served beside vllm-ascend mindformers-2 lint mutate soak goldens tables notebook api clean
 
 install: $(VENV)/.installed
 
@@ -23,6 +23,28 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Against an unmodified vLLM on the CPU, in an environment of its own.
+served: install $(VENV)-served/.installed
+	$(BIN)/python -m pytest -s -m served tests/served
+
+$(VENV)-served/.installed: tests/served/requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)-served
+	$(VENV)-served/bin/python -m pip install --quiet --disable-pip-version-check -r tests/served/requirements.txt
+	$(VENV)-served/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-served/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+# On the frameworks below vLLM-MindSpore 0.5.1, which this package is installed beside and leaves as they are.
+beside: $(VENV)-beside/.installed
+	$(VENV)-beside/bin/python -m pytest -m '' $(addprefix tests/network/test_,serving_plugin.py served_block.py \
+		ascend_linear.py logits.py kernel_cells.py int8_cache.py predict_yaml.py)
+
+$(VENV)-beside/.installed: tests/served/beside.txt setup.py
+	$(PYTHON) -m venv $(VENV)-beside
+	$(VENV)-beside/bin/python -m pip install --quiet --disable-pip-version-check -r tests/served/beside.txt
+	$(VENV)-beside/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
 
 lint: install
 	$(BIN)/ruff check .
@@ -85,4 +107,4 @@ api: install
 	$(BIN)/python tools/dev/api.py
 
 clean:
-	rm -rf $(VENV) demo_output accuracy_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-served $(VENV)-beside demo_output accuracy_output build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -11,7 +11,6 @@ from typing import Any
 
 import mindspore as ms
 from mindspore import Tensor, nn
-from mindspore.graph.api import _cell_graph_executor
 
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import RoundedBlock
@@ -20,6 +19,7 @@ from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import dynamic_inputs
 from ms_pangu_quant.network.pangu import build_network
+from ms_pangu_quant.network.versions import graph_executor
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 
 
@@ -76,7 +76,7 @@ class ServedBlock:
 
     def release(self) -> None:
         """Give the memory of weights and kernels back; the block is of no use afterwards."""
-        _cell_graph_executor.del_net_res(self._layer, self._layer.compile_cache)
+        graph_executor.del_net_res(self._layer, self._layer.compile_cache)
         self._layer.compile_cache.clear()
         self.network.release()
 

@@ -15,9 +15,8 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindformers.models.configuration_utils import PretrainedConfig
-from mindformers.models.model_config_utils import ignore_and_delete_parameter, register_mf_model_parameter
+from mindformers.models.model_config_utils import ignore_and_delete_parameter
 from mindformers.models.modeling_utils import PreTrainedModel
-from mindformers.parallel_core.config_converter import ConfigConverter
 from mindformers.parallel_core.inference.base_models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from mindformers.parallel_core.inference.model_utils import InferModelMixin
 from mindformers.parallel_core.inference.quantization.utils import get_quant_config
@@ -25,7 +24,6 @@ from mindformers.parallel_core.inference.transformer.transformer_block import Tr
 from mindformers.parallel_core.utils.model_mixin import ModelMixin
 from mindformers.tools.register import MindFormerModuleType, MindFormerRegister
 from mindspore import Tensor, mutable, nn
-from mindspore.graph.api import _cell_graph_executor
 
 from ms_pangu_quant.backends import Backend, current_backend
 from ms_pangu_quant.backends.cut import let_ranks_meet, set_cache_loaders
@@ -36,6 +34,7 @@ from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
+from ms_pangu_quant.network.versions import graph_executor, to_transformer_config
 from ms_pangu_quant.network.weights import served_tensors
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -57,20 +56,16 @@ WEIGHT_MAPPING = [
 ]
 
 
-class PanguConfigConverter(ConfigConverter):
-    """Names of the Hugging Face config -> names of MindFormers' TransformerConfig."""
-
-    CONFIG_MAPPING = {  # noqa: RUF012 (MindFormers' protocol)
-        "head_dim": "kv_channels",
-        "num_hidden_layers": "num_layers",
-        "rms_norm_eps": "layernorm_epsilon",
-        "intermediate_size": "ffn_hidden_size",
-        "num_key_value_heads": "num_query_groups",
-        "initializer_range": "init_method_std",
-        "rope_theta": "rotary_base",
-        "bias": "add_qkv_bias",
-        "output_bias": "add_bias_linear",
-    }
+OF_MINDFORMERS = {  # fields of its configs that a config.json does not have
+    "seq_length": 4096,
+    "block_size": 16,
+    "num_blocks": 512,
+    "normalization": "RMSNorm",
+    "gated_linear_unit": True,
+    "add_mlp_fc1_bias_linear": False,
+    "add_mlp_fc2_bias_linear": False,
+    "use_flash_attention": True,  # 1.7 looks for it here
+}
 
 
 @MindFormerRegister.register(MindFormerModuleType.CONFIG, legacy=False, search_names="PanguEmbedded")
@@ -80,15 +75,6 @@ class PanguEmbeddedConfig(PretrainedConfig):
 
     model_type = "PanguEmbedded"
 
-    @register_mf_model_parameter(
-        seq_length=4096,
-        block_size=16,
-        num_blocks=512,
-        normalization="RMSNorm",
-        gated_linear_unit=True,
-        add_mlp_fc1_bias_linear=False,
-        add_mlp_fc2_bias_linear=False,
-    )
     @ignore_and_delete_parameter(extra_ignore_param=[])
     def __init__(
         self,
@@ -123,17 +109,22 @@ class PanguEmbeddedConfig(PretrainedConfig):
         self.rope_theta = rope_theta
         self.bias = bias
         self.output_bias = bias if output_bias is None else output_bias
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **{**OF_MINDFORMERS, **kwargs})
 
     def convert_to_transformer_config(self, is_mla_model: bool = False):
         with runtime.quiet():  # the converter prints a table of every field
-            return PanguConfigConverter.convert(self.to_dict(), is_mla_model=is_mla_model)
+            return to_transformer_config(self.to_dict(), is_mla_model)
 
 
 class PanguPreTrainedModel(PreTrainedModel, ModelMixin):
     config_class = PanguEmbeddedConfig
     base_model_prefix = "PanguEmbedded"
     weight_mapping = WEIGHT_MAPPING
+
+    def convert_to_transformer_config(self, model_config, is_mla_model=False):
+        """The config's own, which MindFormers 1.7 does not ask."""
+        self.transformer_config = model_config.convert_to_transformer_config(is_mla_model)
+        return self.transformer_config
 
 
 def layer_spec(
@@ -283,7 +274,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
         """Free what the compiled graphs hold, and the parameters' values: MindSpore's graphs refer to them for ever."""
         for _, cell in self.cells_and_names():
             if cell.compile_cache:
-                _cell_graph_executor.del_net_res(cell, cell.compile_cache)
+                graph_executor.del_net_res(cell, cell.compile_cache)
                 cell.compile_cache.clear()
         for run, _ in getattr(self.model, "runs", ()):
             run.forget()

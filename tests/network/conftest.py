@@ -3,3 +3,7 @@
 from ms_pangu_quant.network import runtime
 
 runtime.start("cpu", "graph")
+
+from tests.network.older_cpu import lend_kernels  # noqa: E402
+
+lend_kernels()

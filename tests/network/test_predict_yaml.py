@@ -7,9 +7,9 @@ from mindformers.models.build_config import get_model_config
 from mindformers.tools.register.config import MindFormerConfig
 from mindformers.tools.register.register import MindFormerModuleType, MindFormerRegister
 
+import ms_pangu_quant.network.pangu  # noqa: F401 (registers the network)
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.formats import mindformers
-from ms_pangu_quant.network.pangu import PanguConfigConverter
 from ms_pangu_quant.recipe.parse import find_recipe, load_recipe
 from tests.conftest import ROOT
 from tools.dev.make_checkpoint import make_config
@@ -56,7 +56,7 @@ def test_mindformers_makes_the_models_network_config_of_it(file, tmp_path):
     assert model_config.tie_word_embeddings == (size == "1b")
     network_class = MindFormerRegister.get_cls(MindFormerModuleType.MODELS, model_config.architectures[0])
     assert network_class.__module__.startswith("ms_pangu_quant.network.")
-    transformer = PanguConfigConverter.convert(model_config.to_dict())
+    transformer = model_config.convert_to_transformer_config()
     found = {name: getattr(transformer, name) for name in {**WANTED[size], **SAME}}
     assert found == {**WANTED[size], **SAME}
     for name, dtype in parsed.model.model_config.items():

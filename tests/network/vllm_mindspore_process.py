@@ -59,6 +59,10 @@ def main(wheel, checkpoint, out):
     runtime.start("cpu", "pynative")  # the mode vLLM-MindSpore leaves a process in
     os.environ["ENFORCE_EAGER"] = "false"  # but not eager: the model compiles its own construct
     os.environ["VLLM_MS_MODEL_BACKEND"] = "MindFormers"
+    sys.path.append(str(Path(__file__).parents[2]))
+    from tests.network.older_cpu import lend_kernels
+
+    lend_kernels()
     import mindspore as ms
     import numpy as np
     from mindformers import AutoModel
