@@ -100,6 +100,7 @@ def copy(tmp_path_factory) -> Path:
         "ms_pangu_quant/assets/served.yaml",
         "tests/conftest.py",
         "tests/network/conftest.py",
+        "tests/network/older_cpu.py",
         "tests/unit/conftest.py",
         "tests/unit/test_consumers.py",
         "tests/unit/test_tasks.py",
