@@ -38,7 +38,7 @@ $(VENV)-served/.installed: tests/served/requirements.txt setup.py
 # On the frameworks below vLLM-MindSpore 0.5.1, which this package is installed beside and leaves as they are.
 beside: $(VENV)-beside/.installed
 	$(VENV)-beside/bin/python -m pytest -m '' $(addprefix tests/network/test_,serving_plugin.py served_block.py \
-		ascend_linear.py logits.py predict_yaml.py)
+		ascend_linear.py logits.py kernel_cells.py int8_cache.py predict_yaml.py)
 
 $(VENV)-beside/.installed: tests/served/beside.txt setup.py
 	$(PYTHON) -m venv $(VENV)-beside
