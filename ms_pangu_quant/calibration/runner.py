@@ -20,7 +20,6 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Tensor, nn, ops
-from mindspore.graph.api import _cell_graph_executor
 from numpy.typing import NDArray
 
 from ms_pangu_quant.backends import current_backend
@@ -36,6 +35,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
 from ms_pangu_quant.network.block import ServedBlock, is_served
 from ms_pangu_quant.network.pangu import build_network
+from ms_pangu_quant.network.versions import graph_executor
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
@@ -106,7 +106,7 @@ class BlockCell(nn.Cell):
 
     def release(self) -> None:
         """Give the memory of its graph back; it is of no use afterwards."""
-        _cell_graph_executor.del_net_res(self, self.compile_cache)
+        graph_executor.del_net_res(self, self.compile_cache)
         self.compile_cache.clear()
 
     def _round(self, x, place, grids):

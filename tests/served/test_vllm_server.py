@@ -8,16 +8,8 @@ and fails; the module that `vllm serve` runs is started instead.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,21 +18,16 @@ import numpy as np
 import pytest
 
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
-from tests.conftest import ASSETS, MINI, ROOT, TIED
+from tests.conftest import ASSETS, MINI, TIED
+from tests.served.server import ServerFailed, command, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.served]
 
-PYTHON = ROOT / ".venv-served" / "bin" / "python"
 CHECKPOINTS = {"untied": MINI, "tied": TIED}
 RECIPES = ("float", "w8a8", "w8a8_static", "w4a8", "w4a8_g128")
 ANSWERS, EQUAL, TOKENS = 40, 36, 200
 BOUND = 0.25  # of a chosen token's log-probability, nats: vLLM adds in bfloat16, this package in float32
-SECONDS = 600  # until a server answers
 SUFFIXES = dict(zip(THINKING_MODES, ("", " /auto_think", " /no_think"), strict=True))
-
-
-class ServerFailed(Exception):
-    """With the end of its log."""
 
 
 def prompts() -> list[list[dict[str, str]]]:
@@ -70,66 +57,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], P
         return out
 
     return make
-
-
-def command(*arguments: object) -> None:
-    done = subprocess.run([sys.executable, "-m", "ms_pangu_quant", *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@contextmanager
-def serving(directory: Path, *options: str) -> Iterator[Callable[..., Any]]:
-    """(path, body) -> the server's JSON, while it runs on the directory alone."""
-    if not PYTHON.exists():
-        pytest.skip("no .venv-served: make served makes it")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    served = ["--model", str(directory), "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)]
-    log = directory.with_name(f"{directory.name}.log")
-    with open(log, "w") as said:
-        server = subprocess.Popen(
-            [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *served, "--enforce-eager", *options],
-            env={**os.environ, **settings},
-            stdout=said,
-            stderr=said,
-            cwd=directory.parent,
-            start_new_session=True,
-        )
-
-    def ask(path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps({"model": "m", **body}).encode()
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{port}{path}", data=data, headers={"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=SECONDS) as reply:
-            content = reply.read()
-        return json.loads(content) if content else None
-
-    try:
-        until = time.monotonic() + SECONDS
-        while True:
-            if server.poll() is not None or time.monotonic() > until:
-                raise ServerFailed(log.read_text()[-6000:])
-            try:
-                ask("/health")
-                break
-            except OSError:
-                time.sleep(1)
-        yield ask
-    finally:
-        for sent in (signal.SIGTERM, signal.SIGKILL):  # to its workers too
-            with suppress(ProcessLookupError):
-                os.killpg(server.pid, sent)
-            with suppress(subprocess.TimeoutExpired):
-                server.wait(30)
 
 
 def log_probabilities(logits: np.ndarray) -> np.ndarray:

@@ -1,19 +1,11 @@
-"""evaluate and compare against a real server: vLLM, in an environment of its own, serves the embedded checkpoint on a CPU.
-
-PANGU_QUANT_SERVED_PYTHON names the Python that has it (`make served` does).
-"""
+"""evaluate and compare against a real server: an unmodified vLLM serves the embedded checkpoint (`make served`)."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 
@@ -21,66 +13,9 @@ from ms_pangu_quant import api
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.evaluation.samples import read_records
 from tests.conftest import ASSETS, MINI
+from tests.served.server import command, serving
 
-PYTHON = os.environ.get("PANGU_QUANT_SERVED_PYTHON")
-REGISTRATION = """
-from transformers import AutoConfig, PretrainedConfig
-
-class PanguEmbeddedConfig(PretrainedConfig):
-    model_type = "PanguEmbedded"
-
-try:
-    AutoConfig.register("PanguEmbedded", PanguEmbeddedConfig)
-except ValueError:
-    pass  # a plugin has
-"""
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.served,
-    pytest.mark.skipif(PYTHON is None, reason="PANGU_QUANT_SERVED_PYTHON names no Python with vLLM; make served does"),
-]
-
-
-@contextmanager
-def serving(directory: Path, folder: Path):
-    """The URL of a server of this directory, which is there until the end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (folder / "site").mkdir(parents=True)
-    (folder / "site/sitecustomize.py").write_text(REGISTRATION)
-    given = {"PYTHONPATH": str(folder / "site"), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    given |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
-    command = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory), "--served-model-name", "mini"]
-    command += [
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-        "--dtype",
-        "bfloat16",
-        "--enforce-eager",
-        "--max-model-len",
-        "512",
-    ]
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command, env={**os.environ, **given}, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(port, process, folder / "log")
-        yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
-
-
-def wait_for(port: int, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and process.poll() is None:
-        with socket.socket() as tried:
-            if tried.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.5)
-    raise AssertionError(log.read_text()[-2000:])
+pytestmark = [pytest.mark.slow, pytest.mark.served]
 
 
 @pytest.fixture(scope="module", params=["float", "w8a8"])
@@ -91,16 +26,18 @@ def pair(request, tmp_path_factory, quantized):
     much as the rounding does: answers, and ten of 300 verdicts, are then chance.
     """
     if request.param == "float":
-        return MINI, MINI
+        output = tmp_path_factory.mktemp("merged") / "float"
+        command("merge", MINI, "--output", output)
+        return MINI, output
     directory, output = quantized("w8a8"), tmp_path_factory.mktemp("export") / "w8a8"
     api.export(directory, output, stored_as="compressed-tensors")
     return directory, output
 
 
 @pytest.fixture(scope="module")
-def url(pair, tmp_path_factory):
-    with serving(pair[1], tmp_path_factory.mktemp("server")) as found:
-        yield found
+def url(pair):
+    with serving(pair[1], "--dtype", "bfloat16", "--max-model-len", "512") as server:
+        yield f"{server.address}/v1"
 
 
 def evaluate(directory, output, *more: str) -> list[str]:
