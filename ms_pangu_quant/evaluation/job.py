@@ -56,7 +56,7 @@ class EvaluationRequest:
     data        benchmark -> file of your own problems in that benchmark's form.
     limit       ask the first so many problems of each benchmark.
     samples     answers to each problem; more than 1 needs a temperature.
-    batch_size  answers under way at a time; does not change them.
+    batch_size  answers under way at a time; does not change them, but for drawn ones of a float checkpoint.
     endpoint    a server to ask instead of loading the checkpoint, whose tokenizer is enough then, with config.json where
                 the server does not say how long its context is.
     device, head and tensor_parallel are those of load(), for a checkpoint that is loaded.
