@@ -30,15 +30,17 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = "ms_pangu_quant"
 GUEST = f"{PACKAGE}.evaluation.guest"  # scripts for the sandbox, which run when they are imported
 _FUNCTIONS = (
-    *("quantize", "estimate", "sensitivity", "sensitivity_cost", "export", "compare", "observe"),
-    *("evaluate", "answer", "score", "report"),
+    *("calibrate", "quantize", "estimate", "sensitivity", "sensitivity_cost", "export"),
+    *("compare", "compare_served", "observe", "evaluate", "answer", "score", "report"),
 )
 PUBLIC = (  # heading, module, and the names shown; a class with its own public members
     ("Functions", f"{PACKAGE}.api", _FUNCTIONS),
-    ("What is asked for", f"{PACKAGE}.api", ("EvaluationRequest", "Judging", "GenerationSettings", "ReportRequest")),
+    ("What is asked for", f"{PACKAGE}.api", ("CalibrationRequest", "EvaluationRequest", "Endpoint", "Judging")),
+    ("", f"{PACKAGE}.api", ("GenerationSettings", "ReportRequest")),
     ("Loading and generating", f"{PACKAGE}.inference.model", ("load", "Model.logits", "Model.generate", "Generation")),
     ("Results", f"{PACKAGE}.pipeline.report", ("QuantizeResult", "BlockReport", "Progress")),
-    ("", f"{PACKAGE}.inference.compare", ("Comparison",)),
+    ("", f"{PACKAGE}.chats.job", ("Chats",)),
+    ("", f"{PACKAGE}.inference.compare", ("Comparison", "ServedComparison")),
     ("What observe returns", f"{PACKAGE}.checkpoint.block", ("Block",)),
     ("", f"{PACKAGE}.calibration.statistics", ("InputStats", "RowSample")),
     ("Extending it", f"{PACKAGE}.recipe.recipe", ("Transform", "Rewrite", "WeightQuantizer")),
@@ -86,7 +88,7 @@ def markdown() -> str:
         "",
         "Made from the docstrings by `make api`, which also writes a page for every module into `build/api/`.",
         "",
-        "`quantize`, `compare`, `observe`, `evaluate` with its `EvaluationRequest`, and `load` are names of the package:",
+        "`calibrate`, `quantize`, `compare`, `observe`, `evaluate`, their requests, and `load` are names of the package:",
         "`from ms_pangu_quant import quantize`. So are `ASSETS`, the folder of the embedded checkpoint and its data, and",
         "`PanguQuantError`, which is raised for everything that a user can cause and mend.",
     ]
