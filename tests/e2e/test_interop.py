@@ -85,7 +85,7 @@ def test_quantizing_into_a_format_is_exporting_into_it_byte_for_byte(recipe, tmp
             shutil.rmtree(tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", "w4a8_g128"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8_static", pytest.param("w4a8_g128", marks=pytest.mark.slow)])
 def test_there_and_back_is_the_same_bytes_and_each_stop_is_sound(recipe, quantized, tmp_path):
     start = quantized(recipe)
     for name in ("ascend", "compressed-tensors"):

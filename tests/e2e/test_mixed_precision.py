@@ -82,9 +82,8 @@ def mixed(folder, checkpoint, data, found):
     return folder / "mixed"
 
 
-@pytest.mark.parametrize(
-    ("block", "layers"), [(0, "*.0.mlp.down_proj"), pytest.param(1, "*.1.self_attn.[qkv]_proj", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("block", "layers"), [(0, "*.0.mlp.down_proj"), (1, "*.1.self_attn.[qkv]_proj")])
 def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folder, checkpoint, data, found, block, layers):
     """Written, read back and compared by the ordinary commands' own code; the statistics are of the known texts alone."""
     known, measured = split(data, 60)

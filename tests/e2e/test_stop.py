@@ -15,7 +15,12 @@ from tests.conftest import ASSETS, MINI
     ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 @pytest.mark.parametrize(
-    "moment", ["frameworks are being imported", "first block is being compiled", "blocks are being done"]
+    "moment",
+    [
+        "frameworks are being imported",
+        pytest.param("first block is being compiled", marks=pytest.mark.slow),
+        "blocks are being done",
+    ],
 )
 def test_a_stop_is_one_line_and_leaves_no_stray_file(number, code, word, moment, tmp_path):
     folder, scratch = tmp_path / "here", tmp_path / "scratch"

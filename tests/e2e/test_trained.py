@@ -135,6 +135,7 @@ def test_several_files_and_the_optimizers_state_change_nothing(write_checkpoint,
     assert_quantizes_the_same(source, with_config(source, folder), tmp_path)
 
 
+@pytest.mark.slow
 def test_compare_inspect_and_generate_take_the_training_form(quantized, tmp_path, capsys):
     folder = trained(MINI, tmp_path / "trained")
     sequences = token_data("validation", 2).sequences

@@ -77,6 +77,7 @@ def test_rotated_hidden_states_are_those_of_the_rotated_checkpoint(reader, undec
     np.testing.assert_allclose(rotate.states(rows), rotated, rtol=2**-8)
 
 
+@pytest.mark.slow
 def test_deciding_changes_nothing_but_the_transforms(reader, undecided, tmp_path):
     data, said = calibration(9), []
     quantize(reader, undecided, tmp_path / "auto", data=data, progress=Progress(on_decided=said.append))

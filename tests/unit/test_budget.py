@@ -83,6 +83,7 @@ def test_the_range_that_can_be_reached_is_in_the_error():
         choose(each, Budget(max_kl=0.3), weights=WEIGHTS)
 
 
+@pytest.mark.slow
 def test_a_model_of_a_hundred_blocks_is_decided_at_once():
     each = [Choice((4 * size, 8 * size), (block / 64, 0.0)) for block in range(100) for size in (3, 5, 7, 11)]
     dear = choose(each, Budget(bits_per_weight=6.0), weights=100 * 26)
