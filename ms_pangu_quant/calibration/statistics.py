@@ -7,7 +7,6 @@ and machines combine. Scaling is exact: the statistics of x / s follow from thos
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import DataError
-from ms_pangu_quant.quantizers.threads import by_element, in_parallel
+from ms_pangu_quant.quantizers.threads import by_element, in_parallel, pieces
 
 PIECE_TOKENS = 4096  # rows gathered before their products are added: the gram is read and written once for so many
 _STRIP = 1024
@@ -187,7 +186,7 @@ def _extremes(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.f
             np.square(sums[1:], out=sums[1:])
             np.add.reduce(sums, axis=0, out=squares[columns])
 
-    by_element(take, [slice(start, start + _PIECE_COLUMNS) for start in range(0, x.shape[1], _PIECE_COLUMNS)])
+    by_element(take, list(pieces(0, x.shape[1], _PIECE_COLUMNS)))
     return np.abs(absmax), squares  # no -0.0
 
 
@@ -293,7 +292,7 @@ class StatsBuilder:
                 places[1][rows] *= factor
             np.multiply(x[rows], factor, out=places[0][rows])
 
-        by_element(copy, [slice(first, first + _PIECE_ROWS) for first in range(0, len(x), _PIECE_ROWS)])
+        by_element(copy, list(pieces(0, len(x), _PIECE_ROWS)))
         self._waiting += len(x)
         if self._waiting == PIECE_TOKENS:
             self._flush()
@@ -319,14 +318,14 @@ def _add_gram(total: NDArray[np.float32], x: NDArray[np.float32]) -> None:
     def add(strip: slice) -> None:
         total[strip.start :, strip] += x[:, strip.start :].T @ x[:, strip]
 
-    in_parallel(add, _strips(len(total)))
+    in_parallel(add, pieces(0, len(total), _STRIP))
 
 
 def _mirror(total: NDArray[np.float32]) -> None:
     def mirror(strip: slice) -> None:
         total[strip, strip.stop :] = total[strip.stop :, strip].T
 
-    by_element(mirror, list(_strips(len(total))))
+    by_element(mirror, list(pieces(0, len(total), _STRIP)))
 
 
 def _add_product(total: NDArray[np.float32], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
@@ -335,9 +334,4 @@ def _add_product(total: NDArray[np.float32], d: NDArray[np.float32], x: NDArray[
     def add(strip: slice) -> None:
         total[strip] += d[:, strip].T @ x
 
-    in_parallel(add, _strips(len(total)))
-
-
-def _strips(size: int) -> Iterator[slice]:
-    for start in range(0, size, _STRIP):
-        yield slice(start, min(start + _STRIP, size))
+    in_parallel(add, pieces(0, len(total), _STRIP))

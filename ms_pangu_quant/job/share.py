@@ -22,11 +22,11 @@ def share_of(lengths: Sequence[int], rank: int, size: int, least: int = 1) -> Sh
     least: sequences that each rank needs, 1 or 0."""
     if len(lengths) < least * size:
         raise DataError(f"calibration data: got {len(lengths)} sequences for {size} ranks, wanted one for each at least")
-    begin, end = (len(lengths) * number // size for number in (rank, rank + 1))
-    return Share(begin, end, sum(lengths[:begin]))
+    own = part_of(len(lengths), rank, size)
+    return Share(own.start, own.stop, sum(lengths[: own.start]))
 
 
-def rows_of(rows: int, rank: int, size: int) -> slice:
-    """Which of so many rows of a weight a rank rounds: neighbouring ones, as many for each rank but for one."""
-    begin, end = (rows * number // size for number in (rank, rank + 1))
+def part_of(count: int, rank: int, size: int) -> slice:
+    """Which of so many sequences, or rows of a weight, are a rank's: neighbouring ones, as many for each but for one."""
+    begin, end = (count * number // size for number in (rank, rank + 1))
     return slice(begin, end)

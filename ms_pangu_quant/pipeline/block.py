@@ -12,7 +12,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.job.ranks import Ranks
-from ms_pangu_quant.job.share import rows_of
+from ms_pangu_quant.job.share import part_of
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, relative_weight_error
 from ms_pangu_quant.recipe.plan import BlockPlan
 from ms_pangu_quant.recipe.recipe import Recipe
@@ -71,7 +71,7 @@ def _round_layers(
     assert scheme is not None
     weights = [rounded.floats.weight(site) for site in sites]
     weight = np.concatenate(weights) if len(weights) > 1 else weights[0]
-    part = recipe.quantizer(weight, scheme.weight, seen, rows_of(len(weight), ranks.rank, ranks.size))
+    part = recipe.quantizer(weight, scheme.weight, seen, part_of(len(weight), ranks.rank, ranks.size))
     del weight
     scale = None
     if seen is not None and not scheme.activation.dynamic:

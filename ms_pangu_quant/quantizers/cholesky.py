@@ -7,14 +7,13 @@ are independent of each other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import get_blas_funcs, get_lapack_funcs
 
-from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
+from ms_pangu_quant.quantizers.threads import in_parallel, one_thread, pieces
 
 _PANEL, _ROWS = 384, 1024
 
@@ -25,17 +24,16 @@ def cholesky(matrix: NDArray[Any]) -> bool:
     is then undefined."""
     (divide,), (factor,) = get_blas_funcs(("trsm",), (matrix,)), get_lapack_funcs(("potrf",), (matrix,))
     size = len(matrix)
-    for start in range(0, size, _PANEL):
-        panel = slice(start, min(start + _PANEL, size))
-        before = matrix[panel, :start]
+    for panel in pieces(0, size, _PANEL):
+        before = matrix[panel, : panel.start]
 
         def subtract(rows: slice, panel: slice = panel, before: NDArray[Any] = before) -> None:
             matrix[rows, panel] -= matrix[rows, : panel.start] @ before.T
 
-        if start:
-            in_parallel(subtract, _pieces(start, size))
+        if panel.start:
+            in_parallel(subtract, pieces(panel.start, size, _ROWS))
         with one_thread():
-            upper, failed = factor(np.asfortranarray(matrix[panel, panel].T), lower=0, clean=1)
+            upper, failed = factor(_upper(matrix, panel), lower=0, clean=1)
         if failed:
             return False
         matrix[panel, panel] = upper.T
@@ -43,14 +41,14 @@ def cholesky(matrix: NDArray[Any]) -> bool:
         def scale(rows: slice, panel: slice = panel, upper: NDArray[Any] = upper) -> None:
             matrix[rows, panel] = divide(1.0, upper, np.asfortranarray(matrix[rows, panel].T), trans_a=1).T
 
-        in_parallel(scale, _pieces(panel.stop, size))
+        in_parallel(scale, pieces(panel.stop, size, _ROWS))
     return True
 
 
 def solve(lower: NDArray[Any], rows: NDArray[Any]) -> None:
     """rows [count, n] become rows (L L^T)^-1, in place, on the thread it is called from; lower as cholesky leaves it."""
     (divide,) = get_blas_funcs(("trsm",), (lower,))
-    panels = [slice(start, min(start + _PANEL, len(lower))) for start in range(0, len(lower), _PANEL)]
+    panels = list(pieces(0, len(lower), _PANEL))
     for panel in panels:
         rows[:, panel] -= rows[:, : panel.start] @ lower[panel, : panel.start].T
         rows[:, panel] = divide(1.0, _upper(lower, panel), np.asfortranarray(rows[:, panel].T), trans_a=1).T
@@ -62,8 +60,3 @@ def solve(lower: NDArray[Any], rows: NDArray[Any]) -> None:
 def _upper(lower: NDArray[Any], panel: slice) -> NDArray[Any]:
     """The block of L^T on the diagonal, as BLAS has its matrices."""
     return np.asfortranarray(lower[panel, panel].T)
-
-
-def _pieces(start: int, size: int) -> Iterator[slice]:
-    for first in range(start, size, _ROWS):
-        yield slice(first, min(first + _ROWS, size))

@@ -7,7 +7,7 @@ pieces whose size does not depend on the machine.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cache
@@ -27,23 +27,29 @@ def one_thread() -> AbstractContextManager[object]:
     return limit
 
 
-def in_parallel(work: Callable[[slice], object], pieces: Iterable[slice]) -> None:
-    """work(piece) for each piece, as many at a time as OpenBLAS has threads."""
+def pieces(start: int, stop: int, width: int) -> Iterator[slice]:
+    """From start to stop, each of this width but for the last."""
+    for first in range(start, stop, width):
+        yield slice(first, min(first + width, stop))
+
+
+def in_parallel(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
+    """work(part) for each part, as many at a time as OpenBLAS has threads."""
     threads = _threads()
     with one_thread(), ThreadPoolExecutor(min(threads, _MOST)) as pool:
-        for _ in pool.map(work, pieces):
+        for _ in pool.map(work, parts):
             pass
 
 
-def by_element(work: Callable[[slice], object], pieces: Sequence[slice]) -> None:
-    """The same for work that calls no linear algebra, whatever it costs to begin: a single piece is done at once."""
-    threads = min(_threads(), _MOST, len(pieces)) if len(pieces) > 1 else 1
+def by_element(work: Callable[[slice], object], parts: Sequence[slice]) -> None:
+    """The same for work that calls no linear algebra, whatever it costs to begin: a single part is done at once."""
+    threads = min(_threads(), _MOST, len(parts)) if len(parts) > 1 else 1
     if threads == 1:
-        for piece in pieces:
-            work(piece)
+        for part in parts:
+            work(part)
         return
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, pieces):
+        for _ in pool.map(work, parts):
             pass
 
 

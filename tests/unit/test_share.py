@@ -14,7 +14,7 @@ from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.errors import BackendError, DataError
-from ms_pangu_quant.job.share import rows_of, share_of
+from ms_pangu_quant.job.share import part_of, share_of
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import PRESETS
 
@@ -72,7 +72,7 @@ def test_statistics_of_the_shares_merge_into_those_of_the_whole(size):
 @pytest.mark.parametrize("rows", [1, 20, 4097])
 @pytest.mark.parametrize("size", [1, 2, 7, 64])
 def test_every_row_is_rounded_by_one_rank_and_none_has_two_more_than_another(rows, size):
-    shares = [rows_of(rows, rank, size) for rank in range(size)]
+    shares = [part_of(rows, rank, size) for rank in range(size)]
     assert [row for share in shares for row in range(rows)[share]] == list(range(rows))
     counts = [share.stop - share.start for share in shares]
     assert max(counts) - min(counts) <= 1
