@@ -74,7 +74,7 @@ $(VLLM_ASCEND)/.made:
 # The network's tests on MindFormers 2.0 and MindSpore 2.10, with a stand-in for the package that is not published.
 MINDFORMERS_2 := build/mindformers-2
 mindformers-2: $(MINDFORMERS_2)/.made
-	PYTHONPATH=$(abspath tools/dev/hyper_parallel) $(MINDFORMERS_2)/bin/python -m pytest tests/network
+	PYTHONPATH=$(abspath tools/dev/hyper_parallel):$(abspath tests/network) $(MINDFORMERS_2)/bin/python -m pytest tests/network
 
 $(MINDFORMERS_2)/.made:
 	rm -rf $(MINDFORMERS_2)

@@ -16,8 +16,6 @@ and .npz: for each block and layer ("0.qkv_proj") what it gives in bfloat16 and 
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import sys
@@ -28,6 +26,7 @@ from types import SimpleNamespace
 os.environ["VLLM_PLUGINS"] = ""  # of an installed vllm-ascend or ours
 import numpy as np
 import torch
+from stand_ins import StandIns
 
 LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 MODEL = {
@@ -81,34 +80,14 @@ def npu_format_cast(tensor, layout):
 OPERATORS = (npu_quantize, npu_dynamic_quant, npu_quant_matmul, npu_weight_quant_batchmatmul, npu_format_cast)
 
 
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """torch_npu and what belongs to it."""
+def stand_in(module, name):
+    """Of torch_npu and what belongs to it."""
+    known = {operator.__name__: operator for operator in OPERATORS} if module == "torch_npu" else {}
 
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
+    def missing(*_, **__):
+        raise NotImplementedError(f"{module}.{name} is not stood in for")
 
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__path__ = []
-        return module
-
-    def exec_module(self, module):
-        known = {operator.__name__: operator for operator in OPERATORS} if module.__name__ == "torch_npu" else {}
-
-        def attribute(name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            if name in known:
-                return known[name]
-
-            def missing(*_, **__):
-                raise NotImplementedError(f"{module.__name__}.{name} is not stood in for")
-
-            return missing
-
-        module.__getattr__ = attribute
+    return known.get(name, missing)
 
 
 class NoAttention(torch.nn.Module):
@@ -214,7 +193,7 @@ def outputs_of(model, unset, given):
 
 def main(source, inputs, folder, *checkpoints):
     sys.path.insert(0, source)
-    sys.meta_path.insert(0, StandIns())
+    sys.meta_path.insert(0, StandIns(ABSENT, stand_in))
     torch.npu = Npu("torch.npu")
     torch.Tensor.npu = lambda self: self
     on_the_cpu()

@@ -8,8 +8,6 @@ settings become MindFormers'). The calls on the network are those of mf_models/m
 from an NPU: the device, float32, and the attention mask (the CPU's has three dimensions, and the caches are its own).
 """
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import sys
@@ -18,29 +16,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
+from stand_ins import StandIns
+
 ABSENT = ("vllm", "torch", "msadapter")
-
-
-class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Any module of ABSENT, with any name in it."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in ABSENT:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__path__ = []
-        return module
-
-    def exec_module(self, module):
-        def attribute(name):
-            if name.startswith("__"):
-                raise AttributeError(name)
-            return vars(module).setdefault(name, mock.MagicMock(name=f"{module.__name__}.{name}"))
-
-        module.__getattr__ = attribute
 
 
 class Registry:
@@ -71,7 +49,7 @@ def main(wheel, checkpoint, out):
     from mindspore.nn.utils import no_init_parameters
     from transformers import AutoConfig
 
-    sys.meta_path.insert(0, StandIns())
+    sys.meta_path.insert(0, StandIns(ABSENT, lambda module, name: mock.MagicMock(name=f"{module}.{name}")))
     import vllm.model_executor.models.registry as of_vllm
 
     of_vllm._ModelRegistry = Registry
