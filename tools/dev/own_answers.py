@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Does it pay to calibrate on a model's own answers? The tables of docs/calibration.md.
 
-A row is a recipe, a number of rows and a source of them, quantized with each draw and compared with the float model on the
-same texts: the mean KL over the draws, its standard error on one of them, and how far the draws are apart. A draw of own
-answers is `calibrate` with another seed, one of a file is the recipe's `calibration.seed`. The recipe's limit of tokens is
-lifted, but for the real model's plain text, which is cut to as many tokens as the own answers have.
+A row is a recipe, a number of rows, the tokens that are read of each and a source of them, quantized with each draw and
+compared with the float model on the same texts: the mean KL over the draws, its standard error on one of them, and how far
+the draws are apart. A draw of own answers is `calibrate` with another seed, one of a file is the recipe's
+`calibration.seed`. The recipe's limit of tokens is lifted, but for the real model's plain text beside own answers, which is
+cut to as many tokens as those have.
 
 KL is measured on two texts: one that others wrote, which own answers are not like, and own answers to prompts that
 calibration did not use, which is what the model says when it is served.
@@ -37,13 +38,29 @@ from tools.peers.compare import markdown, number
 from tools.peers.measure import ROOT
 
 PLAIN, OWN, GENERAL = "text of others", "own answers", "own answers, the package's prompts"
-MAX_LENGTH = 512
+MAX_LENGTH = 512  # of the texts that KL is measured on
+
+
+_AS_MANY_TOKENS = ((32, 256), (64, 128), (16, 512))  # rows and their length
+
+
+@dataclass(frozen=True)
+class Case:
+    """length  tokens that are read of a row at most.
+    sources    in this order; plain text is cut to the tokens of own answers.
+    """
+
+    recipe: str
+    rows: int
+    draws: int
+    sources: Sequence[str]
+    length: int = 512
 
 
 @dataclass(frozen=True)
 class Model:
     """plain     file of text that others wrote.
-    cases        (recipe, rows, draws); sources are those of them that are measured.
+    cases        what matters most first.
     texts        another such file to measure on, and how many of its rows; as many own answers.
     asked        of calibrate.
     """
@@ -51,8 +68,7 @@ class Model:
     name: str
     checkpoint: Path
     plain: Path
-    cases: Sequence[tuple[str, int, int]]
-    sources: Sequence[str]
+    cases: Sequence[Case]
     texts: tuple[Path, int]
     asked: Mapping[str, Any]
 
@@ -69,8 +85,7 @@ def models(real: Path | None) -> list[Model]:
             "openpangu-mini",
             ASSETS / "openpangu-mini",
             plain,
-            [(recipe, rows, 3) for rows in (128, 32, 64, 224) for recipe in both],  # what matters most first
-            sources,
+            [Case(recipe, rows, 3, sources) for rows in (128, 32, 64, 224) for recipe in both],
             texts,
             {"samples": 224},
         ),
@@ -78,8 +93,7 @@ def models(real: Path | None) -> list[Model]:
             "openpangu-mini-tied",
             ASSETS / "openpangu-mini-tied",
             plain,
-            [(recipe, 128, 1) for recipe in both],
-            sources,
+            [Case(recipe, 128, 1, sources) for recipe in both],
             texts,
             {"samples": 128},
         ),
@@ -90,8 +104,9 @@ def models(real: Path | None) -> list[Model]:
                 "smollm2",
                 real / "smollm2",
                 real / "calibration.jsonl",
-                [(recipe, 32, 1) for recipe in both],
-                (OWN, PLAIN),
+                [Case(recipe, 32, 3, (OWN, PLAIN)) for recipe in both]
+                + [Case(recipe, rows, 1, (PLAIN,), length) for recipe in both for rows, length in _AS_MANY_TOKENS]
+                + [Case(recipe, 64, 1, (PLAIN,)) for recipe in both],
                 (real / "validation.jsonl", 16),
                 {"samples": 48, "max_new_tokens": 256},
             )
@@ -130,32 +145,31 @@ def measure(model: Model, work: Path, said: Callable[[str], None]) -> list[dict[
     folder.mkdir(parents=True, exist_ok=True)
     with Journal(path) as journal:
         known = {tuple(record["key"]): record for _, record in read_records(path)}
-        for recipe, rows, draw in _in_turn(model.cases):
-            for source in model.sources:
-                key = (source, recipe, rows, draw)
+        for case, draw in _in_turn(model.cases):
+            for source in case.sources:
+                key = (source, case.recipe, case.rows, case.length, draw)
                 if key not in known:
                     said(f"{model.name}: {', '.join(map(str, key))}")
-                    same = known.get((OWN, recipe, rows, draw), {}).get("tokens")
+                    same = known.get((OWN, *key[1:]), {}).get("tokens")
                     known[key] = {"key": key, **_measured(model, folder, key, None if model.is_embedded else same)}
                     journal.append(known[key])
     return list(known.values())
 
 
-def _in_turn(cases: Sequence[tuple[str, int, int]]) -> list[tuple[str, int, int]]:
-    """(recipe, rows, draw): of each number of rows the first draws first, so that a run that is stopped has some of all."""
-    sizes = dict.fromkeys(rows for _, rows, _ in cases)
-    found = [(rows, draw, recipe) for recipe, rows, draws in cases for draw in range(draws)]
-    order = sorted(found, key=lambda case: (list(sizes).index(case[0]), case[1]))
-    return [(recipe, rows, draw) for rows, draw, recipe in order]
+def _in_turn(cases: Sequence[Case]) -> list[tuple[Case, int]]:
+    """Each case and draw: of the cases of a size the first draws first, so that a run that is stopped has some of all."""
+    sizes = list(dict.fromkeys((case.rows, case.length) for case in cases))
+    found = [(case, draw) for case in cases for draw in range(case.draws)]
+    return sorted(found, key=lambda each: (sizes.index((each[0].rows, each[0].length)), each[1]))
 
 
-def _measured(model: Model, folder: Path, key: tuple[str, str, int, int], tokens: int | None) -> dict[str, Any]:
+def _measured(model: Model, folder: Path, key: tuple[str, str, int, int, int], tokens: int | None) -> dict[str, Any]:
     """tokens  that plain text may have at most."""
-    source, recipe, rows, draw = key
+    source, recipe, rows, length, draw = key
     own, answers = own_answers(model, source, 0 if source == PLAIN else draw, folder)
     content = yaml.safe_load(find_recipe(recipe).read_text(encoding="utf-8"))
     samples = round(rows / 1.125)  # one in nine is held out
-    content["calibration"] = {"samples": samples, "max_length": MAX_LENGTH, "seed": draw}
+    content["calibration"] = {"samples": samples, "max_length": length, "seed": draw}
     if source == PLAIN and tokens is not None:
         content["calibration"]["tokens"] = round(tokens / 1.125)
     output = folder / "quantized"
@@ -171,15 +185,16 @@ def _measured(model: Model, folder: Path, key: tuple[str, str, int, int], tokens
 
 
 def table(model: Model, records: Sequence[Mapping[str, Any]]) -> str:
-    titles = ["recipe", "rows", "calibrated on", "tokens"]
+    titles = ["recipe", "rows", "of up to", "calibrated on", "tokens"]
     titles += ["KL, text of others", "s.e.", "draws", "KL, own answers", "s.e.", "draws"]
-    lines = [titles, ["---", "---:", "---", *["---:"] * 7]]
-    for recipe, rows, _ in sorted(model.cases, key=lambda case: (case[0], case[1])):
+    lines = [titles, ["---", "---:", "---:", "---", *["---:"] * 7]]
+    sizes = dict.fromkeys((case.recipe, case.rows, case.length) for case in model.cases)
+    for size in sorted(sizes):
         for source in (PLAIN, OWN, GENERAL):
-            mine = [record for record in records if tuple(record["key"][:3]) == (source, recipe, rows)]
+            mine = [record for record in records if tuple(record["key"][:4]) == (source, *size)]
             if mine:
                 tokens = np.mean([record["tokens"] for record in mine])
-                cells = [f"`{recipe}`", str(rows), source, f"{tokens:,.0f}"]
+                cells = [f"`{size[0]}`", *map(str, size[1:]), source, f"{tokens:,.0f}"]
                 for index in range(2):
                     kls, errors = ([record["kl"][index][figure] for record in mine] for figure in range(2))
                     spread = f"{number(min(kls))} to {number(max(kls))}" if len(kls) > 1 else "one"
@@ -205,9 +220,10 @@ def main(arguments: list[str] | None = None) -> int:
         for model in models(chosen.real):
             if not chosen.only or model.name in chosen.only:
                 path = chosen.work / model.name / "records.jsonl"
-                records = (
-                    [record for _, record in read_records(path)] if chosen.as_is else measure(model, chosen.work, tell)
-                )
+                if chosen.as_is:
+                    records = [record for _, record in read_records(path)] if path.exists() else []
+                else:
+                    records = measure(model, chosen.work, tell)
                 print(f"{model.name}\n\n{table(model, records)}\n", flush=True)
     except PanguQuantError as error:
         print(f"own_answers: {error}", file=sys.stderr)
