@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     Task,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -29,6 +30,7 @@ from ms_pangu_quant.formats.reader import FORMATS
 from ms_pangu_quant.inference.endpoint import API_KEY, Endpoint
 from ms_pangu_quant.network import runtime
 
+_SILENT_SECONDS = 60
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
@@ -87,14 +89,9 @@ def figure(value: float | None, form: str) -> str:
     return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
-def progress_bars(*columns: str) -> Progress:
+def progress_bars(*columns: str) -> Bars:
     """columns  behind the amount, as rich writes them."""
-
-    class Amount(MofNCompleteColumn):
-        def render(self, task: Task) -> Text:
-            return DownloadColumn().render(task) if task.fields["kind"] == "bytes" else super().render(task)
-
-    return Progress(
+    return Bars(
         TextColumn("{task.description:8}"),
         BarColumn(bar_width=24),
         Amount(),
@@ -105,6 +102,39 @@ def progress_bars(*columns: str) -> Progress:
         transient=True,
         disable=not err.is_terminal,
     )
+
+
+class Amount(MofNCompleteColumn):
+    def render(self, task: Task) -> Text:
+        return DownloadColumn().render(task) if task.fields.get("kind") == "bytes" else super().render(task)
+
+
+class Bars(Progress):
+    """Bars on a terminal. In a file, a log of a job for one, a line a minute instead of what takes longer; a task that is
+    told in lines of its own has the field lines=True."""
+
+    _said = 0.0
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        if not self.console.is_terminal:
+            self._say(task_id)
+
+    def update(self, task_id: TaskID, **changed: Any) -> None:
+        super().update(task_id, **changed)
+        if not self.console.is_terminal:
+            self._say(task_id)
+
+    def _say(self, task_id: TaskID) -> None:
+        task = next(each for each in self.tasks if each.id == task_id)
+        now = self.get_time()
+        since = max(self._said, now if task.start_time is None else task.start_time)
+        if task.fields.get("lines") or task.finished or now - since < _SILENT_SECONDS:
+            return
+        self._said = now
+        done, seconds = Amount().render(task).plain.strip(), task.elapsed or 0.0
+        left = (task.total or 0) / task.completed - 1 if task.completed else 0
+        self.console.print(f"{task.description}: {done} in {duration(seconds)}, {duration(seconds * left)} left")
 
 
 def duration(seconds: float) -> str:

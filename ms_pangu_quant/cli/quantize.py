@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import Progress as Bars
 from rich.table import Table
 
 from ms_pangu_quant import api
@@ -16,6 +15,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli.console import (
     AllowBenchmarkOverlap,
     AllowUnserved,
+    Bars,
     Checkpoint,
     Format,
     Verbose,
@@ -174,7 +174,8 @@ class Shown:
         if task is None:
             for other in self._bars.task_ids:
                 self._bars.remove_task(other)
-            task, self._previous = self._bars.add_task(name, total=total, kind=kind), time.monotonic()
+            task = self._bars.add_task(name, total=total, kind=kind, lines=name == "blocks")
+            self._previous = time.monotonic()
         self._bars.advance(task, count)
 
 
