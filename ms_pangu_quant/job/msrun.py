@@ -38,6 +38,7 @@ _CONTINUE = {
     "evaluate": "Repeat it to go on where it stopped.",
     "generate": "",
 }
+_TOLD = re.compile(r"Worker process (\d+) exit with exception\. Error code: (-?\d+)")
 _NOISE = re.compile(rb"\[(INFO|WARNING)\] [A-Z_]+\(\d+,[0-9a-f]+,")  # MindSpore's libraries, at any log level
 _GRACE = 5.0  # seconds for msrun to end the ranks after one has failed; it would then wait minutes for its scheduler
 _PORT = 8118  # msrun's own default
@@ -187,6 +188,8 @@ class _Running:
         self._kill_all()
         if self._stopped:
             return 128 + self._stopped
+        if failed is None or failed[1] == -signal.SIGKILL:  # which may have been msrun's doing, after another's end
+            failed = self._told_failure() or failed
         if failed:
             return self._explain(*failed)
         if self._msrun.returncode:
@@ -212,15 +215,20 @@ class _Running:
                         self._workers[int(variables["RANK_ID"])] = child.pid
 
     def _first_failure(self) -> tuple[int, int] | None:
-        """(rank, wait status) of a worker that has ended badly."""
+        """(rank, exit code) of a worker that has ended badly and that msrun has not waited for yet."""
         for rank, process in self._workers.items():
             status = _wait_status(process)
             if status:
-                return rank, status
+                return rank, os.waitstatus_to_exitcode(status)
         return None
 
-    def _explain(self, rank: int, status: int) -> int:
-        code = os.waitstatus_to_exitcode(status)
+    def _told_failure(self) -> tuple[int, int] | None:
+        """The same of one that msrun was quicker to wait for, which its log tells."""
+        ranks = {process: rank for rank, process in self._workers.items()}
+        told = _TOLD.findall((self._logs / "msrun.log").read_text(errors="replace"))
+        return next(((ranks[int(process)], int(code)) for process, code in told if int(process) in ranks), None)
+
+    def _explain(self, rank: int, code: int) -> int:
         how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with exit code {code}"
         print(f"msrun: rank {rank} {how}; the other ranks were stopped", file=sys.stderr)
         if rank != 0 or self._job.node_rank:  # rank 0's log has been shown

@@ -130,6 +130,24 @@ def test_a_job_ends_as_its_ranks_do_and_says_which_was_first(end, tmp_path, caps
 
 
 @pytest.mark.slow
+def test_a_rank_that_msrun_waited_for_first_is_named_all_the_same(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(msrun, "_wait_status", lambda process: None)
+    test_a_job_ends_as_its_ranks_do_and_says_which_was_first("killed", tmp_path, capsys)
+
+
+def test_msruns_log_tells_which_rank_ended_and_how(tmp_path):
+    (tmp_path / "msrun.log").write_text(
+        "[ERROR] ME(7:1,MainProcess):2026 [_api.py:364] Worker process 41 exit with exception. Error code: -9.\n"
+        "[ERROR] ME(7:1,MainProcess):2026 [_api.py:364] Worker process 40 exit with exception. Error code: 1.\n"
+    )
+    running = object.__new__(msrun._Running)
+    running._logs, running._workers = tmp_path, {0: 40, 1: 41}
+    assert running._told_failure() == (1, -9)
+    running._workers = {0: 50}
+    assert running._told_failure() is None
+
+
+@pytest.mark.slow
 def test_a_job_that_is_stopped_takes_all_its_processes_with_it(root, tmp_path):
     script, scratch = tmp_path / "program.py", tmp_path / "scratch"
     script.write_text(PROGRAM.format("pass", "wait") + "print('slept', flush=True)\n")
