@@ -419,11 +419,11 @@ def observe(
     from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), [len(each) for each in sequences])
-    runner = BlockRunner(reader.config, hidden.lengths)
-    for earlier in range(index):
-        hidden = runner.advance(reader.rounded_block(earlier), hidden)
     block = reader.block(index)
-    stats, _ = runner.observe(block, hidden, chosen.observed | Needs(rows=rows), f"block {index}")
+    with BlockRunner(reader.config, hidden.lengths) as runner:
+        for earlier in range(index):
+            hidden = runner.advance(reader.rounded_block(earlier), hidden)
+        stats, _ = runner.observe(block, hidden, chosen.observed | Needs(rows=rows), f"block {index}")
     return transform_block(block, stats, chosen, plan.blocks[index])
 
 

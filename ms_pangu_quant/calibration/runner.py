@@ -233,6 +233,9 @@ class BlockRunner:
     also       those of every other Hidden that it will run, or of a longer one that begins with the same; none held out.
     first_rows place of the first token in the calibration data, of which these sequences may be a part, and of the first
                held-out one.
+
+    Left as a context it gives the memory of its networks back, several blocks' worth, which MindSpore's graphs would hold
+    until the process ends.
     """
 
     def __init__(
@@ -254,6 +257,18 @@ class BlockRunner:
         )
         self._cells: dict[tuple[BlockPlan | None, Rounding, Steps, bool], BlockCell] = {}
         self._served: dict[BlockPlan, ServedBlock] = {}
+
+    def __enter__(self) -> BlockRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for holder in (*self._cells.values(), *self._served.values()):
+            holder.release()
+        if "_network" in vars(self):
+            self._network.release()
+            del self._network
+        self._cells.clear()
+        self._served.clear()
 
     @cached_property
     def _network(self) -> Any:

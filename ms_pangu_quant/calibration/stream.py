@@ -50,6 +50,12 @@ class NoStream:
     def __init__(self, ranks: Ranks = ALONE) -> None:
         self.ranks = ranks
 
+    def __enter__(self) -> NoStream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
     def observe(self, block: Block, index: int, plan: BlockPlan) -> dict[str, InputStats]:
         return {}
 
@@ -103,6 +109,14 @@ class Stream:
         self._measured = data.held_out > 0
         self._target = self._hidden  # in front of the block, and from observe or advance on behind it
         self._ways: tuple[Way, Way] | None = None  # the quantized model's and the float one's through the block
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for runner in (self._runner, self._floats):
+            if runner is not None:
+                runner.__exit__()
 
     @property
     def _where(self) -> str:

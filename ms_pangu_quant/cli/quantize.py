@@ -162,7 +162,8 @@ class Shown:
         if report.weight_error:
             parts.append(f"weights {max(report.weight_error.values()):.4f}")
         left = self._blocks - report.index - 1
-        parts += [f"{seconds:.1f} s", peak_memory(), *([f"{duration(left * seconds)} left"] if left else [])]
+        ahead = [f"{duration(left * seconds)} left"] if left * seconds >= 1 else []  # not of what an earlier run has done
+        parts += [f"{seconds:.1f} s", peak_memory(), *ahead]
         self._bars.console.print("  ".join(parts), soft_wrap=True)
         for site, note in report.notes.items():
             self._bars.console.print(f"  {site}: {note}")

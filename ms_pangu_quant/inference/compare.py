@@ -185,10 +185,10 @@ def _final_states(
 
     inputs = [sequence[:-1] for sequence in sequences]
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(inputs)), [len(sequence) for sequence in inputs])
-    runner = BlockRunner(reader.config, hidden.lengths)
-    for index in range(reader.config.num_hidden_layers):
-        hidden = runner.advance(reader.rounded_block(index), hidden)
-        on_block()
+    with BlockRunner(reader.config, hidden.lengths) as runner:
+        for index in range(reader.config.num_hidden_layers):
+            hidden = runner.advance(reader.rounded_block(index), hidden)
+            on_block()
     return final_norm(reader, hidden.states)
 
 

@@ -49,8 +49,10 @@ def quantize(
     complete = finished(run, output) if resume else None
     if complete is not None:
         return complete
-    with Output(run, output, resume) as written:
-        stream = Stream(run.reader, data, recipe.observed, recipe.seen, run.ranks) if data else NoStream(run.ranks)
+    with (
+        Output(run, output, resume) as written,
+        Stream(run.reader, data, recipe.observed, recipe.seen, run.ranks) if data else NoStream(run.ranks) as stream,
+    ):
         kept = written.kept()
         if kept is not None:
             stream.restore(kept)

@@ -102,25 +102,27 @@ def try_choices(
     sequences, held_out = _some_texts(data)
     lengths = [len(sequence) for sequence in sequences]
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), lengths, held_out)
-    runner = BlockRunner(reader.config, lengths, held_out=held_out)
     needs = reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each in choices))
     plans = [each.plan(reader.config).blocks for each in choices]
     judged = slice(hidden.fitted if held_out else 0, None)
     errors: list[list[float]] = [[] for _ in choices]
     where = blocks_tried(reader.config.num_hidden_layers)
-    for index in range(where[-1] + 1):
-        for place, choice in enumerate(choices) if index in where else ():
-            begun = Hidden(reduce(lambda rows, each: each.states(rows), choice.rewrites, hidden.states), lengths, held_out)
-            block = choice.rewritten(reader).block(index)
-            stats, target = runner.observe(block, begun, needs, f"block {index}")
-            assert target is not None
-            block, stats = transform_block(block, stats, choice, plans[place][index])
-            rounded = round_block(block, stats, choice, plans[place][index], NoStream())
-            reached = runner.advance(rounded, begun).states
-            errors[place].append(_error_of_tokens(reached[judged], target.states[judged]))
-        if index < where[-1]:
-            hidden = runner.advance(RoundedBlock(reader.block(index)), hidden)
-        on_tried(index + 1, where[-1] + 1)
+    with BlockRunner(reader.config, lengths, held_out=held_out) as runner:
+        for index in range(where[-1] + 1):
+            for place, choice in enumerate(choices) if index in where else ():
+                begun = Hidden(
+                    reduce(lambda rows, each: each.states(rows), choice.rewrites, hidden.states), lengths, held_out
+                )
+                block = choice.rewritten(reader).block(index)
+                stats, target = runner.observe(block, begun, needs, f"block {index}")
+                assert target is not None
+                block, stats = transform_block(block, stats, choice, plans[place][index])
+                rounded = round_block(block, stats, choice, plans[place][index], NoStream())
+                reached = runner.advance(rounded, begun).states
+                errors[place].append(_error_of_tokens(reached[judged], target.states[judged]))
+            if index < where[-1]:
+                hidden = runner.advance(RoundedBlock(reader.block(index)), hidden)
+            on_tried(index + 1, where[-1] + 1)
     return errors
 
 

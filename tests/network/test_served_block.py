@@ -71,6 +71,19 @@ def test_the_streamed_blocks_have_the_bits_of_the_served_network(name, stored):
     assert np.array_equal(streamed.reshape(wanted.shape), wanted)
 
 
+def test_a_runner_gives_back_what_its_networks_hold(stored):
+    reader = QuantizedReader(stored("w8a8"))
+    _, hidden = begun(reader)
+    with BlockRunner(reader.config, LENGTHS) as runner:
+        behind = runner.advance(reader.rounded_block(0), hidden)
+        runner.advance(RoundedBlock(CheckpointReader(MINI).block(0)), hidden)
+        networks = [runner._network, *(block.network for block in runner._served.values())]
+        assert len(networks) == 2
+    assert all(each.size == 1 for network in networks for each in network.get_parameters())
+    with BlockRunner(reader.config, LENGTHS) as runner:  # and another one in the same process is as good
+        assert np.array_equal(runner.advance(reader.rounded_block(0), hidden).states, behind.states)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_integers_and_floats_agree_up_to_rounding(name, stored, monkeypatch):
     reader = QuantizedReader(stored(name))
