@@ -34,13 +34,12 @@ from ms_pangu_quant.chats.prompts import Asked, Prompts, Question, load_prompts,
 from ms_pangu_quant.checkpoint.files import json_text, size, write_atomically, write_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
-from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles
 from ms_pangu_quant.checkpoint.writer import absent_folders, lock, remove_empty
-from ms_pangu_quant.errors import CheckpointError, DataError, OutputError, RequestError, located
+from ms_pangu_quant.errors import DataError, OutputError, RequestError
 from ms_pangu_quant.evaluation.lengths import periodic_tail
 from ms_pangu_quant.evaluation.samples import Journal, read_records
 from ms_pangu_quant.formats import kv_cache
-from ms_pangu_quant.inference.sampling import GenerationSettings
+from ms_pangu_quant.inference.sampling import OWN, GenerationSettings, own_settings
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.prepare import checkpoint_hash
@@ -52,7 +51,6 @@ if TYPE_CHECKING:
 SAMPLES = CalibrationSettings().texts  # as many as the shipped recipes read
 MAX_NEW_TOKENS = 2048
 TRIES = 3  # prompts that a row's place is offered
-DEFAULTS = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # of a checkpoint that names none: the distribution as it is
 GROUP = 4  # batches: the fewer, the less is asked again, and the more places in a batch stay empty at a group's end
 _ANSWERS = "answers.jsonl"
 _PARTIAL = ".partial"  # the folder beside the output while a run is under way
@@ -68,7 +66,7 @@ class CalibrationRequest:
     modes           thinking modes; None: all that the model has.
     samples         rows that are wanted.
     max_new_tokens  tokens an answer may have, its thought included.
-    temperature, top_p, top_k  None: those of generation_config.json; where it names none, DEFAULTS.
+    temperature, top_p, top_k  None: those of generation_config.json; where it names none, sampling.OWN.
     batch_size      answers under way at a time, for all of which there is memory; other sizes draw other answers.
     """
 
@@ -88,7 +86,7 @@ class CalibrationRequest:
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name}: got {getattr(self, name)}, wanted at least 1")
-        asked = {name: value for name in DEFAULTS if (value := getattr(self, name)) is not None}
+        asked = {name: value for name in OWN if (value := getattr(self, name)) is not None}
         GenerationSettings(self.max_new_tokens, seed=self.seed, **asked)
 
 
@@ -130,7 +128,8 @@ def prepare(request: CalibrationRequest, on_bytes: Callable[[int], None] = lambd
     for mode in modes:
         tokenizer.render_chat([{"role": "user", "content": "?"}], mode=mode)  # refuses what the model does not have
     prompts = load_prompts(prompts_of(reader.directory) if request.prompts is None else Path(request.prompts))
-    settings = _settings(request, reader.directory)
+    asked = {name: getattr(request, name) for name in OWN}
+    settings = own_settings(reader.directory, request.max_new_tokens, request.seed, asked)
     fingerprint = {
         "checkpoint": checkpoint_hash(reader, on_bytes),
         "prompts": prompts.sha256,
@@ -141,19 +140,6 @@ def prepare(request: CalibrationRequest, on_bytes: Callable[[int], None] = lambd
         "version of ms_pangu_quant": version("ms_pangu_quant"),
     }
     return Prepared(request, reader, tokenizer, prompts, modes, settings, fingerprint)
-
-
-def _settings(request: CalibrationRequest, directory: Path) -> GenerationSettings:
-    found = TokenizerFiles.of(directory).generation
-    chosen: dict[str, Any] = {}
-    for name, default in DEFAULTS.items():
-        own, asked = found.get(name), getattr(request, name)
-        if own is not None and (isinstance(own, bool) or not isinstance(own, int | float)):
-            raise CheckpointError(f"{directory / 'generation_config.json'}: {name}: got {own!r}, wanted a number")
-        chosen[name] = asked if asked is not None else default if own is None else own
-    chosen["top_k"] = max(int(chosen["top_k"]), 0)  # -1 keeps every token there, 0 here
-    with located(f"{directory / 'generation_config.json'}: ", CheckpointError):
-        return GenerationSettings(request.max_new_tokens, seed=request.seed, **chosen)
 
 
 def calibrate(

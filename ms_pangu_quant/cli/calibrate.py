@@ -11,10 +11,11 @@ from rich.progress import Progress
 
 from ms_pangu_quant.api import CalibrationRequest, calibrate
 from ms_pangu_quant.chats.facts import told
-from ms_pangu_quant.chats.job import DEFAULTS, MAX_NEW_TOKENS, SAMPLES
+from ms_pangu_quant.chats.job import MAX_NEW_TOKENS, SAMPLES
 from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES
 from ms_pangu_quant.cli.console import AsJson, Checkpoint, Device, Verbose, err, out, progress_bars
+from ms_pangu_quant.inference.sampling import OWN
 
 _OWN = "Default: generation_config.json's, else {}."
 
@@ -42,8 +43,8 @@ def calibrate_command(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Tokens an answer may have, thought included.")
     ] = MAX_NEW_TOKENS,
-    temperature: Annotated[float | None, typer.Option(help=_OWN.format(DEFAULTS["temperature"]))] = None,
-    top_p: Annotated[float | None, typer.Option(help=_OWN.format(DEFAULTS["top_p"]))] = None,
+    temperature: Annotated[float | None, typer.Option(help=_OWN.format(OWN["temperature"]))] = None,
+    top_p: Annotated[float | None, typer.Option(help=_OWN.format(OWN["top_p"]))] = None,
     top_k: Annotated[int | None, typer.Option(help=_OWN.format("0, which is all"))] = None,
     seed: Annotated[int, typer.Option(help="Of the draws, and of who is asked what.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers under way at a time.")] = 16,

@@ -21,6 +21,7 @@ from ms_pangu_quant.evaluation.samples import Journal, Record, read_records, wri
 from ms_pangu_quant.evaluation.sandbox import Sandbox
 from ms_pangu_quant.evaluation.tasks.task import Problem, Problems, find_problem
 from ms_pangu_quant.evaluation.verdict import Outcome
+from ms_pangu_quant.inference.sampling import decoding_of
 
 COPIED = ("task", "mode", "task_id", "sample_id")
 _ELSEWHERE = {  # what other programs call it, the likeliest first
@@ -175,6 +176,7 @@ def _record(sample: Sample, extraction: Extraction, outcome: Outcome, key: str) 
         "detail": outcome.detail,
         "oracle": outcome.oracle,
         **lengths_of(sample.record),
+        "decoding": decoding_of(sample.record.get("settings")),
         "key": key,
     }
 

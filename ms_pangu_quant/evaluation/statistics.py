@@ -24,6 +24,10 @@ from ms_pangu_quant.errors import RequestError
 RESAMPLES = 10_000
 SEED = 0
 CONFIDENCE = 0.95
+LEVEL = 0.05
+POWER = 0.8
+_SIMULATED = 1000  # runs of each size that is tried
+MOST_PROBLEMS = 100_000
 _LOST, _GAINED = (1.0, 0.0), (0.0, 1.0)  # a problem that the reference alone passes, and one that it alone fails
 
 
@@ -147,6 +151,62 @@ def retention(reference: Sequence[float], new: Sequence[float], wanted: float = 
     ratio = _interval(value, means[:, 1] / means[:, 0], above[:, 1] / above[:, 0])
     failed = int(np.count_nonzero(means[:, 1] - wanted * means[:, 0] < -1e-12))
     return Retention(ratio, wanted, (failed + 1) / (RESAMPLES + 1))
+
+
+def problems_needed(
+    reference: Sequence[float], new: Sequence[float], wanted: float = 0.9, *, level: float = LEVEL, power: float = POWER
+) -> int | None:
+    """How many problems retention()'s test takes to be below `level` in a share `power` of runs, if problems go on being
+    passed, lost and gained as in these.
+
+    Runs of each size are drawn from the pairs that were seen. None where no number does: less than `wanted` is kept.
+    MOST_PROBLEMS stands for as many or more.
+    """
+    pairs = _pairs(reference, new)
+    values, counts = np.unique((pairs[:, 1] - wanted * pairs[:, 0]).round(12), return_counts=True)
+    if pairs[:, 0].sum() == 0 or values @ counts <= 1e-9:
+        return None
+
+    def reached(problems: int) -> bool:
+        drawn = np.random.default_rng(SEED).multinomial(problems, counts / counts.sum(), size=_SIMULATED)
+        return bool((_retention_p(values, drawn, wanted) < level).mean() >= power)
+
+    few, enough = 0, 8
+    while not reached(enough):
+        few, enough = enough, 2 * enough
+        if few >= MOST_PROBLEMS:
+            return MOST_PROBLEMS
+    while enough - few > max(1, few // 20):
+        middle = (few + enough) // 2
+        few, enough = (few, middle) if reached(middle) else (middle, enough)
+    return min(enough, MOST_PROBLEMS)
+
+
+def _retention_p(values: NDArray[np.float64], counts: NDArray[np.int64], wanted: float) -> NDArray[np.float64]:
+    """p of retention()'s test without its resamples [runs]: counts [runs, kinds] of problems whose new - wanted * reference
+    is values [kinds].
+
+    The test's share is the chance that a sum of exponential variates, each times a problem's value, is below 0, with one
+    more lost problem. Source  Lugannani and Rice 1980, eq. 9: the saddle-point form of such a chance.
+    """
+    from scipy.special import ndtr
+
+    kinds = np.append(values, -wanted)
+    many = np.hstack([counts, np.ones((len(counts), 1), np.int64)]).astype(np.float64)
+    kinds = np.where(many > 0, kinds, 0)
+    most = kinds.max(1)
+    low, high = np.full(len(many), -1 / wanted), 1 / np.where(most > 0, most, 1)
+    for _ in range(40):  # the saddle point, where the slope of the cumulant function is 0
+        middle = (low + high) / 2
+        above = (many * kinds / (1 - middle[:, None] * kinds)).sum(1) > 0
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    point = (low + high) / 2
+    shrunk = 1 - point[:, None] * kinds
+    with np.errstate(divide="ignore", invalid="ignore"):  # at 0, where the chance is a half
+        root = np.sign(point) * np.sqrt(np.maximum(0, 2 * (many * np.log(shrunk)).sum(1)))
+        scaled = point * np.sqrt((many * (kinds / shrunk) ** 2).sum(1))
+        p = ndtr(root) + np.exp(-(root**2) / 2) / np.sqrt(2 * np.pi) * (1 / root - 1 / scaled)
+    return np.where(most <= 0, 1.0, np.where(np.abs(root) < 1e-4, 0.5, p))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

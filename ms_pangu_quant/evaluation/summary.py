@@ -1,10 +1,11 @@
-"""One entry for each task and mode of a run: the score with its interval, what became of the samples, and their lengths."""
+"""One entry for each task, mode and decoding of a run: the score with its interval, what became of the samples, their
+lengths, and how many loop or think without end."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,11 +13,29 @@ from ms_pangu_quant.evaluation.lengths import spread
 from ms_pangu_quant.evaluation.samples import Record
 from ms_pangu_quant.evaluation.statistics import Interval, mean_interval, pass_at_k, wilson
 from ms_pangu_quant.evaluation.tasks.task import Problems
-from ms_pangu_quant.evaluation.verdict import PASS, VERDICTS
+from ms_pangu_quant.evaluation.verdict import PASS, UNCLOSED, VERDICTS
 
 KS = (1, 5, 10, 100)
 _MISSING_MODULE = re.compile(r"ModuleNotFoundError: No module named '([^'.]+)")
 MEASURES = ("tokens", "thought_tokens", "answer_tokens", "words", "thought_words", "answer_words")
+Told = Callable[[Record], bool | None]  # of a result; None where it says nothing
+
+
+def passes(result: Record) -> bool | None:
+    return None if result["verdict"] == "infra_error" else result["verdict"] == PASS
+
+
+def loops(result: Record) -> bool | None:
+    """Whether its end repeats, as of lengths.Tail."""
+    return result.get("repetitive")
+
+
+def thinks_on(result: Record) -> bool:
+    """Whether it began a thought that had not ended where the answer did."""
+    return bool(result["verdict"] == UNCLOSED)
+
+
+FAULTS: dict[str, Told] = {"loops": loops, "unclosed_thoughts": thinks_on}
 
 
 def summarize(results: Sequence[Record], samples: Sequence[Record], tasks: Mapping[str, Problems]) -> list[Record]:
@@ -28,44 +47,70 @@ def summarize(results: Sequence[Record], samples: Sequence[Record], tasks: Mappi
             for result, sample in zip(results, samples, strict=True)
             if sample.get("task", name) == name and result.get("task", name) == name
         ]
-        for mode in dict.fromkeys(result.get("mode") for result, _ in mine):
-            chosen = [(result, sample) for result, sample in mine if result.get("mode") == mode]
-            entries.append(_entry(name, mode, problems, [pair[0] for pair in chosen], [pair[1] for pair in chosen]))
+        for group in dict.fromkeys(map(_group, (result for result, _ in mine))):
+            chosen = [(result, sample) for result, sample in mine if _group(result) == group]
+            entries.append(_entry(name, group, problems, [pair[0] for pair in chosen], [pair[1] for pair in chosen]))
     return entries
 
 
-def scores(results: Iterable[Record]) -> dict[str, float]:
-    """task_id -> share of its samples that pass; a problem whose every sample is an infra_error has no score."""
-    counts = _counts(results)
-    return {task_id: passed / total for task_id, (passed, total) in counts.items()}
+def _group(result: Record) -> tuple[str | None, str | None]:
+    """(mode, decoding): answers that were drawn in another way are of another distribution."""
+    return result.get("mode"), result.get("decoding")
 
 
-def _counts(results: Iterable[Record]) -> dict[str, tuple[int, int]]:
+def scores(results: Iterable[Record], told: Told = passes) -> dict[str, float]:
+    """task_id -> share of its samples that pass, or of which `told` is true; a problem without any of which it is known,
+    such as one whose every sample is an infra_error, has none."""
+    return {task_id: true / total for task_id, (true, total) in _counts(results, told).items()}
+
+
+def _counts(results: Iterable[Record], told: Told) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for result in results:
-        if result["verdict"] != "infra_error":
-            passed, total = counts.get(str(result["task_id"]), (0, 0))
-            counts[str(result["task_id"])] = passed + (result["verdict"] == PASS), total + 1
+        found = told(result)
+        if found is not None:
+            true, total = counts.get(str(result["task_id"]), (0, 0))
+            counts[str(result["task_id"])] = true + bool(found), total + 1
     return counts
 
 
+def share(results: Iterable[Record], told: Told) -> Interval | None:
+    """Over the problems, whatever number of samples each has; None where it is known of none."""
+    counts = [*_counts(results, told).values()]
+    if not counts:
+        return None
+    if all(total == 1 for _, total in counts):
+        return wilson(sum(true for true, _ in counts), len(counts))
+    if len(counts) == 1:  # nothing is known about other problems
+        return Interval(counts[0][0] / counts[0][1], 0.0, 1.0)
+    return mean_interval([true / total for true, total in counts])
+
+
 def _entry(
-    name: str, mode: str | None, problems: Problems, results: Sequence[Record], samples: Sequence[Record]
+    name: str,
+    group: tuple[str | None, str | None],
+    problems: Problems,
+    results: Sequence[Record],
+    samples: Sequence[Record],
 ) -> dict[str, Any]:
-    counts = _counts(results)
+    counts = _counts(results, passes)
+    shares = {fault: share(results, told) for fault, told in {"pass@1": passes, **FAULTS}.items()}
+    intervals = {fault: None if found is None else asdict(found) for fault, found in shares.items()}
     least = min((total for _, total in counts.values()), default=0)
     verdicts = Counter(result["verdict"] for result in results)
     return {
         "task": name,
         "title": problems.task.title,
-        "mode": mode,
+        "mode": group[0],
+        "decoding": group[1],
+        "max_new_tokens": sorted({sample["settings"]["max_new_tokens"] for sample in samples if _has_limit(sample)}),
         "prompts": sorted({str(sample["prompt"]) for sample in samples if "prompt" in sample}),
         "data_sha256": problems.sha256,
         "problems": len(counts),
         "of": len(problems.by_id),
         "samples": len(results),
         "passed": verdicts[PASS],
-        "pass@1": asdict(_pass_at_1(list(counts.values()))) if counts else None,
+        **intervals,
         "pass@k": {
             str(k): sum(pass_at_k(total, passed, k) for passed, total in counts.values()) / len(counts)
             for k in KS
@@ -89,9 +134,6 @@ def _missing_modules(results: Iterable[Record]) -> dict[str, int]:
     return dict(Counter(module[1] for module in found if module).most_common())
 
 
-def _pass_at_1(counts: Sequence[tuple[int, int]]) -> Interval:
-    if all(total == 1 for _, total in counts):
-        return wilson(sum(passed for passed, _ in counts), len(counts))
-    if len(counts) == 1:  # nothing is known about other problems
-        return Interval(counts[0][0] / counts[0][1], 0.0, 1.0)
-    return mean_interval([passed / total for passed, total in counts])
+def _has_limit(sample: Record) -> bool:
+    settings = sample.get("settings")
+    return isinstance(settings, dict) and isinstance(settings.get("max_new_tokens"), int)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PASS = "pass"
+PASS, UNCLOSED = "pass", "unclosed_thought"
 VERDICTS = (  # infra_error says nothing about the sample: it is retried, and never counted as a failure
     *(PASS, "wrong_answer", "exception", "syntax_error", "timeout", "out_of_memory", "output_limit", "crash", "early_exit"),
-    *("no_code", "unclosed_thought", "infra_error"),
+    *("no_code", UNCLOSED, "infra_error"),
 )
 
 

@@ -3,14 +3,19 @@ a seeded draw."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.checkpoint.tokenizer_files import TokenizerFiles
+from ms_pangu_quant.errors import CheckpointError, RequestError, located
+
+OWN = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # of a checkpoint that names none: the distribution as it is
 
 
 class Keywords(TypedDict, total=False):
@@ -21,6 +26,21 @@ class Keywords(TypedDict, total=False):
     top_k: int
     seed: int
     stop: Sequence[str]
+
+
+GREEDY = "greedy"
+
+
+def decoding_of(told: Any) -> str | None:
+    """How answers were drawn, of settings as a file has them: GREEDY, or such as "temperature 0.6, top-p 0.95, top-k 20".
+    None where it does not say."""
+    if not isinstance(told, dict) or not all(isinstance(told.get(name, 0), int | float) for name in OWN):
+        return None
+    if not told.get("temperature"):
+        return GREEDY if "temperature" in told else None
+    cuts = {"top-p": (told.get("top_p", 1.0), 1.0), "top-k": (told.get("top_k", 0), 0)}
+    named = [f"{name} {value:g}" for name, (value, none) in cuts.items() if value != none]
+    return ", ".join([f"temperature {told['temperature']:g}", *named])
 
 
 @dataclass(frozen=True)
@@ -74,3 +94,20 @@ class GenerationSettings:
         probabilities = np.zeros_like(scaled)
         probabilities[order] = weights / weights.sum()
         return probabilities
+
+
+def own_settings(
+    directory: Path, max_new_tokens: int, seed: int, asked: Mapping[str, float | None] = MappingProxyType({})
+) -> GenerationSettings:
+    """A checkpoint's own temperature, top_p and top_k, from its generation_config.json, where `asked` has no other; those
+    of OWN where that names none. Raises CheckpointError."""
+    file, found = directory / "generation_config.json", TokenizerFiles.of(directory).generation
+    chosen: dict[str, Any] = {}
+    for name, default in OWN.items():
+        own, given = found.get(name), asked.get(name)
+        if own is not None and (isinstance(own, bool) or not isinstance(own, int | float)):
+            raise CheckpointError(f"{file}: {name}: got {own!r}, wanted a number")
+        chosen[name] = given if given is not None else default if own is None else own
+    chosen["top_k"] = max(int(chosen["top_k"]), 0)  # -1 keeps every token there, 0 here
+    with located(f"{file}: ", CheckpointError):
+        return GenerationSettings(max_new_tokens, seed=seed, **chosen)

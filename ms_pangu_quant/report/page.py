@@ -15,20 +15,22 @@ from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.evaluation.extract import Split, split_text
 from ms_pangu_quant.evaluation.samples import write_pieces
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
+from ms_pangu_quant.evaluation.statistics import LEVEL, MOST_PROBLEMS, POWER, Interval
+from ms_pangu_quant.evaluation.summary import FAULTS, share
 from ms_pangu_quant.evaluation.tasks import TASKS
 from ms_pangu_quant.evaluation.tasks.task import find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report import plots
-from ms_pangu_quant.report.comparison import Comparison, compare
+from ms_pangu_quant.report.comparison import Comparison, compare, compare_together
+from ms_pangu_quant.report.figures import about, p_value, percent, points, signed
+from ms_pangu_quant.report.headlines import FAULT_WORDS, fault_lines, headlines
 from ms_pangu_quant.report.prediction import BATCHES, CONTEXT, PROMPT, Prediction
-from ms_pangu_quant.report.results import Cell, Run, cells
+from ms_pangu_quant.report.results import Cell, Run, cell_mode, cells
 from ms_pangu_quant.report.sensitivity_plot import group_name
 from ms_pangu_quant.report.speed import Speed, cases
 
-LEVEL = 0.05
 MOST_RUNS = 7
-MINUS = "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def write(report: Report, output: Path) -> list[Path]:
 def _values(report: Report, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """What the templates know."""
     runs = report.runs
+    together = compare_together(runs, report.wanted)
+    decodings = {cell.decoding for cell in cells(runs)}
     return {
         "title": report.title or "What quantization costs",
         "runs": runs,
@@ -93,8 +97,15 @@ def _values(report: Report, comparisons: Sequence[Comparison]) -> dict[str, Any]
         "predicted": {"batches": BATCHES, "prompt": PROMPT, "context": CONTEXT},
         "wanted": report.wanted,
         "level": LEVEL,
-        "headlines": [*_headlines(runs, comparisons, report.wanted)],
+        "headlines": [*headlines(together, runs[0], report.wanted)],
+        "fault_lines": [*fault_lines(together, runs[0])],
+        "fault_words": FAULT_WORDS,
+        "shares": _shares(runs),
+        "most_problems": MOST_PROBLEMS,
+        "times": round(10 * POWER),
         "examples": _examples(runs, comparisons, report.examples),
+        "decoding": decodings.pop() if len(decodings) == 1 else None,
+        "mode_of": lambda cell: cell_mode(cell, runs),
         "task_title": lambda name: TASKS[name].title if name in TASKS else name,
         "verdicts": VERDICTS,
         "incomplete": [*_incomplete(runs)],
@@ -112,21 +123,6 @@ def _drawn(report: Report, comparisons: Sequence[Comparison]) -> dict[str, str |
         "sensitivity": plots.sensitivity(report.sensitivity),
         "prediction": plots.prediction(report.prediction),
     }
-
-
-def _headlines(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> Iterator[tuple[Run, str]]:
-    """One sentence for each run but the reference."""
-    for run in runs[1:]:
-        mine = [each for each in comparisons if each.run.name == run.name]
-        tested = [each for each in mine if each.retention is not None]
-        kept = sum(each.retention_holm is not None and each.retention_holm < LEVEL for each in tested)
-        worse = sum(each.p_holm < LEVEL and each.difference.value < 0 for each in mine)
-        better = sum(each.p_holm < LEVEL and each.difference.value > 0 for each in mine)
-        text = f"retention of at least {wanted:.0%} is shown in {kept} of {len(tested)} comparisons"
-        if len(mine) > len(tested):
-            text += f" ({len(mine) - len(tested)} more have a reference that passes nothing)"
-        text += f"; significantly worse in {worse}" + (f", better in {better}" if better else "")
-        yield run, text + "."
 
 
 def _examples(runs: Sequence[Run], comparisons: Sequence[Comparison], most: int) -> list[Example]:
@@ -161,10 +157,19 @@ def _answers(
 ) -> Iterator[tuple[Run, str, Split]]:
     for run, samples in zip(runs, texts, strict=True):
         for result in run.results.get(cell, ()):
-            sample = samples.get((*cell, task_id, str(result["sample_id"])))
+            sample = samples.get((cell, task_id, str(result["sample_id"])))
             if str(result["task_id"]) == task_id and sample is not None:
                 yield run, result["verdict"], split_text(sample["completion"])
                 break
+
+
+def _shares(runs: Sequence[Run]) -> dict[tuple[str, Cell], dict[str, Interval | None]]:
+    """(run, cell) -> share of its answers that loop, and so on, with its interval; None where it is not known."""
+    return {
+        (run.name, cell): {name: share(results, told) for name, told in FAULTS.items()}
+        for run in runs
+        for cell, results in run.results.items()
+    }
 
 
 def _incomplete(runs: Sequence[Run]) -> Iterator[str]:
@@ -179,6 +184,7 @@ def _incomplete(runs: Sequence[Run]) -> Iterator[str]:
             yield f"{name}: {entry['verdicts']['infra_error']} samples could not be judged (infra_error) and are left out"
         if entry["prompt_too_long"]:
             yield f"{name}: {entry['prompt_too_long']} prompts were longer than the context and count as failed"
+    yield from _uncompared(runs)
     for description in dict.fromkeys(str(run.summary["sandbox"]["description"]) for run in runs):
         if any(
             run.summary["sandbox"]["kind"] != BUBBLEWRAP
@@ -186,6 +192,30 @@ def _incomplete(runs: Sequence[Run]) -> Iterator[str]:
             if run.summary["sandbox"]["description"] == description
         ):
             yield f"Answers were run with {description}"
+
+
+def _uncompared(runs: Sequence[Run]) -> Iterator[str]:
+    """Where how answers were made differs between runs, or is not known."""
+    reference = runs[0]
+    for run in runs:
+        for cell in run.assumed:
+            yield f"{run.name}, {_named(cell)}: it is not known how its answers were drawn; taken to be {cell.decoding}"
+    for run in runs[1:]:
+        for cell, entry in run.entries.items():
+            of_reference = [each.decoding or "not known" for each in reference.entries if each[:2] == cell[:2]]
+            if cell not in reference.entries and of_reference:
+                yield (
+                    f"{run.name}, {_named(cell)}: drawn otherwise ({cell.decoding or 'not known'}) than {reference.name} "
+                    f"({' and '.join(of_reference)}), and compared with nothing"
+                )
+            limits = [each["max_new_tokens"] for each in (reference.entries.get(cell, {"max_new_tokens": []}), entry)]
+            if all(limits) and limits[0] != limits[1]:
+                told = [" and ".join(map(str, each)) for each in limits]
+                yield f"{_named(cell)}: {run.name}'s answers end at {told[1]} tokens, {reference.name}'s at {told[0]}"
+
+
+def _named(cell: Cell) -> str:
+    return f"{TASKS[cell.task].title if cell.task in TASKS else cell.task} {cell.mode}".strip()
 
 
 def _environment(*, html: bool) -> Environment:
@@ -196,22 +226,9 @@ def _environment(*, html: bool) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": _percent, "p": _p, "signed": _signed, "size": size, "cut": _cut}
-    environment.filters["points"] = lambda share: _signed(100 * share)
+    environment.filters |= {"percent": percent, "p": p_value, "signed": signed, "points": points, "about": about}
+    environment.filters |= {"size": size, "cut": _cut}
     return environment
-
-
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f}"
-
-
-def _signed(value: float, digits: int = 1) -> str:
-    text = f"{abs(value):.{digits}f}"
-    return text if float(text) == 0 else ("+" if value > 0 else MINUS) + text
-
-
-def _p(value: float) -> str:
-    return "<.001" if value < 0.001 else f"{value:.3f}".removeprefix("0") if value < 1 else "1"
 
 
 def _cut(text: str, most: int = 3000) -> str:

@@ -30,7 +30,7 @@ def scores(runs: Sequence[Run]) -> str:
             if score:
                 _point(axes, place, number, len(runs), Interval(score["value"], score["low"], score["high"]))
     axes.set_ylim(0, 105)
-    return _svg(figure, axes, groups, "pass@1, %", [run.name for run in runs])
+    return _svg(figure, axes, _names(groups), "pass@1, %", [run.name for run in runs])
 
 
 def retention(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: float) -> str | None:
@@ -48,7 +48,7 @@ def retention(runs: Sequence[Run], comparisons: Sequence[Comparison], wanted: fl
             _point(axes, groups.index(each.cell), number, len(runs), ratio)
     axes.axhline(100, color=_GRID, linewidth=1)
     axes.axhline(100 * wanted, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
-    return _svg(figure, axes, groups, "retention, %", names[1:], range(1, len(names)))
+    return _svg(figure, axes, _names(groups), "retention, %", names[1:], range(1, len(names)))
 
 
 def lengths(runs: Sequence[Run]) -> str | None:
@@ -65,7 +65,7 @@ def lengths(runs: Sequence[Run]) -> str | None:
                 left = place - 0.4 + width * (number + 0.5)
                 axes.bar(left, found[0], width * 0.85, color=_SERIES[number], alpha=_HATCH_ALPHA)
                 axes.bar(left, found[1], width * 0.85, bottom=found[0], color=_SERIES[number])
-    return _svg(figure, axes, groups, "tokens (pale: thought)", [run.name for run in runs])
+    return _svg(figure, axes, _names(groups), "tokens (pale: thought)", [run.name for run in runs])
 
 
 def block_errors(runs: Sequence[Run]) -> str | None:
@@ -165,6 +165,13 @@ def _figure(groups: Sequence[Cell]) -> tuple[Any, Any]:
     return figure, axes
 
 
+def _names(groups: Sequence[Cell]) -> list[str]:
+    """For an axis; with the decoding where there are several."""
+    several = len({cell.decoding for cell in groups}) > 1
+    drawn = [cell.decoding.replace(", ", "\n") or "not known" if several else "" for cell in groups]
+    return [_plain(f"{cell.task}\n{cell.mode}\n{each}".strip()) for cell, each in zip(groups, drawn, strict=True)]
+
+
 def _point(axes: Any, place: int, number: int, count: int, share: Interval) -> None:
     """Of run `number` of `count`, in percent."""
     x = place + (number - (count - 1) / 2) * min(0.22, 0.7 / count)
@@ -175,7 +182,7 @@ def _point(axes: Any, place: int, number: int, count: int, share: Interval) -> N
 def _svg(
     figure: Any,
     axes: Any,
-    groups: Sequence[Cell] | None,
+    groups: Sequence[str] | None,
     label: str,
     names: Sequence[str],
     colors: Sequence[int] | None = None,
@@ -185,7 +192,7 @@ def _svg(
     from matplotlib.lines import Line2D
 
     if groups is not None:
-        axes.set_xticks(range(len(groups)), [_plain(f"{task}\n{mode}".strip()) for task, mode in groups])
+        axes.set_xticks(range(len(groups)), groups)
         axes.set_xlim(-0.6, len(groups) - 0.4)
     axes.set_ylabel(label)
     shown = [_plain(name) for name in names]

@@ -42,7 +42,7 @@ def evaluated(checkpoint, output, modes=MODES):
     """mode -> task_id -> 1 where solved."""
     arguments = ["--tasks", "mini", "--modes", ",".join(modes), "--output", str(output)]
     assert main(["evaluate", str(checkpoint), *arguments]) == 0
-    return {mode: scores(load_runs([output])[0].results["mini", mode]) for mode in modes}
+    return {mode: scores(load_runs([output])[0].of("mini", mode)) for mode in modes}
 
 
 @pytest.fixture(scope="module")

@@ -146,6 +146,54 @@ def test_the_retention_test_keeps_its_level(problems, gained):
     assert rejected / runs < 0.08
 
 
+# What 40 problems showed of a run: problems that both pass, lost, gained, and that neither passes.
+PILOTS = {"loses a little": (30, 1, 0, 9), "loses and gains": (24, 2, 3, 11), "loses nothing": (36, 0, 0, 4)}
+
+
+def scores_of(both: int, lost: int, gained: int, neither: int) -> tuple[list[float], list[float]]:
+    return [1.0] * (both + lost) + [0.0] * (gained + neither), [1.0] * both + [0.0] * lost + [1.0] * gained + [
+        0.0
+    ] * neither
+
+
+@pytest.mark.parametrize(
+    "counts", [(30, 1, 0, 9), (24, 2, 3, 11), (29, 0, 0, 0), (130, 9, 4, 21), (10, 8, 0, 2), (0, 1, 6, 0)]
+)
+def test_the_p_that_is_planned_with_is_the_retention_tests(counts):
+    reference, new = scores_of(*counts)
+    values = np.array([0.1, -0.9, 1.0, 0.0])
+    planned = statistics._retention_p(values, np.array([counts]), 0.9)[0]
+    assert planned == pytest.approx(statistics.retention(reference, new).p, abs=0.012)
+
+
+@pytest.mark.parametrize("pilot", PILOTS)
+def test_so_many_problems_show_the_retention_as_often_as_is_said(pilot):
+    """Runs of that size, drawn from the pilot's problems and judged by the test itself; half as many show it less often."""
+    reference, new = map(np.array, scores_of(*PILOTS[pilot]))
+    needed = statistics.problems_needed(reference.tolist(), new.tolist())
+    generator = np.random.default_rng(7)
+
+    def power(problems: int, runs: int) -> float:
+        drawn = generator.integers(len(reference), size=(runs, problems))
+        return float(np.mean([statistics.retention([*reference[row]], [*new[row]]).p < 0.05 for row in drawn]))
+
+    assert 0.72 <= power(needed, 200) <= 0.9
+    assert power(needed // 2, 60) < 0.7
+
+
+def test_the_problems_that_are_needed_have_known_bounds():
+    """.9 ** 29 < .05 < .9 ** 28; of less than what is wanted no number shows it, of a narrow margin none that there is."""
+    assert statistics.problems_needed(*scores_of(40, 0, 0, 0)) == 29
+    assert statistics.problems_needed(*scores_of(40, 0, 0, 0), level=0.05 / 6) == 46
+    assert statistics.problems_needed(*scores_of(34, 6, 0, 0)) is None
+    assert statistics.problems_needed(*scores_of(0, 0, 4, 4)) is None
+    assert statistics.problems_needed(*scores_of(900, 99, 0, 1)) == statistics.MOST_PROBLEMS
+    stricter = [statistics.problems_needed(*scores_of(30, 1, 0, 9), wanted) for wanted in (0.8, 0.9, 0.95)]
+    assert stricter == sorted(stricter)
+    several = statistics.problems_needed([0.75, 0.5, 1.0, 0.25] * 10, [0.5, 0.75, 1.0, 0.25] * 10)
+    assert 8 <= several < 200
+
+
 def test_intervals_do_not_depend_on_the_machine_or_the_day():
     reference, new = binary(6)
     assert statistics.difference(reference, new) == statistics.difference(reference, new)

@@ -20,8 +20,9 @@ from ms_pangu_quant.evaluation.sandbox import RLIMITS, find_isolation
 from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.verdict import Limits
+from ms_pangu_quant.inference.sampling import decoding_of
 from ms_pangu_quant.mixed.sensitivity import GroupSensitivity, Sensitivity
-from ms_pangu_quant.report.comparison import compare
+from ms_pangu_quant.report.comparison import compare, compare_together
 from ms_pangu_quant.report.page import Report, write
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.report.roofline import load_device, prefill_seconds
@@ -37,8 +38,11 @@ PASSES = {  # result -> task -> mode -> which of 12 problems pass
 HOSTILE = "</pre><script>alert(1)</script>\x1b[31m\udc80 {{ 7 * 7 }}"
 
 
-def make(folder, name: str, passes=None, precision="bfloat16", text="```python\npass\n```", problems=None):
-    """What evaluate would have left, with chosen verdicts."""
+def make(folder, name: str, passes=None, precision="bfloat16", text="```python\npass\n```", problems=None, more=None):
+    """What evaluate would have left, with chosen verdicts: 1 passes, 0 fails, T never ends its thought, L fails in a loop.
+
+    more: (mode, task_id) -> fields of a sample in place of the usual.
+    """
     problems = problems or {"mini": load_problems(TASKS["mini"])}
     samples, results = [], []
     for task, modes in (passes or PASSES[name]).items():
@@ -46,13 +50,16 @@ def make(folder, name: str, passes=None, precision="bfloat16", text="```python\n
             for task_id, bit in zip(problems[task].by_id, verdicts, strict=False):
                 sample = {"task": task, "mode": mode, "task_id": task_id, "sample_id": 0, "prompt": "zero_shot_instruct/v1"}
                 sample |= {"completion": f"[unused16]hm[unused17]{text}", "answer": text, "tokens": 9, "thought_tokens": 3}
-                sample |= {"answer_tokens": 4, "finish_reason": "eos", "repetitive": False, "closed": True}
+                sample |= {"answer_tokens": 4, "finish_reason": "eos", "repetitive": bit == "L", "closed": bit != "T"}
+                sample |= {
+                    "settings": {"max_new_tokens": 50, "temperature": 0.0},
+                    **(more or (lambda *names: {}))(mode, task_id),
+                }
                 samples.append(sample)
-                verdict = "pass" if bit == "1" else "wrong_answer"
-                names = {key: sample[key] for key in ("task", "mode", "task_id", "sample_id")}
-                results.append(
-                    {**names, "verdict": verdict, "rule": "fenced", "oracle": "two_process", **lengths_of(sample)}
-                )
+                verdict = {"1": "pass", "T": "unclosed_thought"}.get(bit, "wrong_answer")
+                line = {key: sample[key] for key in ("task", "mode", "task_id", "sample_id")}
+                line |= {"verdict": verdict, "rule": "fenced", "oracle": "two_process", **lengths_of(sample)}
+                results.append({**line, "decoding": decoding_of(sample["settings"])})
     output = folder / name
     write_records(output / "samples.jsonl", samples)
     write_records(output / "results.jsonl", results)
@@ -98,10 +105,10 @@ class Page(HTMLParser):
 def test_the_comparison_is_the_statistics_of_the_paired_problems(three):
     found = {(each.cell, each.run.name): each for each in compare(load_runs(three), 0.9)}
     assert len(found) == 4
-    w8 = found[("mini", "slow_think"), "w8a8"]
+    w8 = found[("mini", "slow_think", "greedy"), "w8a8"]
     assert (w8.flips.lost, w8.flips.gained, w8.problems) == (("Mini/9",), ("Mini/10",), 12)
     assert (w8.p, w8.difference.value, w8.retention.ratio.value) == (1, 0, 1)
-    w4 = found[("mini", "slow_think"), "w4a8"]
+    w4 = found[("mini", "slow_think", "greedy"), "w4a8"]
     assert w4.p == statistics.mcnemar(5, 0)
     assert w4.retention.ratio.value == pytest.approx(0.5)
     assert [each.p_holm for each in found.values()] == statistics.holm([each.p for each in found.values()])
@@ -109,6 +116,148 @@ def test_the_comparison_is_the_statistics_of_the_paired_problems(three):
         [each.retention.p for each in found.values()]
     )
     assert w4.tokens.value == 0
+
+
+LOOPS = {  # 12 problems each: float loops as often as w8a8, on others; w4a8's thoughts do not end
+    "float": {"mini": {"slow_think": "11111111LLL0"}},
+    "w8a8": {"mini": {"slow_think": "1111111L11LL"}},
+    "w4a8": {"mini": {"slow_think": "1TTTTTTTTTLT"}},
+}
+
+
+def test_loops_and_thoughts_without_end_are_compared_by_problem(tmp_path):
+    runs = load_runs([make(tmp_path, name, LOOPS[name]) for name in LOOPS])
+    (w8, w4) = compare(runs, 0.9)
+    loops, thoughts = w8.faults["loops"], w4.faults["unclosed_thoughts"]
+    assert (loops.reference, loops.new, loops.difference.value) == ((3, 12), (3, 12), 0)
+    assert (loops.flips.lost, loops.flips.gained, loops.p) == (("Mini/8", "Mini/9"), ("Mini/7", "Mini/11"), 1)
+    assert (thoughts.reference, thoughts.new) == ((0, 12), (10, 12))
+    assert thoughts.p == statistics.mcnemar(0, 10)
+    assert thoughts.p_holm == statistics.holm([1, thoughts.p])[1]
+    assert thoughts.difference == statistics.score_difference([0] * 12, [0, *[1] * 9, 0, 1])
+
+
+def test_exchanging_the_runs_negates_the_paired_shares(tmp_path):
+    runs = load_runs([make(tmp_path, name, LOOPS[name]) for name in LOOPS])
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        (there,), (back,) = (compare([runs[a], runs[b]], 0.9) for a, b in ((one, other), (other, one)))
+        for name in there.faults:
+            forth, again = there.faults[name], back.faults[name]
+            assert (forth.reference, forth.new, forth.p) == (again.new, again.reference, again.p)
+            ends = (forth.difference.value, forth.difference.low, forth.difference.high)
+            assert ends == pytest.approx((-again.difference.value, -again.difference.high, -again.difference.low), abs=1e-9)
+
+
+def test_the_first_screen_shows_that_the_float_model_loops_too(tmp_path):
+    runs = load_runs([make(tmp_path, name, LOOPS[name]) for name in LOOPS])
+    html, markdown = write(Report(runs[:2]), tmp_path / "two")
+    looped = "Answers that loop: float 3 of 12, w8a8 3 of 12. No difference is more than chance gives; float does it too."
+    for text in (" ".join("".join(Page(html.read_text("utf-8")).words).split()), markdown.read_text("utf-8")):
+        assert looped in text.split("Accuracy")[0]
+        assert "Thoughts that do not end: none (float 0 of 12, w8a8 0 of 12)." in text
+    (_, markdown) = write(Report(runs), tmp_path / "three")
+    assert "More often than float, and more than chance gives: w4a8 (p .004)." in markdown.read_text("utf-8")
+
+
+def test_all_modes_together_are_problems_and_not_answers(three):
+    """A problem's answers in two modes count as one observation; what differs from it is not the sum."""
+    (w8, w4) = compare_together(load_runs(three), 0.9)
+    assert (w8.problems, w8.passed.reference, w8.passed.new) == (12, (15, 24), (15, 24))
+    bits = [
+        [(int(a) + int(b)) / 2 for a, b in zip(*PASSES[name]["mini"].values(), strict=True)] for name in ("float", "w4a8")
+    ]
+    assert w4.difference == statistics.score_difference(*bits)
+    assert w4.p == statistics.sign_flip(*bits)
+    assert [w8.p_holm, w4.p_holm] == statistics.holm([w8.p, w4.p])
+    assert w8.needed == statistics.problems_needed(*w8.scores, 0.9, level=0.05 / 2)
+    assert w4.needed is None
+
+
+def strip(output: Path) -> Path:
+    """As an earlier version has written it."""
+    summary = json.loads((output / "summary.json").read_text())
+    for entry in summary["entries"]:
+        for name in ("decoding", "max_new_tokens", "loops", "unclosed_thoughts"):
+            del entry[name]
+    write_json(output / "summary.json", summary)
+    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    write_records(
+        output / "results.jsonl",
+        [{name: value for name, value in line.items() if name not in ("decoding", "repetitive")} for line in lines],
+    )
+    return output
+
+
+def test_what_an_earlier_version_did_not_write_is_not_known(tmp_path):
+    outputs = [strip(make(tmp_path, name, LOOPS[name])) for name in LOOPS]
+    html, markdown = write(Report(load_runs(outputs)), tmp_path / "report")
+    for path in (html, markdown):
+        text = " ".join("".join(Page(path.read_text("utf-8")).words).split())
+        assert "Answers that loop: not known." in text
+        assert "Thoughts that do not end: float 0 of 12, w8a8 0 of 12, w4a8 10 of 12." in text  # which the verdicts say
+
+
+OWN = {"max_new_tokens": 50, "temperature": 0.6, "top_p": 0.95}
+
+
+def drawn(folder, name: str, bits: str) -> Path:
+    return make(folder, name, {"mini": {"slow_think": bits}}, more=lambda *names: {"settings": OWN})
+
+
+def of_checkpoint(output: Path, sha256: str) -> Path:
+    write_json(output / "run.json", {**json.loads((output / "run.json").read_text()), "checkpoint_sha256": sha256})
+    return output
+
+
+def test_greedy_answers_are_not_compared_with_drawn_ones(tmp_path):
+    runs = load_runs([make(tmp_path, "float"), of_checkpoint(drawn(tmp_path, "w8a8", "1" * 12), "e" * 64)])
+    assert compare(runs, 0.9) == compare_together(runs, 0.9) == []
+    _, markdown = write(Report(runs), tmp_path / "report")
+    text = markdown.read_text("utf-8")
+    assert (
+        "w8a8, Mini slow_think: drawn otherwise (temperature 0.6, top-p 0.95) than float (greedy), and compared with"
+        in text
+    )
+    assert "| Mini | slow_think, temperature 0.6, top-p 0.95 | w8a8 | 12/12 |" in text
+    assert "Against" not in text
+
+
+def test_greedy_and_drawn_answers_of_one_checkpoint_stand_beside_each_other(tmp_path):
+    """Two directories of each: one result, and a comparison for each way of drawing."""
+    outputs = []
+    for name, bits in (("float", "111111111111"), ("w8a8", "111111111100")):
+        outputs += [make(tmp_path, name), drawn(tmp_path / "drawn", name, bits)]
+    for output in outputs[2:]:
+        of_checkpoint(output, "e" * 64)
+    runs = load_runs(outputs, ["float", "float drawn", "w8a8", "w8a8 drawn"])
+    assert [(run.name, len(run.entries)) for run in runs] == [("float", 3), ("w8a8", 3)]
+    found = {each.cell: each for each in compare(runs, 0.9)}
+    assert found["mini", "slow_think", "greedy"].passed.new == (10, 12)
+    assert found["mini", "slow_think", "temperature 0.6, top-p 0.95"].passed.reference == (12, 12)
+    assert [each.cell.decoding for each in compare_together(runs, 0.9)] == ["greedy", "temperature 0.6, top-p 0.95"]
+    html, markdown = write(Report(runs), tmp_path / "report")
+    assert Page(html.read_text("utf-8")).open == []
+    assert "- w8a8 (temperature 0.6, top-p 0.95) solves 10 of 12 (12 problems), float 12: 2 fewer" in markdown.read_text(
+        "utf-8"
+    )
+
+
+def test_answers_of_unknown_decoding_are_compared_and_the_page_says_so(three, tmp_path):
+    strip(three[1])
+    assert [each.cell.decoding for each in compare(load_runs(three), 0.9)] == ["greedy"] * 4
+    _, markdown = write(Report(load_runs(three)), tmp_path / "report")
+    assert "w8a8, Mini no_think: it is not known how its answers were drawn; taken to be greedy" in markdown.read_text(
+        "utf-8"
+    )
+
+
+def test_other_limits_of_tokens_are_told(tmp_path):
+    def short(*names):
+        return {"settings": {"max_new_tokens": 20, "temperature": 0.0}}
+
+    runs = load_runs([make(tmp_path, "float"), make(tmp_path, "w8a8", more=short)])
+    _, markdown = write(Report(runs), tmp_path / "report")
+    assert "Mini no_think: w8a8's answers end at 20 tokens, float's at 50" in markdown.read_text("utf-8")
 
 
 def test_the_page_is_one_file_that_loads_nothing_and_is_well_formed(three, tmp_path):
@@ -133,7 +282,7 @@ def test_both_pages_tell_the_scores_the_flips_and_where_they_come_from(three, tm
         for wanted in ("A title & more", "12 of its 300 problems, not the whole benchmark", TASKS["mini"].sha256[:16]):
             assert wanted in text, wanted
         assert "resource limits; files, network and other processes are reachable" in text or "are reachable" in text
-        assert "w4a8: retention of at least 90% is shown in 0 of 2 comparisons" in text
+        assert "w4a8 solves 5 of 24 (12 problems in 2 modes), float 15: 10 fewer (" in text
 
 
 def test_what_a_model_wrote_cannot_become_part_of_the_page(tmp_path):

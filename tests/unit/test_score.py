@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from ms_pangu_quant.errors import DataError, OutputError
 from ms_pangu_quant.evaluation.job import alone_in
 from ms_pangu_quant.evaluation.samples import Journal, read_records
 from ms_pangu_quant.evaluation.score import load_samples
+from ms_pangu_quant.evaluation.statistics import wilson
 from ms_pangu_quant.evaluation.summary import summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 
@@ -70,9 +72,25 @@ def test_a_subset_with_several_samples_is_scored_from_raw_text(tmp_path, capsys)
     assert entry["pass@1"]["value"] == pytest.approx((1 / 3 + 0) / 2)
     assert (entry["problems"], entry["of"], entry["samples"], entry["passed"]) == (2, 164, 5, 1)
     assert entry["verdicts"] == {"pass": 1, "wrong_answer": 1, "no_code": 2, "unclosed_thought": 1}
+    assert entry["unclosed_thoughts"]["value"] == pytest.approx((1 / 3 + 0) / 2)
+    assert entry["unclosed_thoughts"]["low"] < entry["unclosed_thoughts"]["value"] < entry["unclosed_thoughts"]["high"]
+    assert (entry["loops"]["value"], entry["decoding"], entry["max_new_tokens"]) == (0, None, [])
     assert entry["data_sha256"] == TASKS["humaneval"].sha256
     assert summary["sandbox"]["kind"] == "rlimits"
     assert "reachable" in summary["sandbox"]["description"]
+
+
+def test_answers_that_were_drawn_otherwise_are_never_pooled(tmp_path):
+    """Greedy and drawn ones in one file: an entry each; and one greedy answer a problem has Wilson's interval."""
+    greedy = [{**row, "settings": {"max_new_tokens": 9, "temperature": 0.0, "top_p": 0.5}} for row in solutions(3)]
+    greedy[0] |= {"completion": "again and " * 20, "repetitive": True}
+    own = {"max_new_tokens": 9, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    drawn = [{**row, "sample_id": n, "settings": own, "completion": "no"} for row in solutions(3) for n in (1, 2)]
+    assert score_file(write(tmp_path / "samples.jsonl", [*greedy, *drawn]), tmp_path / "out") == 0
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["entries"]
+    told = [(entry["decoding"], entry["passed"], entry["samples"], entry["max_new_tokens"]) for entry in found]
+    assert told == [("greedy", 2, 3, [9]), ("temperature 0.6, top-p 0.95, top-k 20", 0, 6, [9])]
+    assert found[0]["loops"] == asdict(wilson(1, 3))
 
 
 def test_the_longest_names_fit_into_eighty_columns(tmp_path, capsys, monkeypatch):

@@ -183,7 +183,7 @@ def is_evaluated(record: Record, setting: Setting) -> bool:
 
 def shares(run: Run, setting: Setting) -> dict[str, float]:
     """Problem -> share of the setting's modes in which it is solved; of problems judged in all of them."""
-    by_mode = [scores(run.results[setting.task, mode]) for mode in setting.modes]
+    by_mode = [scores(run.of(setting.task, mode)) for mode in setting.modes]
     return {key: float(np.mean([of[key] for of in by_mode])) for key in by_mode[0] if all(key in of for of in by_mode)}
 
 
@@ -277,7 +277,7 @@ def card_table(records: Sequence[Record], setting: Setting) -> str:
     evaluated = [record for record in records if is_evaluated(record, setting)]
     run = load_runs([setting.work / evaluated[0]["row"]["name"] / "evaluation"])[0] if evaluated else None
     for mode in setting.modes if run else ():
-        results = run.results[setting.task, mode]
+        results = run.of(setting.task, mode)
         solved = scores(results)
         cells = [f"{np.mean([of for key, of in solved.items() if steps[key] == length]):.1%}" for length in lengths]
         share = f"{np.mean([*solved.values()]):.1%} {bounds(wilson(round(sum(solved.values())), len(solved)))}"
