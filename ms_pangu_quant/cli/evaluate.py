@@ -33,7 +33,7 @@ from ms_pangu_quant.cli.console import (
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import PROMPT, alone_in
 from ms_pangu_quant.evaluation.prompts import PROMPTS
-from ms_pangu_quant.evaluation.run import SAMPLES_FILE
+from ms_pangu_quant.evaluation.run import GENERATION, SAMPLES_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
 from ms_pangu_quant.evaluation.tasks import TASKS, check_tasks
 from ms_pangu_quant.inference.endpoint import Endpoint
@@ -69,7 +69,13 @@ def evaluate_command(
     model: ServedName = None,
     timeout: ServerTimeout = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Ask the first N problems of each benchmark.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each problem; more than 1 needs --temperature.")] = 1,
+    n: Annotated[int, typer.Option("--n", min=1, help="Answers to each problem; more than 1 must be drawn.")] = 1,
+    sampled: Annotated[
+        bool,
+        typer.Option(
+            "--sampled", help="Draw at the checkpoint's own temperature, top-p and top-k (generation_config.json)."
+        ),
+    ] = False,
     prompt: PromptName = PROMPT,
     data: OwnProblems = None,
     samples_only: Annotated[bool, typer.Option("--samples-only", help="Generate and do not score.")] = False,
@@ -79,7 +85,9 @@ def evaluate_command(
     cpu_seconds: Annotated[int, typer.Option(min=1, help="CPU time a program may take (four times for the + sets).")] = 15,
     guest_packages: GuestPackages = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Programs judged at a time; all cores by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens an answer may have, thought included.")] = 4096,
+    max_new_tokens: Annotated[
+        str, typer.Option(help="Tokens an answer may have, thought included; or mode=number with commas between.")
+    ] = f"{GENERATION.max_new_tokens}",
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
@@ -112,10 +120,12 @@ def evaluate_command(
     _check(directory, samples, samples_only, score_only, served)
     with alone_in(output):
         if directory is not None:
+            most, limits = _limits(max_new_tokens)
             request = EvaluationRequest(
                 directory, output, names, None if modes is None else _words(modes), _prompts(prompt, names), own, limit,
-                GenerationSettings(max_new_tokens, temperature, top_p, top_k, seed), n, batch_size,
+                GenerationSettings(most, temperature, top_p, top_k, seed), n, batch_size,
                 device=device, head=head, tensor_parallel=tensor_parallel, endpoint=served,
+                sampled=sampled, max_new_tokens=limits,
             )  # fmt: skip
             _answer(request)
         if not ranks.current().is_first:
@@ -168,6 +178,22 @@ def _prompts(text: str, tasks: list[str]) -> dict[str, str]:
         task, equals, name = part.strip().rpartition("=")
         named.update({task: name} if equals else dict.fromkeys(tasks, name))
     return named
+
+
+def _limits(text: str) -> tuple[int, dict[str, int]]:
+    """(for modes that are not named, mode -> tokens)."""
+    most, limits = GENERATION.max_new_tokens, {}
+    for part in text.split(","):
+        mode, equals, number = (word.strip() for word in part.rpartition("="))
+        if not number.isdecimal() or int(number) < 1:
+            raise RequestError(
+                f"--max-new-tokens: got {part.strip()!r}, wanted a number of at least 1, or slow_think=2048,no_think=512"
+            )
+        if equals:
+            limits[mode] = int(number)
+        else:
+            most = int(number)
+    return most, limits
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------

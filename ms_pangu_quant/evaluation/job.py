@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,7 +18,7 @@ import psutil
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.tokenizer import THINKING_MODES, Tokenizer
 from ms_pangu_quant.checkpoint.writer import absent_folders, lock, remove_empty
-from ms_pangu_quant.errors import EndpointError, RequestError
+from ms_pangu_quant.errors import CheckpointError, EndpointError, RequestError
 from ms_pangu_quant.evaluation import run
 from ms_pangu_quant.evaluation.packages import find_packages
 from ms_pangu_quant.evaluation.prompts import PROMPTS
@@ -34,7 +34,7 @@ from ms_pangu_quant.evaluation.verdict import Limits
 from ms_pangu_quant.formats import kv_cache
 from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.inference.endpoint import Endpoint, ServedModel, Server, stated_context
-from ms_pangu_quant.inference.sampling import GenerationSettings
+from ms_pangu_quant.inference.sampling import GenerationSettings, own_settings
 from ms_pangu_quant.job import ranks
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.suggestion import did_you_mean
@@ -55,10 +55,14 @@ class EvaluationRequest:
     prompts     benchmark -> name of its prompt, zero_shot_instruct where none is named.
     data        benchmark -> file of your own problems in that benchmark's form.
     limit       ask the first so many problems of each benchmark.
-    samples     answers to each problem; more than 1 needs a temperature.
+    generation  how answers are drawn, greedily by default, and where they end.
+    samples     answers to each problem; more than 1 must be drawn.
     batch_size  answers under way at a time; does not change them, but for drawn ones of a float checkpoint.
     endpoint    a server to ask instead of loading the checkpoint, whose tokenizer is enough then, with config.json where
                 the server does not say how long its context is.
+    sampled     draw at the checkpoint's own temperature, top_p and top_k, from its generation_config.json (1, 1 and 0 where
+                it names none), in place of generation's.
+    max_new_tokens  thinking mode -> tokens an answer may have, generation's where none is named.
     device, head and tensor_parallel are those of load(), for a checkpoint that is loaded.
     """
 
@@ -76,17 +80,20 @@ class EvaluationRequest:
     head: str = "stored"
     tensor_parallel: int = 1
     endpoint: Endpoint | None = None
+    sampled: bool = False
+    max_new_tokens: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, self.data)
         if self.modes is not None:
             _check_modes(self.modes)
         _check_prompts(self.prompts, self.tasks)
+        _check_limits(self.max_new_tokens, THINKING_MODES if self.modes is None else self.modes)
         for name in ("limit", "samples", "batch_size"):
             count = getattr(self, name)
             if count is not None and count < 1:
                 raise RequestError(f"{name}: got {count}, wanted at least 1")
-        _settings(self)  # refuses several greedy answers
+        _settings(self)  # refuses what draws nothing, or twice
         if self.endpoint is not None and (self.device, self.head, self.tensor_parallel) != ("cpu", "stored", 1):
             raise RequestError("endpoint: device, head and tensor_parallel are the server's own business; leave them out")
 
@@ -163,26 +170,19 @@ def answer(
 ) -> None:
     """Write the checkpoint's answers into `output`/samples.jsonl, and into run.json what made them.
 
-    on_begin   called once the model is loaded, with how many answers are wanted.
-    on_tokens  called after each pass with how many tokens it gave.
-    on_answer  called for each answer of this rank, also for those that an earlier run has written.
-    Raises     PanguQuantError, as the command does, before anything is generated where that is possible.
+    The callbacks are those of run.Watch. Raises PanguQuantError, as the command does, before anything is generated where
+    that is possible.
     """
     tasks, output = load_tasks(request.tasks, request.data), Path(request.output)
+    watch = run.Watch(on_begin, on_tokens, on_answer)
     with alone_in(output):
         if request.endpoint is None:
-            _ask_checkpoint(request, tasks, on_begin, on_tokens, on_answer)
+            _ask_checkpoint(request, tasks, watch)
         else:
-            _ask_server(request, request.endpoint, tasks, on_begin, on_tokens, on_answer)
+            _ask_server(request, request.endpoint, tasks, watch)
 
 
-def _ask_checkpoint(
-    request: EvaluationRequest,
-    tasks: Mapping[str, Problems],
-    on_begin: Callable[[int], None],
-    on_tokens: Callable[[int], None],
-    on_answer: Callable[[], None],
-) -> None:
+def _ask_checkpoint(request: EvaluationRequest, tasks: Mapping[str, Problems], watch: run.Watch) -> None:
     from ms_pangu_quant.inference.model import check_head, load
 
     directory, output = Path(request.checkpoint), Path(request.output)
@@ -202,26 +202,12 @@ def _ask_checkpoint(
             head=request.head,
             tensor_parallel=request.tensor_parallel,
         )
-        on_begin(len(asked))
-        run.answer(
-            model,
-            asked,
-            run.Target(output, provenance["checkpoint_sha256"], _settings(request), provenance),
-            share=run.Share(job, request.tensor_parallel),
-            max_batch=request.batch_size,
-            on_tokens=on_tokens,
-            on_answer=on_answer,
-        )
+        target = run.Target(output, provenance["checkpoint_sha256"], _settings(request), provenance)
+        share = run.Share(job, request.tensor_parallel)
+        run.answer(model, asked, target, share=share, max_batch=request.batch_size, watch=watch)
 
 
-def _ask_server(
-    request: EvaluationRequest,
-    endpoint: Endpoint,
-    tasks: Mapping[str, Problems],
-    on_begin: Callable[[int], None],
-    on_tokens: Callable[[int], None],
-    on_answer: Callable[[], None],
-) -> None:
+def _ask_server(request: EvaluationRequest, endpoint: Endpoint, tasks: Mapping[str, Problems], watch: run.Watch) -> None:
     if ranks.in_job():
         raise RequestError("endpoint: one process asks a server; start it without msrun, with a larger batch_size")
     directory = Path(request.checkpoint)
@@ -229,9 +215,8 @@ def _ask_server(
     model = ServedModel(Server(endpoint), Tokenizer(directory), stated_context(directory))
     provenance = of_endpoint(model.description, model.asked_with, directory)
     target = run.Target(Path(request.output), model.id, _settings(request), provenance)
-    on_begin(len(asked))
     try:
-        run.answer(model, asked, target, max_batch=request.batch_size, on_tokens=on_tokens, on_answer=on_answer)
+        run.answer(model, asked, target, max_batch=request.batch_size, watch=watch)
     except EndpointError as error:
         raise EndpointError(f"{error}; what was answered is kept, and the same command goes on from there") from None
 
@@ -276,7 +261,18 @@ def score(
 
 
 def _settings(request: EvaluationRequest) -> run.Settings:
-    return run.Settings(request.generation, request.samples, request.head)
+    """Raises RequestError, CheckpointError for what draws nothing."""
+    given = request.generation
+    if not request.sampled:
+        return run.Settings(given, request.samples, request.head, request.max_new_tokens)
+    if (given.temperature, given.top_p, given.top_k) != (0, 1, 0):
+        raise RequestError("sampled: draws at the checkpoint's own temperature, top_p and top_k; leave these out, or it")
+    own = own_settings(Path(request.checkpoint), given.max_new_tokens, given.seed)
+    if own.temperature == 0:
+        raise CheckpointError(
+            f"{request.checkpoint}: generation_config.json has temperature 0, which draws nothing; give one without sampled"
+        )
+    return run.Settings(replace(own, stop=given.stop), request.samples, request.head, request.max_new_tokens)
 
 
 def _check_modes(modes: Sequence[str]) -> None:
@@ -284,6 +280,15 @@ def _check_modes(modes: Sequence[str]) -> None:
     if not modes or unknown:
         close = did_you_mean(unknown[0], THINKING_MODES) if unknown else ""
         raise RequestError(f"modes: got {list(modes)}{close}, wanted some of {', '.join(THINKING_MODES)}")
+
+
+def _check_limits(limits: Mapping[str, int], modes: Sequence[str]) -> None:
+    for mode, limit in limits.items():
+        if mode not in modes:
+            close = did_you_mean(mode, modes)
+            raise RequestError(f"max_new_tokens: got {limit} of {mode!r}{close}, wanted some of {', '.join(modes)}")
+        if limit < 1:
+            raise RequestError(f"max_new_tokens: got {limit} of {mode}, wanted at least 1")
 
 
 def _check_prompts(prompts: Mapping[str, str], tasks: Sequence[str]) -> None:
@@ -305,6 +310,7 @@ def _asked(request: EvaluationRequest, tasks: Mapping[str, Problems]) -> list[ru
     if request.modes is None:
         tokenizer.tell_only_mode()
     modes = tokenizer.modes if request.modes is None else request.modes
+    _check_limits(request.max_new_tokens, modes)
     return [*run.questions(tasks, modes, prompts, encode, _settings(request), request.limit)]
 
 
@@ -312,7 +318,8 @@ def _cache_tokens(request: EvaluationRequest, config: ModelConfig, asked: Sequen
     """Room for a batch of the longest answers, in at most a quarter of the memory that is free; at least for one."""
     from ms_pangu_quant.inference.model import BLOCK_SIZE
 
-    longest = max(len(each.token_ids) for each in asked) + request.generation.max_new_tokens
+    settings = _settings(request)
+    longest = max(len(each.token_ids) + settings.limit(each.mode) for each in asked)
     answer_tokens = min(longest, config.max_position_embeddings) + 2 * BLOCK_SIZE
     affordable = int(psutil.virtual_memory().available) // 4 // kv_cache.bytes_per_token(config, 4)
     return max(answer_tokens, min(min(request.batch_size, len(asked)) * answer_tokens, affordable))

@@ -2,8 +2,9 @@
 
 One stream of requests over all tasks and modes: a batch's slot is filled again as soon as its answer ends, so one long
 thought holds nobody up. Each answer is written when it ends; a run that was stopped goes on with what is missing. A drawn
-answer has its own stream of random numbers, named by task, mode, problem and sample, so that neither the batch size nor
-what was finished before can change it.
+answer has its own stream of random numbers, named by task, mode, problem and sample: neither the batch size nor what was
+finished before changes which are drawn. They can change what a float checkpoint makes of them, whose last bits depend on
+what else is in the batch.
 
 Ranks of an msrun job answer a share of the questions each, and write into a file of their own; rank 0 brings all answers
 together. What is left of a job that was stopped is found by the next, with however many ranks.
@@ -16,7 +17,7 @@ import json
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,10 +56,14 @@ class Generator(Protocol):
         settings: GenerationSettings,
         *,
         streams: Sequence[int],
+        limits: Sequence[int],
         max_batch: int | None,
         on_tokens: Callable[[int], None],
     ) -> Iterator[tuple[int, Generation]]:
-        """(place of a prompt, its answer) as each ends; on_tokens is called with how many tokens there are more."""
+        """(place of a prompt, its answer) as each ends; on_tokens is called with how many tokens there are more.
+
+        limits  tokens that the answer to each prompt may have, in place of settings.max_new_tokens.
+        """
 
 
 @dataclass(frozen=True)
@@ -71,20 +76,31 @@ class Chat:
 
 @dataclass(frozen=True)
 class Settings:
-    """What an answer depends on beside its question. `samples` answers to each problem; head as of load()."""
+    """What an answer depends on beside its question. `samples` answers to each problem; head as of load().
+
+    limits  thinking mode -> tokens an answer may have, generation's where none is named.
+    """
 
     generation: GenerationSettings = GENERATION
     samples: int = 1
     head: str = "stored"
+    limits: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.samples > 1 and self.generation.temperature == 0:
-            raise RequestError(f"--n {self.samples}: greedy answers would all be the same; give a --temperature above 0")
+            raise RequestError(
+                f"--n {self.samples}: greedy answers would all be the same; draw them with --sampled, or a --temperature "
+                "above 0"
+            )
 
-    def told(self) -> Record:
+    def limit(self, mode: str) -> int:
+        """Tokens an answer may have, its thought included."""
+        return self.limits.get(mode, self.generation.max_new_tokens)
+
+    def told(self, mode: str) -> Record:
         """As a sample says them."""
         stop = list(self.generation.stop)
-        told = {**asdict(self.generation), "stop": stop, "head": self.head}
+        told = {**asdict(self.generation), "max_new_tokens": self.limit(mode), "stop": stop, "head": self.head}
         if self.head == "stored":
             del told["head"]  # as in files of the time when there was no other
         if not stop:
@@ -132,6 +148,23 @@ WHOLE = Share()
 
 
 @dataclass(frozen=True)
+class Watch:
+    """What is told of a run that is under way.
+
+    on_begin   called once the model is loaded, with how many answers are wanted.
+    on_tokens  called after each pass with how many tokens it gave.
+    on_answer  called for each answer of this rank, also for those that an earlier run has written.
+    """
+
+    on_begin: Callable[[int], None] = lambda count: None
+    on_tokens: Callable[[int], None] = lambda count: None
+    on_answer: Callable[[], None] = lambda: None
+
+
+UNWATCHED = Watch()
+
+
+@dataclass(frozen=True)
 class Question:
     """A problem to answer once more: which, in what mode, and the prompt, as token ids and as messages."""
 
@@ -162,7 +195,7 @@ class Question:
             "model": model,
             "prompt": self.prompt_id,
             "prompt_sha256": hashlib.sha256(json.dumps(self.token_ids).encode()).hexdigest(),
-            "settings": settings.told(),
+            "settings": settings.told(mode),
         }
 
 
@@ -191,25 +224,24 @@ def answer(
     *,
     share: Share = WHOLE,
     max_batch: int | None = None,
-    on_tokens: Callable[[int], None] = lambda count: None,
-    on_answer: Callable[[], None] = lambda: None,
+    watch: Watch = UNWATCHED,
 ) -> None:
     """Write the answers into target.samples, in the questions' order once all are there.
 
-    on_answer  called for each answer of this rank, also for those that an earlier run has written.
-    Raises     OutputError where the file has samples of another model, prompt or settings.
+    Raises OutputError where the file has samples of another model, prompt or settings.
     """
+    watch.on_begin(len(asked))
     records = {question.key: question.identity(target.model, target.settings) for question in asked}
     found = share.ranks.from_first(lambda: _begin(target, records))
     for _ in found:
-        on_answer()
+        watch.on_answer()
     missing = share.of([question for question in asked if question.key not in found])
     own = share.file(target.samples)
     with Journal(own) if share.writes else nullcontext() as journal:
-        for question, sample in _answers(model, missing, target.settings.generation, max_batch, on_tokens):
+        for question, sample in _answers(model, missing, target.settings, max_batch, watch.on_tokens):
             if journal:
                 journal.append({**records[question.key], **sample})
-            on_answer()
+            watch.on_answer()
     _end(share, own, target.samples, [question.key for question in asked])
 
 
@@ -225,7 +257,7 @@ def _begin(target: Target, records: Mapping[Key, Record]) -> set[Key]:
 def _answers(
     model: Generator,
     missing: Sequence[Question],
-    settings: GenerationSettings,
+    settings: Settings,
     max_batch: int | None,
     on_tokens: Callable[[int], None],
 ) -> Iterator[tuple[Question, Record]]:
@@ -235,8 +267,9 @@ def _answers(
     fitting = [question for question in missing if len(question.token_ids) < room]
     answers = model.stream(
         [Chat(each.messages, each.mode) if model.takes_chats else each.token_ids for each in fitting],
-        settings,
+        settings.generation,
         streams=[question.stream for question in fitting],
+        limits=[settings.limit(question.mode) for question in fitting],
         max_batch=max_batch,
         on_tokens=on_tokens,
     )

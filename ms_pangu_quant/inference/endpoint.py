@@ -254,6 +254,7 @@ class ServedModel:
         settings: GenerationSettings,
         *,
         streams: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[int, Generation]]:
@@ -263,7 +264,10 @@ class ServedModel:
                 f"top_k: {self._server.url} takes only what OpenAI's API has, and that has none; leave it out"
             )
         numbers = range(len(prompts)) if streams is None else streams
-        asking = [partial(self._answer, prompt, settings, stream) for prompt, stream in zip(prompts, numbers, strict=True)]
+        asking = [
+            partial(self._answer, prompt, each, stream)
+            for prompt, each, stream in zip(prompts, settings.of_each(len(prompts), limits), numbers, strict=True)
+        ]
         for index, generation in _as_they_end(asking, max_batch or CONCURRENT):
             on_tokens(len(generation.token_ids))
             yield index, generation

@@ -232,14 +232,19 @@ class Model:
         *,
         mode: str | None = None,
         streams: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
         max_batch: int | None = None,
         on_tokens: Callable[[int], None] = lambda count: None,
     ) -> Iterator[tuple[int, Generation]]:
-        """(place of a prompt, its answer) as each ends, and keeps none of them; arguments as of generate()."""
+        """(place of a prompt, its answer) as each ends, and keeps none of them; arguments as of generate().
+
+        limits  tokens that the answer to each prompt may have, in place of settings.max_new_tokens.
+        """
         if isinstance(prompts, str):
             raise RequestError("prompts: got one text, wanted a list of prompts")
+        each = settings.of_each(len(prompts), limits)
         requests = [
-            self._request(index, self._prompt_ids(prompt, mode), settings, index if streams is None else streams[index])
+            self._request(index, self._prompt_ids(prompt, mode), each[index], index if streams is None else streams[index])
             for index, prompt in enumerate(prompts)
         ]
         room = Room(self._num_blocks, BLOCK_SIZE, PREFILL_TOKENS, self.network.backend.chunked_prefill)

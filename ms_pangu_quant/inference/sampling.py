@@ -4,7 +4,7 @@ a seeded draw."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypedDict
@@ -68,6 +68,10 @@ class GenerationSettings:
             raise RequestError(f"top_p: got {self.top_p}, wanted more than 0 and at most 1")
         if self.top_k < 0 or self.seed < 0:
             raise RequestError("top_k and seed: wanted whole numbers of at least 0")
+
+    def of_each(self, count: int, limits: Sequence[int] | None) -> list[GenerationSettings]:
+        """Of `count` answers, each with its own of these max_new_tokens where there are any."""
+        return [self] * count if limits is None else [replace(self, max_new_tokens=limit) for limit in limits]
 
     def generator(self, prompt_index: int) -> np.random.Generator:
         """A stream of its own for each prompt, so that what else is in the batch cannot change a draw."""

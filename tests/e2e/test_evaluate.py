@@ -54,6 +54,23 @@ def test_answers_do_not_depend_on_the_batch_size(whole, tmp_path):
     assert all(record == wanted[record["prompt_sha256"]] for record in found)
 
 
+def test_a_mode_with_a_smaller_limit_has_the_beginnings_of_the_same_answers(whole, tmp_path):
+    """Which is why one run has pass@1 under every smaller budget."""
+    arguments = evaluate(tmp_path, "--max-new-tokens", "slow_think=40,auto_think=30,no_think=20", "--samples-only", limit=4)
+    assert main(arguments) == 0
+    wanted = {record["prompt_sha256"]: record for _, record in read_records(whole / "samples.jsonl")}
+    cut = 0
+    for _, record in read_records(tmp_path / "samples.jsonl"):
+        limit, longer = (
+            {"slow_think": 40, "auto_think": 30, "no_think": 20}[record["mode"]],
+            wanted[record["prompt_sha256"]],
+        )
+        assert record["tokens"] == min(limit, longer["tokens"])
+        assert longer["completion"].startswith(record["completion"])
+        cut += record["finish_reason"] == "length"
+    assert cut > 6
+
+
 @pytest.mark.skipif(library() is None, reason="no C++ compiler, or kernels switched off")
 def test_a_run_with_a_rounded_head_says_so_and_is_not_continued_with_the_stored_one(quantized, tmp_path, capsys):
     arguments = ["evaluate", str(quantized("w8a8_rtn")), "--tasks", "mini", "--modes", "no_think", "--limit", "2"]

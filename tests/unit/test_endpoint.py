@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -367,6 +368,28 @@ def test_a_served_model_is_scored_and_says_so(serving, tokenizer, mini, tmp_path
     assert main(["report", str(tmp_path / "served"), "--output", str(tmp_path)]) == 0
     for page in ("report.html", "report.md"):
         assert "served by vllm 0.32.0" in (tmp_path / page).read_text()
+
+
+def test_a_server_is_asked_at_the_checkpoints_own_temperature_with_a_limit_for_each_mode(
+    serving, tokenizer, mini, tmp_path
+):
+    """generation_config.json beside the tokenizer says how; several answers to each problem, each with its own seed."""
+    server = serving()
+    own = tmp_path / "own"
+    shutil.copytree(mini, own)
+    said = json.loads((own / "generation_config.json").read_text())
+    (own / "generation_config.json").write_text(json.dumps({**said, "temperature": 0.6, "top_p": 0.95, "top_k": -1}))
+    arguments = evaluate(own, server, tmp_path / "out", "--sampled", "--n", "2", "--modes", "slow_think,no_think")
+    assert main([*arguments, "--max-new-tokens", "30,slow_think=70"]) == 0
+    asked = [body for path, body in server.questions if path.endswith(endpoint.COMPLETIONS) and body["max_tokens"] > 1]
+    assert {(body["temperature"], body["top_p"], body["top_k"]) for body in asked} == {(0.6, 0.95, 0)}
+    assert sorted(body["max_tokens"] for body in asked) == [30] * 12 + [70] * 12
+    assert len({body["seed"] for body in asked}) == 24
+    found = json.loads((tmp_path / "out/summary.json").read_text())["entries"]
+    told = [(entry["mode"], entry["decoding"], entry["max_new_tokens"], entry["samples"]) for entry in found]
+    assert told == [
+        (mode, "temperature 0.6, top-p 0.95", [limit], 12) for mode, limit in (("slow_think", 70), ("no_think", 30))
+    ]
 
 
 def test_a_tokenizer_alone_is_enough_and_mindspore_is_not_started(serving, mini, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from ms_pangu_quant.api import EvaluationRequest, GenerationSettings, Judging, score
 from ms_pangu_quant.cli import main
-from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.errors import CheckpointError, RequestError
 from ms_pangu_quant.evaluation.samples import write_records
 
 
@@ -26,7 +26,14 @@ from ms_pangu_quant.evaluation.samples import write_records
         ({"limit": 0}, "limit: got 0"),
         ({"samples": 0}, "samples: got 0"),
         ({"batch_size": 0}, "batch_size: got 0"),
-        ({"samples": 2}, "greedy answers would all be the same"),
+        ({"samples": 2}, "greedy answers would all be the same; draw them with --sampled"),
+        ({"sampled": True, "generation": GenerationSettings(temperature=0.6)}, "sampled: draws at the checkpoint's own"),
+        ({"max_new_tokens": {"slow_thnik": 9}}, "max_new_tokens: got 9 of 'slow_thnik' (did you mean 'slow_think'?)"),
+        ({"max_new_tokens": {"slow_think": 0}}, "max_new_tokens: got 0 of slow_think, wanted at least 1"),
+        (
+            {"max_new_tokens": {"slow_think": 9}, "modes": ["no_think"]},
+            "max_new_tokens: got 9 of 'slow_think' (did you mean 'no_think'?)",
+        ),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_by_name(wrong, said):
@@ -36,6 +43,20 @@ def test_a_request_that_makes_no_sense_is_refused_by_name(wrong, said):
 
 def test_several_answers_that_are_drawn_make_sense():
     EvaluationRequest("checkpoint", "output", samples=2, generation=GenerationSettings(temperature=0.6))
+    EvaluationRequest("checkpoint", "output", samples=2, sampled=True)
+
+
+def test_a_checkpoint_that_would_draw_nothing_is_not_sampled(tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"temperature": 0}')
+    with pytest.raises(CheckpointError, match="temperature 0, which draws nothing"):
+        EvaluationRequest(tmp_path, "output", sampled=True)
+
+
+@pytest.mark.parametrize("text", ["0", "many", "slow_think=", "slow_think=-1", "slow_think:9", "1.5", ""])
+def test_a_limit_of_tokens_that_is_no_number_is_refused(text, capsys):
+    assert main(["evaluate", "checkpoint", "--max-new-tokens", text]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "wanted a number of at least 1, or slow_think=2048,no_think=512" in line
 
 
 def test_a_file_is_scored_as_the_command_scores_it(tmp_path, capsys):

@@ -35,10 +35,11 @@ class FakeModel:
     context_length, takes_chats = 4000, False
 
     def __init__(self, left=10**9):
-        self.left, self.asked = left, 0
+        self.left, self.asked, self.limits = left, 0, []
 
-    def stream(self, prompts, settings, *, streams, max_batch, on_tokens):
+    def stream(self, prompts, settings, *, streams, limits, max_batch, on_tokens):
         order = np.random.default_rng(max_batch or 0).permutation(len(prompts))
+        self.limits += limits
         for index in order:
             if self.left == 0:
                 raise Killed
@@ -130,6 +131,18 @@ def test_a_run_with_stop_texts_goes_on_with_the_same(tmp_path):
     assert model.asked == len(asked(STOPPING, limit=2))
 
 
+def test_each_mode_has_its_own_limit_and_a_run_with_another_is_not_continued(tmp_path):
+    """A limit of a mode is to its answers what a number for all is: the same samples, which either goes on with."""
+    limited, model = replace(SETTINGS, limits={"slow_think": 9}), FakeModel()
+    answer(model, asked(limited), tmp_path / "one", settings=limited)
+    assert model.limits == [{"slow_think": 9, "no_think": 50}[question.mode] for question in asked(limited)]
+    for mode, limit in (("slow_think", 9), ("no_think", 50)):
+        plain = replace(SETTINGS, generation=replace(GENERATION, max_new_tokens=limit))
+        answer(FakeModel(left=0), asked(plain, modes=(mode,)), tmp_path / "one", settings=plain)
+    with pytest.raises(OutputError, match="another settings"):
+        answer(FakeModel(), asked(), tmp_path / "one")
+
+
 def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
     model = FakeModel()
     questions = asked()
@@ -138,7 +151,7 @@ def test_a_prompt_longer_than_the_context_is_recorded_and_not_asked(tmp_path):
     long = [question for question in questions if len(question.token_ids) >= room]
     assert 0 < len(long) < len(questions)
     answered = []
-    answer(model, questions, tmp_path, on_answer=lambda: answered.append(1))
+    answer(model, questions, tmp_path, watch=run.Watch(on_answer=lambda: answered.append(1)))
     records = [record for _, record in read_records(tmp_path / "samples.jsonl")]
     assert sum(record["finish_reason"] == "prompt_too_long" for record in records) == len(long)
     assert len(answered) == len(records) == len(questions)
