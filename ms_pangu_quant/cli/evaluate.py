@@ -36,7 +36,9 @@ from ms_pangu_quant.evaluation.prompts import PROMPTS
 from ms_pangu_quant.evaluation.run import GENERATION, SAMPLES_FILE
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS
 from ms_pangu_quant.evaluation.tasks import TASKS, check_tasks
+from ms_pangu_quant.evaluation.verdict import UNCLOSED
 from ms_pangu_quant.inference.endpoint import Endpoint
+from ms_pangu_quant.inference.sampling import GREEDY
 from ms_pangu_quant.job import ranks
 
 Directory = Annotated[
@@ -242,8 +244,9 @@ def _score(samples: Path, output: Path, tasks: list[str], own: dict[str, Path], 
 
 
 def _table(entries: list[dict[str, Any]]) -> Table:
+    """cut: by the limit of tokens; loops: the end repeats; open: a thought without an end."""
     table = Table(box=None, padding=(0, 1, 0, 0))  # the longest names fit into 80 columns
-    for title in ("benchmark", "mode", "passed", "pass@1, %", "95 %", "length", "cut", "repeats"):
+    for title in ("benchmark", "mode", "passed", "pass@1, %", "95 %", "length", "cut", "loops", "open"):
         table.add_column(title, justify="left" if title in ("benchmark", "mode") else "right", no_wrap=True)
     for entry in entries:
         score, lengths = entry["pass@1"], entry["lengths"]
@@ -257,11 +260,15 @@ def _table(entries: list[dict[str, Any]]) -> Table:
             f"{length['mean']:.0f} {unit}" if length else "",
             f"{entry['truncated']}",
             f"{entry['repetitive']}",
+            f"{entry['verdicts'].get(UNCLOSED, 0)}",
         )
     return table
 
 
 def _remarks(entries: list[dict[str, Any]], sandbox: dict[str, Any]) -> Iterator[str]:
+    for decoding in dict.fromkeys(entry["decoding"] for entry in entries):
+        if decoding not in (None, GREEDY):
+            yield f"answers drawn at {decoding}"
     if sandbox["kind"] != BUBBLEWRAP:
         yield f"isolation: {sandbox['description']}"
     for entry in entries:

@@ -85,13 +85,13 @@ def compare(runs: Sequence[Run], wanted: float) -> list[Comparison]:
 
 
 def compare_together(runs: Sequence[Run], wanted: float) -> list[Comparison]:
-    """The same over all cells of a decoding, run by run, on what both runs have answered of each."""
+    """The same over all cells of a decoding, on what both runs have answered of each."""
     reference = runs[0]
     found = []
-    for run in runs[1:]:
-        shared = [cell for cell in reference.entries if cell in run.entries]
-        for decoding in dict.fromkeys(cell.decoding for cell in shared):
-            both = [_on_shared_problems(reference, run, cell) for cell in shared if cell.decoding == decoding]
+    for decoding in dict.fromkeys(cell.decoding for cell in reference.entries):
+        for run in runs[1:]:
+            shared = [cell for cell in reference.entries if cell in run.entries and cell.decoding == decoding]
+            both = [_on_shared_problems(reference, run, cell) for cell in shared]
             left, right = ([line for part in both for line in part[side]] for side in (0, 1))
             found.append(_compare(Cell("", "", decoding), run, left, right, wanted))
     return _adjusted([each for each in found if each is not None], wanted)

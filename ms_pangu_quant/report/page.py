@@ -22,6 +22,7 @@ from ms_pangu_quant.evaluation.tasks.task import find_problem, load_problems
 from ms_pangu_quant.evaluation.verdict import VERDICTS
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
 from ms_pangu_quant.report import plots
+from ms_pangu_quant.report.budgets import budgets_of, curves
 from ms_pangu_quant.report.comparison import Comparison, compare, compare_together
 from ms_pangu_quant.report.figures import about, p_value, percent, points, signed
 from ms_pangu_quant.report.headlines import FAULT_WORDS, fault_lines, headlines
@@ -81,7 +82,7 @@ def write(report: Report, output: Path) -> list[Path]:
 def _values(report: Report, comparisons: Sequence[Comparison]) -> dict[str, Any]:
     """What the templates know."""
     runs = report.runs
-    together = compare_together(runs, report.wanted)
+    together, found = compare_together(runs, report.wanted), curves(runs)
     decodings = {cell.decoding for cell in cells(runs)}
     return {
         "title": report.title or "What quantization costs",
@@ -101,6 +102,8 @@ def _values(report: Report, comparisons: Sequence[Comparison]) -> dict[str, Any]
         "fault_lines": [*fault_lines(together, runs[0])],
         "fault_words": FAULT_WORDS,
         "shares": _shares(runs),
+        "curves": found,
+        "budgets": budgets_of(found) if found else [],
         "most_problems": MOST_PROBLEMS,
         "times": round(10 * POWER),
         "examples": _examples(runs, comparisons, report.examples),
@@ -118,6 +121,7 @@ def _drawn(report: Report, comparisons: Sequence[Comparison]) -> dict[str, str |
         "scores": plots.scores(report.runs),
         "retention": plots.retention(report.runs, comparisons, report.wanted),
         "lengths": plots.lengths(report.runs),
+        "budgets": plots.budgets(report.runs),
         "block_errors": plots.block_errors(report.runs),
         "prefill": plots.prefill(report.runs, report.speeds),
         "sensitivity": plots.sensitivity(report.sensitivity),

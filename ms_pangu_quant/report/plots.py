@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from ms_pangu_quant.evaluation.statistics import Interval
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
+from ms_pangu_quant.report.budgets import curves
 from ms_pangu_quant.report.comparison import Comparison
 from ms_pangu_quant.report.prediction import BATCHES, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
@@ -17,6 +19,7 @@ from ms_pangu_quant.report.speed import Speed, cases
 
 _TEXT, _GRID = "#010101", "#020202"
 _SERIES = tuple(f"#0{number}0303" for number in range(1, 8))  # stand-ins, replaced by the page's variables
+_STYLES = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 1, 1, 1)))
 _HATCH_ALPHA = 0.45
 
 
@@ -66,6 +69,32 @@ def lengths(runs: Sequence[Run]) -> str | None:
                 axes.bar(left, found[0], width * 0.85, color=_SERIES[number], alpha=_HATCH_ALPHA)
                 axes.bar(left, found[1], width * 0.85, bottom=found[0], color=_SERIES[number])
     return _svg(figure, axes, _names(groups), "tokens (pale: thought)", [run.name for run in runs])
+
+
+def budgets(runs: Sequence[Run]) -> str | None:
+    """pass@1 against the tokens spent, by budget: a panel for each task and way of drawing, a line for each run and mode,
+    which ends in a dot where the run itself is. None where no run has token counts."""
+    found = curves(runs)
+    panels = [*dict.fromkeys((cell.task, cell.decoding) for cell in found)]
+    if not panels:
+        return None
+    modes = [*dict.fromkeys(cell.mode for cell in found)]
+    figure, all_axes = _figure([], len(panels))
+    for (task, decoding), axes in zip(panels, all_axes, strict=True):
+        for cell, of in ((cell, of) for cell, of in found.items() if (cell.task, cell.decoding) == (task, decoding)):
+            for name, each in of.items():
+                number = [run.name for run in runs].index(name)
+                spent, passed = zip(*each.points(), strict=True)
+                style = {"color": _SERIES[number], "linestyle": _STYLES[modes.index(cell.mode) % len(_STYLES)]}
+                axes.step(spent, [100 * share for share in passed], where="post", linewidth=1.4, **style)
+                axes.plot(spent[-1:], [100 * passed[-1]], "o", color=_SERIES[number], markersize=4)
+        axes.set_ylim(0, 105)
+        axes.set_xlim(left=0)
+        axes.set_xlabel(_plain("mean tokens spent" + (f", {task}" if len(panels) > 1 else "")))
+        if len({each for _, each in panels}) > 1:
+            axes.set_title(_plain(decoding or "decoding not known"), fontsize=10)
+    styles = dict(zip(modes, _STYLES * len(modes), strict=False)) if len(modes) > 1 else {}
+    return _svg(figure, all_axes[0], None, "pass@1, %", [run.name for run in runs], styles=styles)
 
 
 def block_errors(runs: Sequence[Run]) -> str | None:
@@ -148,7 +177,8 @@ def _means(run: Run, cell: Cell) -> tuple[float, float] | None:
     return (thought["mean"] * thought["count"] / answer["count"] if thought else 0.0), answer["mean"]
 
 
-def _figure(groups: Sequence[Cell]) -> tuple[Any, Any]:
+def _figure(groups: Sequence[Cell], panels: int = 0) -> tuple[Any, Any]:
+    """(figure, its axes, or a list of so many that share theirs)."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -158,11 +188,17 @@ def _figure(groups: Sequence[Cell]) -> tuple[Any, Any]:
     settings |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _TEXT)
     settings |= {"axes.edgecolor": _GRID, "grid.color": _GRID}
     pyplot.rcParams.update(settings)
-    figure, axes = pyplot.subplots(figsize=(max(5.2, min(9.6, 1.25 * len(groups) + 1)), 3.1))
-    axes.grid(axis="y", linewidth=0.5)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    return figure, axes
+    columns = min(panels, 3) or 1
+    rows = -(-panels // columns) or 1
+    width = 7.0 if panels == 1 else 3.2 * columns + 0.6 if panels else max(5.2, min(9.6, 1.25 * len(groups) + 1))
+    figure, grid = pyplot.subplots(rows, columns, figsize=(width, 3.1 * rows), sharey=True, squeeze=False)
+    for axes in grid.flat:
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    for unused in grid.flat[max(panels, 1) :]:
+        unused.remove()
+    return figure, ([*grid.flat][:panels] if panels else grid[0, 0])
 
 
 def _names(groups: Sequence[Cell]) -> list[str]:
@@ -186,8 +222,9 @@ def _svg(
     label: str,
     names: Sequence[str],
     colors: Sequence[int] | None = None,
+    styles: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """A legend of names, in the colours of these places or of their own."""
+    """A legend of names, in the colours of these places or of their own, and of styles of lines."""
     from matplotlib import pyplot
     from matplotlib.lines import Line2D
 
@@ -198,15 +235,14 @@ def _svg(
     shown = [_plain(name) for name in names]
     numbers = range(len(names)) if colors is None else colors
     handles = [Line2D([], [], marker="o", linestyle="", color=_SERIES[number]) for number in numbers]
-    figure.legend(
-        handles,
-        shown,
-        loc="upper left",
-        ncols=len(shown) if sum(map(len, shown)) < 48 else 4,
-        frameon=False,
-        borderaxespad=0.2,
-    )
-    figure.tight_layout(rect=(0, 0, 1, 0.92))
+    look: dict[str, Any] = {"loc": "upper left", "frameon": False, "borderaxespad": 0.2}
+    figure.legend(handles, shown, ncols=len(shown) if sum(map(len, shown)) < 48 else 4, **look)
+    top = 1 - 0.25 / figure.get_figheight()  # below one line
+    if styles:
+        lines = [Line2D([], [], color=_TEXT, linewidth=1.4, linestyle=style) for style in styles.values()]
+        figure.legend(lines, [*map(_plain, styles)], ncols=len(lines), bbox_to_anchor=(0, top), **look)
+        top -= 0.25 / figure.get_figheight()
+    figure.tight_layout(rect=(0, 0, 1, top))
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     pyplot.close(figure)

@@ -247,7 +247,7 @@ def test_a_rank_that_dies_on_another_node_ends_the_job_on_this_one(here):
 @pytest.mark.slow
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_two_ranks_evaluate_as_one(tensor_parallel, here):
-    arguments = ["--tasks", "mini", "--limit", "5", "--modes", "no_think,slow_think", "--max-new-tokens", "60"]
+    arguments = ["--tasks", "mini", "--limit", "5", "--modes", "no_think,slow_think", "--max-new-tokens", "60,no_think=40"]
     arguments += ["--sandbox", "rlimits"]
     line = [sys.executable, "-m", "ms_pangu_quant", "evaluate", str(MINI), *arguments, "--output", "one"]
     subprocess.run(line, cwd=here, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, capture_output=True)

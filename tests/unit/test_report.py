@@ -8,6 +8,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import ms_pangu_quant
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -17,11 +19,12 @@ from ms_pangu_quant.evaluation import statistics
 from ms_pangu_quant.evaluation.lengths import lengths_of
 from ms_pangu_quant.evaluation.samples import write_json, write_records
 from ms_pangu_quant.evaluation.sandbox import RLIMITS, find_isolation
-from ms_pangu_quant.evaluation.summary import summarize
+from ms_pangu_quant.evaluation.summary import scores, summarize
 from ms_pangu_quant.evaluation.tasks import TASKS, load_problems
 from ms_pangu_quant.evaluation.verdict import Limits
 from ms_pangu_quant.inference.sampling import decoding_of
 from ms_pangu_quant.mixed.sensitivity import GroupSensitivity, Sensitivity
+from ms_pangu_quant.report.budgets import curve
 from ms_pangu_quant.report.comparison import compare, compare_together
 from ms_pangu_quant.report.page import Report, write
 from ms_pangu_quant.report.results import load_runs
@@ -260,6 +263,51 @@ def test_other_limits_of_tokens_are_told(tmp_path):
     assert "Mini no_think: w8a8's answers end at 20 tokens, float's at 50" in markdown.read_text("utf-8")
 
 
+ANSWERS = st.lists(  # (problem, tokens, verdict) of each
+    st.tuples(st.sampled_from("abc"), st.integers(0, 20), st.sampled_from(["pass", "wrong_answer", "infra_error"])),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(ANSWERS)
+def test_a_curve_of_budgets_is_its_definition_never_falls_and_ends_at_the_run_itself(answers):
+    results = [{"task_id": name, "tokens": tokens, "verdict": verdict} for name, tokens, verdict in answers]
+    found, judged = curve(results), [each for each in answers if each[2] != "infra_error"]
+    if not judged:
+        assert found is None
+        return
+    names = {name for name, _, _ in judged}
+
+    def mean(value):
+        """Over the problems, of the mean over a problem's answers."""
+        by_name = ([value(*each[1:]) for each in judged if each[0] == name] for name in names)
+        return sum(sum(values) / len(values) for values in by_name) / len(names)
+
+    for budget in range(22):
+        wanted = mean(lambda tokens, verdict: min(tokens, budget)), mean(lambda t, v: t <= budget and v == "pass")  # noqa: B023
+        assert found.at(budget) == pytest.approx(wanted)
+    points = found.points()
+    assert points == sorted(points)
+    assert [passed for _, passed in points] == sorted(passed for _, passed in points)
+    scored = scores(results)
+    assert points[-1] == pytest.approx((mean(lambda tokens, verdict: tokens), sum(scored.values()) / len(scored)))
+
+
+def test_the_page_has_what_a_budget_buys_where_tokens_are_known(tmp_path):
+    def sized(mode, task_id):
+        return {"tokens": 10 * (1 + int(task_id.split("/")[1]))}
+
+    outputs = [make(tmp_path, name, more=sized) for name in ("float", "w8a8")]
+    html, markdown = write(Report(load_runs(outputs)), tmp_path / "report")
+    text = markdown.read_text("utf-8")
+    assert "| benchmark | mode | result | 8 tokens | 16 tokens | 32 tokens | 64 tokens | 120 tokens |" in text
+    assert "| Mini | no_think | w8a8 | 0.0 (8) | 8.3 (16) | 25.0 (29) | 41.7 (50) | 41.7 (65) |" in text
+    assert "What a budget of tokens buys" in html.read_text("utf-8")
+    lines = [json.loads(line) for line in (outputs[0] / "results.jsonl").read_text().splitlines()]
+    assert curve([{**lines[0], "tokens": None}, *lines[1:]]) is None
+
+
 def test_the_page_is_one_file_that_loads_nothing_and_is_well_formed(three, tmp_path):
     html, _ = write(Report(load_runs(three)), tmp_path / "report")
     text = html.read_text(encoding="utf-8")
@@ -268,7 +316,7 @@ def test_the_page_is_one_file_that_loads_nothing_and_is_well_formed(three, tmp_p
     assert not {"script", "link", "img", "iframe"} & set(page.tags)
     assert all(address.startswith("#") for address in page.addresses)
     assert not re.search(r"url\((?!#)|@import", text)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
     assert "prefers-color-scheme: dark" in text
     assert not re.search(r"#0[1-7]0303|#010101|#020202", text), "a stand-in colour was left in a plot"
 
@@ -401,7 +449,7 @@ def test_the_speed_table_is_the_ratio_of_what_was_measured_in_turns(three, tmp_p
     html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     assert "| prefill | 64 | 8 | 320.0 (2 %) | 12.5 | 2.50 | 320.0 (2 %) | 12.5 |  |" in markdown
     assert Page(html).open == []
-    assert Page(html).tags.count("svg") == 5
+    assert Page(html).tags.count("svg") == 6
     for text in (html, markdown):
         assert "w8a8: the measuring process held at most 1.25 GiB, with both" in text
         assert "alone: the measuring process held at most 1.25 GiB." in text
@@ -453,7 +501,7 @@ def test_the_sensitivity_of_every_group_is_told_and_drawn(three, tmp_path):
     html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     assert "| 1 | q/k/v | 0.001 | 0.0001 |" in markdown
     assert Page(html).open == []
-    assert Page(html).tags.count("svg") == 5
+    assert Page(html).tags.count("svg") == 6
     for text in (html, markdown):
         assert "0.03 nats in w4a8" in text or "0.03 in w4a8" in text
     assert main([*arguments[:-1], str(tmp_path / "out/report.md")]) == 2
@@ -464,7 +512,7 @@ def test_a_prediction_says_that_it_is_one_and_has_the_rooflines_figures(three, t
     assert main(arguments) == 0
     html, markdown = ((tmp_path / "out" / f"report.{kind}").read_text(encoding="utf-8") for kind in ("html", "md"))
     assert Page(html).open == []
-    assert Page(html).tags.count("svg") == 5
+    assert Page(html).tags.count("svg") == 6
     config, device = ModelConfig.from_file(MINI / "config.json"), load_device("atlas_a2")
     for text in (html, markdown):
         assert "Predicted, not measured." in text

@@ -109,7 +109,7 @@ def test_the_longest_names_fit_into_eighty_columns(tmp_path, capsys, monkeypatch
     arguments = ["--samples", str(write(tmp_path / "samples.jsonl", rows)), "--output", str(tmp_path / "out")]
     assert main([*SCORE[:2], "--tasks", "mini_validation", *SCORE[4:], *arguments]) == 0
     titles, cells = capsys.readouterr().out.splitlines()[:2]
-    assert titles.split() == ["benchmark", "mode", "passed", "pass@1,", "%", "95", "%", "length", "cut", "repeats"]
+    assert titles.split() == ["benchmark", "mode", "passed", "pass@1,", "%", "95", "%", "length", "cut", "loops", "open"]
     assert cells.split()[:3] == ["mini_validation", "slow_think", "0/2"]
     assert "1500 words" in cells
 
