@@ -94,7 +94,7 @@ def evaluate_command(
     top_p: TopP = 1.0,
     top_k: TopK = 0,
     seed: Annotated[int, typer.Option(help="Makes draws repeatable.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers under way at a time; does not change them.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers under way at a time; does not change greedy ones.")] = 16,
     as_json: AsJson = False,
     tensor_parallel: Annotated[
         int, typer.Option(min=1, help="Under msrun, ranks that hold one model together; by default each holds its own.")

@@ -25,7 +25,7 @@ from ms_pangu_quant.report import plots
 from ms_pangu_quant.report.budgets import budgets_of, curves
 from ms_pangu_quant.report.comparison import Comparison, compare, compare_together
 from ms_pangu_quant.report.figures import about, p_value, percent, points, signed
-from ms_pangu_quant.report.headlines import FAULT_WORDS, fault_lines, headlines
+from ms_pangu_quant.report.headlines import FAULT_WORDS, cell_name, fault_lines, headlines
 from ms_pangu_quant.report.prediction import BATCHES, CONTEXT, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cell_mode, cells
 from ms_pangu_quant.report.sensitivity_plot import group_name
@@ -98,8 +98,8 @@ def _values(report: Report, comparisons: Sequence[Comparison]) -> dict[str, Any]
         "predicted": {"batches": BATCHES, "prompt": PROMPT, "context": CONTEXT},
         "wanted": report.wanted,
         "level": LEVEL,
-        "headlines": [*headlines(together, runs[0], report.wanted)],
-        "fault_lines": [*fault_lines(together, runs[0])],
+        "headlines": [*headlines(together, comparisons, runs[0], report.wanted)],
+        "fault_lines": [*fault_lines(together, comparisons, runs[0])],
         "fault_words": FAULT_WORDS,
         "shares": _shares(runs),
         "curves": found,
@@ -203,23 +203,19 @@ def _uncompared(runs: Sequence[Run]) -> Iterator[str]:
     reference = runs[0]
     for run in runs:
         for cell in run.assumed:
-            yield f"{run.name}, {_named(cell)}: it is not known how its answers were drawn; taken to be {cell.decoding}"
+            yield f"{run.name}, {cell_name(cell)}: it is not known how its answers were drawn; taken to be {cell.decoding}"
     for run in runs[1:]:
         for cell, entry in run.entries.items():
             of_reference = [each.decoding or "not known" for each in reference.entries if each[:2] == cell[:2]]
             if cell not in reference.entries and of_reference:
                 yield (
-                    f"{run.name}, {_named(cell)}: drawn otherwise ({cell.decoding or 'not known'}) than {reference.name} "
-                    f"({' and '.join(of_reference)}), and compared with nothing"
+                    f"{run.name}, {cell_name(cell)}: drawn otherwise ({cell.decoding or 'not known'}) than "
+                    f"{reference.name} ({' and '.join(of_reference)}), and compared with nothing"
                 )
             limits = [each["max_new_tokens"] for each in (reference.entries.get(cell, {"max_new_tokens": []}), entry)]
             if all(limits) and limits[0] != limits[1]:
                 told = [" and ".join(map(str, each)) for each in limits]
-                yield f"{_named(cell)}: {run.name}'s answers end at {told[1]} tokens, {reference.name}'s at {told[0]}"
-
-
-def _named(cell: Cell) -> str:
-    return f"{TASKS[cell.task].title if cell.task in TASKS else cell.task} {cell.mode}".strip()
+                yield f"{cell_name(cell)}: {run.name}'s answers end at {told[1]} tokens, {reference.name}'s at {told[0]}"
 
 
 def _environment(*, html: bool) -> Environment:

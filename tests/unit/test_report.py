@@ -162,6 +162,22 @@ def test_the_first_screen_shows_that_the_float_model_loops_too(tmp_path):
     assert "More often than float, and more than chance gives: w4a8 (p .004)." in markdown.read_text("utf-8")
 
 
+def test_what_one_mode_alone_shows_is_not_drowned_in_the_others(tmp_path):
+    """Twelve loops in one mode, and as many fewer in the other: over all there is nothing to see."""
+    passes = {
+        "float": {"mini": {"slow_think": "1" * 12, "no_think": "L" * 12}},
+        "w8a8": {"mini": {"slow_think": "L" * 12, "no_think": "1" * 12}},
+    }
+    _, markdown = write(Report(load_runs([make(tmp_path, name, passes[name]) for name in passes])), tmp_path / "report")
+    text = markdown.read_text("utf-8")
+    assert (
+        "Answers that loop: float 12 of 24, w8a8 12 of 24. No difference is more than chance gives; float does it too."
+        in text
+    )
+    assert "By itself, w8a8 in Mini slow_think differs by +100.0 points, more than chance gives (p <.001)." in text
+    assert "By itself, Mini no_think differs by +100.0 points, more than chance gives (p <.001)." in text
+
+
 def test_all_modes_together_are_problems_and_not_answers(three):
     """A problem's answers in two modes count as one observation; what differs from it is not the sum."""
     (w8, w4) = compare_together(load_runs(three), 0.9)
@@ -240,9 +256,7 @@ def test_greedy_and_drawn_answers_of_one_checkpoint_stand_beside_each_other(tmp_
     assert [each.cell.decoding for each in compare_together(runs, 0.9)] == ["greedy", "temperature 0.6, top-p 0.95"]
     html, markdown = write(Report(runs), tmp_path / "report")
     assert Page(html.read_text("utf-8")).open == []
-    assert "- w8a8 (temperature 0.6, top-p 0.95) solves 10 of 12 (12 problems), float 12: 2 fewer" in markdown.read_text(
-        "utf-8"
-    )
+    assert "- w8a8 (temperature 0.6, top-p 0.95) solves 10 of 12 problems, float 12: 2 fewer" in markdown.read_text("utf-8")
 
 
 def test_answers_of_unknown_decoding_are_compared_and_the_page_says_so(three, tmp_path):
