@@ -87,7 +87,7 @@ def _kept(each: Comparison, reference: str, wanted: float) -> str:
     if each.needed <= each.problems:
         return f"It is not shown that at least {share} is kept (p {p}), though so many problems show it {chance}."
     enough = f"about {about(each.needed)} would show it {chance}, if problems are lost and gained as here"
-    return f"They are too few to show that at least {share} is kept (p {p}): {enough}."
+    return f"These problems are too few to show that at least {share} is kept (p {p}): {enough}."
 
 
 def fault_lines(together: Sequence[Comparison], apart: Sequence[Comparison], reference: Run) -> Iterator[tuple[str, str]]:
@@ -104,7 +104,10 @@ def _fault(reference: str, name: str, together: Sequence[Comparison], apart: Seq
     if not found:
         return "not known."
     first = found[0][1].reference
-    counts = [f"{reference} {first[0]} of {first[1]}", *(f"{run} {pair.new[0]} of {pair.new[1]}" for run, pair in found)]
+    counts = [f"{reference} {first[0]} of {first[1]}"]
+    for run, pair in found:
+        there = f" (there {reference} {pair.reference[0]} of {pair.reference[1]})" if pair.reference != first else ""
+        counts.append(f"{run} {pair.new[0]} of {pair.new[1]}{there}")
     if not any(pair.new[0] + pair.reference[0] for _, pair in found):
         return f"none ({', '.join(counts)})."
     text = f"{', '.join(counts)}."
