@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ms_pangu_quant
@@ -284,6 +284,7 @@ ANSWERS = st.lists(  # (problem, tokens, verdict) of each
 )
 
 
+@settings(deadline=None)
 @given(ANSWERS)
 def test_a_curve_of_budgets_is_its_definition_never_falls_and_ends_at_the_run_itself(answers):
     results = [{"task_id": name, "tokens": tokens, "verdict": verdict} for name, tokens, verdict in answers]
