@@ -170,8 +170,10 @@ def answer(
 ) -> None:
     """Write the checkpoint's answers into `output`/samples.jsonl, and into run.json what made them.
 
-    The callbacks are those of run.Watch. Raises PanguQuantError, as the command does, before anything is generated where
-    that is possible.
+    on_begin   called once the model is loaded, with how many answers are wanted.
+    on_tokens  called after each pass with how many tokens it gave.
+    on_answer  called for each answer of this rank, also for those that an earlier run has written.
+    Raises     PanguQuantError, as the command does, before anything is generated where that is possible.
     """
     tasks, output = load_tasks(request.tasks, request.data), Path(request.output)
     watch = run.Watch(on_begin, on_tokens, on_answer)

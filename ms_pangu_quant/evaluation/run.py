@@ -149,12 +149,7 @@ WHOLE = Share()
 
 @dataclass(frozen=True)
 class Watch:
-    """What is told of a run that is under way.
-
-    on_begin   called once the model is loaded, with how many answers are wanted.
-    on_tokens  called after each pass with how many tokens it gave.
-    on_answer  called for each answer of this rank, also for those that an earlier run has written.
-    """
+    """What is told of a run that is under way, as in job.answer()."""
 
     on_begin: Callable[[int], None] = lambda count: None
     on_tokens: Callable[[int], None] = lambda count: None
