@@ -47,8 +47,8 @@ setup(
         "ms_pangu_quant": [
             "assets/*",
             "assets/*/*",
-            "backends/cpu_kernels/*.cc",
-            "backends/cpu_kernels/*.h",
+            "kernels/*.cc",
+            "kernels/*.h",
             "report/templates/*",
         ],
         "ms_pangu_quant.configs": ["*.yaml", "devices/*.yaml", "embedded/*.yaml", "msrun/*.yaml", "mindformers/*.yaml"],

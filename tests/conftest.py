@@ -19,7 +19,7 @@ MINI, TIED = ASSETS / "openpangu-mini", ASSETS / "openpangu-mini-tied"
 @pytest.fixture(scope="session", autouse=True)
 def kernels_built() -> None:
     """Build the CPU kernels before the first test, so that no test sees a line about it or waits for it."""
-    from ms_pangu_quant.backends.cpu_kernels.library import library
+    from ms_pangu_quant.kernels.library import library
 
     library()
 
@@ -100,7 +100,7 @@ def streamed_bar() -> float:
     summed in another order: 1e-4 on any text seen. Plain operators sum in another order before activations are rounded, and
     codes that move are up to a third of a text's KL.
     """
-    from ms_pangu_quant.backends.cpu_kernels.library import library
+    from ms_pangu_quant.kernels.library import library
 
     return 2e-3 if library() is not None else 0.5
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ms_pangu_quant.backends.cpu_kernels.library import library
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.recipe.scheme import Arithmetic
 
 

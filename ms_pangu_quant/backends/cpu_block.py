@@ -20,9 +20,9 @@ from mindformers.parallel_core.inference.transformer.transformer_layer import Tr
 from mindspore import Parameter, Tensor, nn
 from numpy.typing import NDArray
 
-from ms_pangu_quant.backends.cpu_kernels.library import Library, kernels
-from ms_pangu_quant.backends.cpu_kernels.operators import block_operator, operator
+from ms_pangu_quant.backends.cpu_operators import block_operator, operator
 from ms_pangu_quant.backends.hadamard import RotatedInput
+from ms_pangu_quant.kernels.library import Library, kernels
 
 _ENTRY = 7  # int64 of the table that say where an input is; see PanguStack in block.cc
 

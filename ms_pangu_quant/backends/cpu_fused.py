@@ -21,11 +21,11 @@ from mindspore.common.initializer import initializer
 from ms_pangu_quant.backends import Backend, cpu
 from ms_pangu_quant.backends.cache import cache_grid_parameter
 from ms_pangu_quant.backends.cpu_block import FusedBlock
-from ms_pangu_quant.backends.cpu_kernels.library import kernels
-from ms_pangu_quant.backends.cpu_kernels.operators import operator
+from ms_pangu_quant.backends.cpu_operators import operator
 from ms_pangu_quant.backends.cpu_tables import TableGPTModel
 from ms_pangu_quant.backends.cut import ranks_of
 from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.kernels.library import kernels
 from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
 from ms_pangu_quant.transforms.hadamard import hadamard_core, online_scale
 

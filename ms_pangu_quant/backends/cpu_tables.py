@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.backends.cpu import CpuGPTModel
 from ms_pangu_quant.backends.cpu_block import join_blocks
-from ms_pangu_quant.backends.cpu_kernels.library import Library
-from ms_pangu_quant.backends.cpu_kernels.operators import operator
+from ms_pangu_quant.backends.cpu_operators import operator
 from ms_pangu_quant.errors import CheckpointError
+from ms_pangu_quant.kernels.library import Library
 from ms_pangu_quant.quantizers.grid import round_to_grid, row_pieces, weight_scale
 from ms_pangu_quant.recipe.scheme import PRESETS
 

@@ -15,11 +15,11 @@ from typing import Any
 from rich.table import Table
 
 from ms_pangu_quant import installation
-from ms_pangu_quant.backends.cpu_kernels import library as kernels
 from ms_pangu_quant.checkpoint.files import json_text
 from ms_pangu_quant.cli.console import AsJson, out, size
 from ms_pangu_quant.errors import BackendError
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP, RLIMITS, Sandbox, bwrap, find_isolation
+from ms_pangu_quant.kernels import library as kernels
 
 _FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "asimd", "asimddp", "i8mm")
 _COSTS = {

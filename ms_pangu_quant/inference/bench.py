@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.inference.model import BLOCK_SIZE, PREFILL_TOKENS, Model
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.recipe.plan import Plan
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
 from ms_pangu_quant.checkpoint.tokenizer import Tokenizer, end_ids, find_tokenizer
 from ms_pangu_quant.errors import BackendError, RankLostError, RequestError
@@ -21,6 +20,7 @@ from ms_pangu_quant.formats.reader import Reader, open_checkpoint
 from ms_pangu_quant.inference.generate import Completion, Request, Room, Scheduler
 from ms_pangu_quant.inference.sampling import GenerationSettings, Keywords
 from ms_pangu_quant.job import ranks
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.network import runtime
 
 if TYPE_CHECKING:

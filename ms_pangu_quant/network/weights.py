@@ -13,12 +13,12 @@ import ml_dtypes
 import numpy as np
 
 from ms_pangu_quant.backends import Backend
-from ms_pangu_quant.backends.cpu_kernels.library import Library, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.files import TensorEntry
 from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.parameters import ArraySlice, cache_tensor, network_tensors
 from ms_pangu_quant.formats.reader import Reader
+from ms_pangu_quant.kernels.library import Library, library
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.recipe.plan import BlockPlan
 from ms_pangu_quant.recipe.scheme import TensorScheme

@@ -12,9 +12,9 @@ import time
 
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.evaluation.samples import read_records
+from ms_pangu_quant.kernels.library import library
 from tests.conftest import MINI
 
 MODES = "slow_think,auto_think,no_think"

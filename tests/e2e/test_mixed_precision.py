@@ -7,7 +7,6 @@ import shutil
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.cli import main
@@ -18,6 +17,7 @@ from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.kernels.library import SETTING
 from ms_pangu_quant.mixed.measure import measure
 from ms_pangu_quant.mixed.sensitivity import assigned, split, total_steps
 from ms_pangu_quant.network import runtime

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
@@ -17,6 +16,7 @@ from ms_pangu_quant.formats.reader import FORMATS, QuantizedReader
 from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.kernels.library import SETTING
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.loop import quantize
 from ms_pangu_quant.recipe.parse import load_recipe

@@ -39,9 +39,9 @@ def test_five_loads_leave_less_than_a_tenth_of_the_weights_of_four(tmp_path):
 
 
 def test_a_closed_model_of_joined_blocks_points_at_no_weight(quantized):
-    from ms_pangu_quant.backends.cpu_kernels.library import library
     from ms_pangu_quant.errors import RequestError
     from ms_pangu_quant.inference.model import load
+    from ms_pangu_quant.kernels.library import library
 
     with load(quantized("w8a8"), kv_cache_tokens=64) as model:
         runs = [run for run, _ in model.network.model.runs]

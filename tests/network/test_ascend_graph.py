@@ -9,10 +9,10 @@ from collections import Counter
 
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.cli import main
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 from ms_pangu_quant.recipe.scheme import PRESETS

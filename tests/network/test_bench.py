@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.cli import main
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference import bench as module
 from ms_pangu_quant.inference.bench import MachineLimits, Subject, Work, _passes, bench, work_of
 from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.kernels.library import SETTING, library
 from tests.conftest import MINI
 
 KEYS = {"model", "phase", "batch_size", "prompt_len", "latency_ms", "tokens_per_s", "spread", "peak_rss_gib"}

@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.calibration.statistics import NOTHING, Needs
 from ms_pangu_quant.checkpoint.block import RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
@@ -20,6 +19,7 @@ from ms_pangu_quant.formats.verify import verify
 from ms_pangu_quant.inference.bench import cache_bytes
 from ms_pangu_quant.inference.compare import compare
 from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.kernels.library import SETTING, library
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline.estimate import stored_bytes
 from ms_pangu_quant.pipeline.loop import quantize

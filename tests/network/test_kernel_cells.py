@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import SETTING, library
 from ms_pangu_quant.errors import BackendError, RequestError
 from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.kernels.library import SETTING, library
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.recipe.scheme import W4A8, W8A8, W8A8_STATIC
 from tests.conftest import MINI, golden, rounded_as_told
@@ -233,7 +233,7 @@ def test_weights_loaded_again_are_those_that_are_computed_with(quantized):
 def test_blocks_without_weights_are_an_error_and_not_a_crash():
     from mindspore import Tensor
 
-    from ms_pangu_quant.backends.cpu_kernels.operators import operator
+    from ms_pangu_quant.backends.cpu_operators import operator
 
     kernel = operator(library(), "PanguStack")
     x, index = Tensor(np.ones((1, 8), np.float32)), Tensor(np.zeros(1, np.int32))

@@ -9,7 +9,6 @@ import pytest
 from mindspore import Tensor
 
 from ms_pangu_quant.backends import current_backend
-from ms_pangu_quant.backends.cpu_kernels.library import library
 from ms_pangu_quant.calibration import runner as running
 from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 from ms_pangu_quant.calibration.statistics import NOTHING
@@ -18,6 +17,7 @@ from ms_pangu_quant.checkpoint.block import QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.formats.reader import QuantizedReader
 from ms_pangu_quant.inference.model import load
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.network.block import is_served
 from ms_pangu_quant.quantizers.grid import QuantizedWeight
 from ms_pangu_quant.quantizers.kv_cache import CacheGrid, QuantizedCache

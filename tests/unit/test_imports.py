@@ -1,6 +1,6 @@
 """Imports flow one way, and the numeric core works where MindSpore cannot be installed. Checked on the source.
 
-    errors <- recipe.scheme <- checkpoint, recipe.plan, calibration, transforms, quantizers, formats
+    errors, kernels <- recipe.scheme <- checkpoint, recipe.plan, calibration, transforms, quantizers, formats
            <- mixed.budget <- recipe, pipeline.estimate, mixed.sensitivity <- network, backends
            <- calibration.stream <- pipeline, inference, mixed.measure <- evaluation <- chats <- report <- api <- cli
 
@@ -20,7 +20,7 @@ import pytest
 
 PACKAGE = "ms_pangu_quant"
 LEVELS = (  # a name stands for the module and all below it; the longest that fits decides
-    ("errors", "suggestion", "installation"),
+    ("errors", "suggestion", "installation", "kernels"),
     ("recipe.scheme", "recipe.settings", "job.arguments", "evaluation.verdict", "evaluation.tasks"),
     ("checkpoint", "recipe.plan", "calibration", "transforms", "quantizers", "formats", "job.share"),
     ("mixed.budget",),
@@ -38,6 +38,7 @@ CORE = (  # the numeric core, which needs no framework
     "errors",
     "suggestion",
     "installation",
+    "kernels",
     "recipe",
     "job.arguments",
     "job.share",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels import library as module
 from ms_pangu_quant.errors import BackendError
+from ms_pangu_quant.kernels import library as module
 
 
 @pytest.fixture
@@ -157,10 +157,10 @@ def test_a_path_this_cpu_lacks_is_an_error(monkeypatch):
 
 def test_processes_that_build_at_once_get_the_library_that_one_of_them_built(fresh):
     program = (
-        "from ms_pangu_quant.backends.cpu_kernels import library as m\n"
+        "from ms_pangu_quant.kernels import library as m\n"
         "file = m.build()\nassert file.read_text() == 'object\\n', file.read_bytes()\nprint(file)"
     )
-    root = Path(module.__file__).parents[3]
+    root = Path(module.__file__).parents[2]
     running = [
         subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=root) for _ in range(4)
     ]
@@ -174,8 +174,8 @@ def test_processes_that_build_at_once_get_the_library_that_one_of_them_built(fre
 def test_every_source_travels_with_the_package():
     import setuptools
 
-    text = (Path(module.__file__).parents[3] / "setup.py").read_text()
-    assert '"backends/cpu_kernels/*.cc"' in text
-    assert '"backends/cpu_kernels/*.h"' in text
+    text = (Path(module.__file__).parents[2] / "setup.py").read_text()
+    assert '"kernels/*.cc"' in text
+    assert '"kernels/*.h"' in text
     assert {file.suffix for file in module._SOURCES.iterdir() if file.is_file()} <= {".cc", ".h", ".py"}
     assert setuptools

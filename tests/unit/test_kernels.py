@@ -7,8 +7,8 @@ import ctypes
 import numpy as np
 import pytest
 
-from ms_pangu_quant.backends.cpu_kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.formats import packing
+from ms_pangu_quant.kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.quantizers.kv_cache import QuantizedCache, grid_of_range
 from ms_pangu_quant.transforms.hadamard import hadamard_core, hadamard_factors, multiply, online_scale
 

@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import ops
 from mindspore.ops import CustomRegOp, DataType
 
-from ms_pangu_quant.backends.cpu_kernels.library import Library
+from ms_pangu_quant.kernels.library import Library
 
 _F32, _I32, _I8 = DataType.F32_Default, DataType.I32_Default, DataType.I8_Default
 _U8, _U16, _I64 = DataType.U8_Default, DataType.U16_Default, DataType.I64_Default
