@@ -38,8 +38,8 @@ class Backend:
     bfloat16_tables    embedding and head take a bfloat16 table as it is stored.
     layer              makes a decoder layer in place of MindFormers' TransformerLayer, or None.
     integer_kernels    quantized layers are computed in integers, several times as fast as float ones.
-    float_method       LinearMethodBase class of float layers through which hundreds of tokens go at a time, or None for
-                       MindFormers' own.
+    float_method       whether their products may be of bfloat16 -> LinearMethodBase class of float layers through which
+                       hundreds of tokens go at a time; or None for MindFormers' own.
     """
 
     norm: type
@@ -57,7 +57,7 @@ class Backend:
     bfloat16_tables: bool = False
     layer: Callable[..., Any] | None = None
     integer_kernels: bool = False
-    float_method: type | None = None
+    float_method: Callable[[bool], type] | None = None
 
 
 def current_backend() -> Backend:

@@ -262,16 +262,24 @@ class W4A8DynamicLinear(_Kernel, cpu.W4A8DynamicLinear):
 class FloatLinear(UnquantizedLinearMethod):
     """Of many tokens at a time; its weight is packed once for all of them."""
 
+    name, pack = "PanguFloat", "pangu_pack_f32"
+
     def __init__(self, quant_config=None):
         super().__init__()
-        self.kernel, self.none = operator(kernels(), "PanguFloat"), Tensor(np.zeros(1, np.float32))
+        self.kernel, self.none = operator(kernels(), self.name), Tensor(np.zeros(1, np.float32))
 
     def process_weights_after_loading(self, layer):
-        kernels().functions.pangu_pack_f32(layer.weight.asnumpy().ctypes.data, *layer.weight.shape)
+        getattr(kernels().functions, self.pack)(layer.weight.asnumpy().ctypes.data, *layer.weight.shape)
 
     def apply(self, layer, x, weight=None, bias=None):
         x = x.reshape((-1, self.input_size_per_partition))
         return self.kernel(x, layer.weight, self.none if bias is None else bias)
+
+
+class Bfloat16Linear(FloatLinear):
+    """Inputs and weight rounded to bfloat16, their products added up in float32; the parameter stays one of float32."""
+
+    name, pack = "PanguBfloat16", "pangu_pack_bfloat16"
 
 
 # MindFormers' own table of rope kinds
@@ -295,5 +303,5 @@ BACKEND: Backend = replace(
     attention_mask=lambda *lengths: Tensor(np.zeros((1, 1, 1), np.float32)),  # none is looked at
     bfloat16_tables=True,
     integer_kernels=True,
-    float_method=FloatLinear,
+    float_method=lambda bfloat16: Bfloat16Linear if bfloat16 and kernels().bfloat16 else FloatLinear,
 )

@@ -23,6 +23,7 @@ _INPUTS = {  # see the comments above each OPERATOR in the C++ sources
     "PanguW4A8Dynamic": (_F32, _U8, _F32, _F32),
     "PanguW4A8Codes": (_F32, _U8, _F32, _F32, _I8),
     "PanguFloat": (_F32, _F32, _F32),
+    "PanguBfloat16": (_F32, _F32, _F32),
     "PanguRMSNorm": (_F32, _F32, _F32),
     "PanguRope": (_F32, _F32, _F32),
     "PanguSwiGLU": (_F32,),

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.errors import DataError
-from ms_pangu_quant.quantizers.threads import by_element, in_parallel, pieces
+from ms_pangu_quant.quantizers.products import add_product, product
+from ms_pangu_quant.quantizers.threads import by_element, pieces
 
 PIECE_TOKENS = 4096  # rows gathered before their products are added: the gram is read and written once for so many
 _STRIP = 1024
@@ -42,6 +43,7 @@ class Needs:
     drift: bool = False
     temper: float = 0.0
     held_out: int = 0
+    bfloat16: bool = False
 
     def __or__(self, other: Needs) -> Needs:
         return Needs(
@@ -51,6 +53,7 @@ class Needs:
             self.drift or other.drift,
             max(self.temper, other.temper),
             max(self.held_out, other.held_out),
+            self.bfloat16 or other.bfloat16,
         )
 
 
@@ -116,6 +119,7 @@ class InputStats:
     gram     [in, in] float32, sum over tokens of x x^T; None unless asked for.
     sample   some rows of x; None unless asked for.
     drift    [in, in] float32, sum over tokens of (y - x) x^T, y what x is in the float model; None unless y was given.
+    output_drift  [out, in] float32, W times the drift in its place, W the weight that reads x; the smaller one.
     squares  [in] float64, sum over tokens of x^2: the gram's diagonal, known without it. Where tokens are weighted
              (Needs.temper) they are so in gram, drift and held-out rows alone.
     held_out  rows of x that are in nothing else here, of other texts; None unless asked for.
@@ -130,6 +134,7 @@ class InputStats:
     squares: NDArray[np.float64] | None = None
     held_out: RowSample | None = None
     held_out_drift: RowSample | None = None
+    output_drift: NDArray[np.float32] | None = None
 
     @classmethod
     def observe(
@@ -164,10 +169,12 @@ class InputStats:
         absmax = (self.absmax / s).astype(np.float32)
         squares = None if self.squares is None else self.squares / s.astype(np.float64) ** 2
         products: dict[str, Any] = {name: _divided(getattr(self, name), s) for name in ("gram", "drift")}
+        if self.output_drift is not None:  # the weight is multiplied by s
+            products["output_drift"] = self.output_drift / s
         return InputStats(self.tokens, absmax, squares=squares, **products, **samples)
 
 
-_SUMS, _SAMPLES = ("gram", "drift", "squares"), ("sample", "held_out", "held_out_drift")
+_SUMS, _SAMPLES = ("gram", "drift", "output_drift", "squares"), ("sample", "held_out", "held_out_drift")
 
 
 def _extremes(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
@@ -219,11 +226,20 @@ class StatsBuilder:
     """
 
     def __init__(
-        self, *, gram: bool, rows: int, where: str, start: int = 0, held_out: int = 0, held_out_start: int = 0
+        self,
+        needs: Needs,
+        where: str,
+        *,
+        start: int = 0,
+        held_out_start: int = 0,
+        weight: NDArray[np.float32] | None = None,
     ) -> None:
-        """start, held_out_start: place of the first row, and of the first held-out one, in the calibration data."""
-        self._wants_gram, self._rows, self._where = gram, rows, where
-        self._held_out, self._held_out_seen = held_out, held_out_start
+        """needs  of which gram, rows, held_out and bfloat16 are looked at.
+        start, held_out_start  place of the first row, and of the first held-out one, in the calibration data.
+        weight  [out, in] that reads the input: its output_drift is wanted in the place of the drift.
+        """
+        self._needs, self._where, self._weight = needs, where, weight
+        self._held_out, self._held_out_seen = needs.held_out, held_out_start
         self._kept: tuple[RowSample, RowSample | None] | None = None
         self._pieces: list[NDArray[np.float32]] = []  # [PIECE_TOKENS, in], of x and of y - x, and the products of them
         self._products: list[NDArray[np.float32]] = []
@@ -239,12 +255,13 @@ class StatsBuilder:
         weights [tokens, 1] of the rows in gram and drift; y and weights in all calls or in none.
         """
         self._see(x)
-        if y is None and not self._wants_gram:
+        if y is None and not self._needs.gram:
             return
         if not self._pieces:
             count, width = 1 + (y is not None), x.shape[1]
             self._pieces = [np.empty((PIECE_TOKENS, width), np.float32) for _ in range(count)]
-            self._products = [np.zeros((width, width), np.float32) for _ in range(count)]
+            heights = (width, width if self._weight is None else len(self._weight))
+            self._products = [np.zeros((height, width), np.float32) for height in heights[:count]]
         taken = 0
         while taken < len(x):
             rows = slice(taken, taken + min(len(x) - taken, PIECE_TOKENS - self._waiting))
@@ -274,7 +291,8 @@ class StatsBuilder:
         gram, drift = ([*self._products, None, None])[:2]
         if gram is not None:
             _mirror(gram)
-        total = dataclasses.replace(self._total, gram=gram, drift=drift)
+        drifts: dict[str, Any] = {"drift" if self._weight is None else "output_drift": drift}
+        total = dataclasses.replace(self._total, gram=gram, **drifts)
         if not self._held_out:
             return total
         nothing = RowSample(self._held_out, np.empty((0, len(total.absmax)), np.float32), np.empty(0, np.uint64))
@@ -302,36 +320,22 @@ class StatsBuilder:
             return
         x, *differences = (piece[: self._waiting] for piece in self._pieces)
         self._waiting = 0
-        _add_gram(self._products[0], x)
+        bfloat16 = self._needs.bfloat16
+        add_product(self._products[0], x.T, x, bfloat16=bfloat16, lower=True)
         for difference in differences:
-            _add_product(self._products[1], difference, x)
+            lost = difference if self._weight is None else product(difference, self._weight.T, bfloat16=bfloat16)
+            add_product(self._products[1], lost.T, x, bfloat16=bfloat16)
 
     def _see(self, x: NDArray[np.float32]) -> None:
-        seen = InputStats.observe(x, rows=self._rows, start=self._seen, where=self._where)
+        seen = InputStats.observe(x, rows=self._needs.rows, start=self._seen, where=self._where)
         self._seen += len(x)
         self._total = seen if self._total is None else self._total.merge(seen)
-
-
-def _add_gram(total: NDArray[np.float32], x: NDArray[np.float32]) -> None:
-    """total [in, in] += x^T x, on and below its diagonal, a strip at a time."""
-
-    def add(strip: slice) -> None:
-        total[strip.start :, strip] += x[:, strip.start :].T @ x[:, strip]
-
-    in_parallel(add, pieces(0, len(total), _STRIP))
 
 
 def _mirror(total: NDArray[np.float32]) -> None:
     def mirror(strip: slice) -> None:
         total[strip, strip.stop :] = total[strip.stop :, strip].T
+        own = np.tril(total[strip, strip])
+        total[strip, strip] = own + np.tril(own, -1).T
 
     by_element(mirror, list(pieces(0, len(total), _STRIP)))
-
-
-def _add_product(total: NDArray[np.float32], d: NDArray[np.float32], x: NDArray[np.float32]) -> None:
-    """total [in, in] += d^T x, a strip at a time."""
-
-    def add(strip: slice) -> None:
-        total[strip] += d[:, strip].T @ x
-
-    in_parallel(add, pieces(0, len(total), _STRIP))

@@ -104,8 +104,9 @@ class Stream:
         own, rows = [len(sequence) for sequence in sequences], (share.first_row, sum(lengths[:cut]) + held.first_row)
         held_out = held.end - held.begin
         self._hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), own, held_out)
-        self._runner = BlockRunner(reader.config, own, rows, held_out=held_out)
-        self._floats = BlockRunner(reader.config, own, rows, held_out=held_out) if seen else None
+        bfloat16 = (observed if seen is None else observed | seen).bfloat16
+        self._runner = BlockRunner(reader.config, own, rows, held_out=held_out, bfloat16=bfloat16)
+        self._floats = BlockRunner(reader.config, own, rows, held_out=held_out, bfloat16=bfloat16) if seen else None
         self._measured = data.held_out > 0
         self._target = self._hidden  # in front of the block, and from observe or advance on behind it
         self._ways: tuple[Way, Way] | None = None  # the quantized model's and the float one's through the block

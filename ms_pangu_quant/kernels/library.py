@@ -35,7 +35,7 @@ PATHS = ("portable", "avx2", "vnni")  # in the order of the library's numbers
 SETTING, CACHE = "MS_PANGU_QUANT_KERNELS", "MS_PANGU_QUANT_CACHE"
 _SOURCES = Path(__file__).parent
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wno-psabi")
-# Linear layers and the Hadamard matrix promise the exact bits of the operations as written; the others may use fused
+# Linear layers, the Hadamard matrix and GPTQ promise the exact bits of the operations as written; the others may use fused
 # multiply-add.
 _UNITS = {
     "parallel.cc": (),
@@ -43,6 +43,8 @@ _UNITS = {
     "hadamard.cc": ("-ffp-contract=off",),
     "layer.cc": ("-ffp-contract=fast",),
     "matrix.cc": ("-ffp-contract=fast",),
+    "bfloat16.cc": (),
+    "gptq.cc": ("-ffp-contract=off", "-fno-math-errno"),
     "limits.cc": (),
     "block.cc": (),
 }
@@ -54,6 +56,12 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pangu_pack_scale": (_POINTER, _INTEGER, _INTEGER),
     "pangu_pack_f32": (_POINTER, _INTEGER, _INTEGER),
     "pangu_transpose_w4": (_POINTER, _POINTER, _INTEGER, _INTEGER),
+    "pangu_gptq_block": (*[_POINTER] * 5, *[_INTEGER] * 4, _POINTER, _POINTER),
+}
+_OF_BFLOAT16: dict[str, tuple[type, ...]] = {  # not on every machine
+    "pangu_pack_bfloat16": (_POINTER, _INTEGER, _INTEGER),
+    "pangu_bfloat16_columns": (_POINTER, *[_INTEGER] * 6, _POINTER),
+    "pangu_bfloat16_product": (_POINTER, *[_INTEGER] * 4, _POINTER, *[_INTEGER] * 3, _POINTER, *[_INTEGER] * 3),
 }
 
 
@@ -73,6 +81,11 @@ class Library:
     def path(self) -> str:
         """The path in use."""
         return PATHS[self.functions.pangu_isa()]
+
+    @property
+    def bfloat16(self) -> bool:
+        """Whether products of bfloat16 are faster here than those of float32."""
+        return bool(self.functions.pangu_bfloat16())
 
     @property
     def threads(self) -> int:
@@ -223,9 +236,10 @@ def _load(file: Path) -> Library:
         functions = ctypes.CDLL(str(file))
     except OSError as error:
         raise BuildError(f"{file}: {error}; delete the file to have it built again.") from None
-    for name, arguments in _ARGUMENTS.items():
-        function = getattr(functions, name)
-        function.argtypes, function.restype = arguments, None
+    for name, arguments in (_ARGUMENTS | _OF_BFLOAT16).items():
+        if name in _ARGUMENTS or hasattr(functions, name):
+            function = getattr(functions, name)
+            function.argtypes, function.restype = arguments, None
     functions.pangu_peak.argtypes, functions.pangu_peak.restype = (ctypes.c_int,), ctypes.c_double
     functions.pangu_bandwidth.argtypes, functions.pangu_bandwidth.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_double
     functions.pangu_threads(_threads())

@@ -37,9 +37,11 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.quantizers.cholesky import cholesky, solve
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
+from ms_pangu_quant.quantizers.products import Products, Rows, product
 from ms_pangu_quant.quantizers.refine import refine
 from ms_pangu_quant.quantizers.threads import by_element, in_parallel
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -53,6 +55,7 @@ _DAMPINGS = (0.003, 0.01, _RIDGE, 0.1, 0.3)
 _FACTORS = 3.5  # that a search among them takes, of those one is the ridge's
 _HELD_OUT, _TRIED = 2048, 256  # rows of x that a choice is tried on, and outputs that stand for all
 _PIECE_ELEMENTS = 1 << 22  # of a working copy: 16 MiB
+_LARGE_PIECE = 1 << 26  # of one that all cores work on
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ class Gptq:
                alone (Arai and Ichikawa 2025, QEP, arXiv:2504.09629, have such a factor). "auto": by held-out error.
     temper     from 0, all errors count as they are, to 1, relative to the size of the token in the residual stream: for
                models with massive activations, where a few tokens are else all that o_proj and down_proj are fitted to.
+    products   "bfloat16": grams, drifts, what is carried from block to block, the correction and the float model's layers
+               are products of numbers rounded so, twice as fast where the CPU can (products.py). Factors and what is solved
+               with them stay float32.
     """
 
     damping: float | Literal["auto"] = 0.01
@@ -79,6 +85,11 @@ class Gptq:
     correct: bool = False
     strength: float | Literal["auto"] = 1.0
     temper: float = 0.0
+    products: Products = "float32"
+
+    @property
+    def _bfloat16(self) -> bool:
+        return self.products == "bfloat16"
 
     @property
     def _chooses(self) -> bool:
@@ -87,7 +98,9 @@ class Gptq:
     @property
     def needs(self) -> Needs:
         held_out = _HELD_OUT if self._chooses else 0
-        return Needs(data=True, gram=True, drift=self.correct, temper=self.temper, held_out=held_out)
+        return Needs(
+            data=True, gram=True, drift=self.correct, temper=self.temper, held_out=held_out, bfloat16=self._bfloat16
+        )
 
     def operations(self, outputs: int, inputs: int) -> float:
         """Factors, then 1 for GPTQ's sums, 4 for the correction, 2 for sweeps and 3 for each."""
@@ -115,16 +128,16 @@ class Gptq:
         order = np.argsort(-diagonal, kind="stable") if self.act_order else np.arange(len(diagonal))
         held_out = HeldOut(weight, stats) if self._chooses else None
         factors = Factors(stats.gram, order)
-        target, tried = self._targets(weight[rows], stats, factors, held_out)
+        target, tried = self._targets(weight, rows, stats, factors, held_out)
         scale = choose_scale(target, scheme, self.scale, diagonal)
         if held_out is not None and self.damping == "auto":
             grid = choose_scale(tried, scheme, self.scale, diagonal)
-            factor, damping = held_out.damped(tried, grid, scheme, factors)
+            factor, damping = held_out.damped(tried, grid, scheme, factors, bfloat16=self._bfloat16)
             wanted = damping
         else:
             wanted = float(self.damping)
             factor, damping = factors.of(wanted)
-        codes = gptq_codes(target, scale, scheme, factor, order)
+        codes = gptq_codes(target, scale, scheme, factor, order, bfloat16=self._bfloat16)
         del factor
         note = "" if damping == wanted else f"damping raised from {wanted:g} to {damping:g}"
         rounded = QuantizedWeight(codes, scale, note)
@@ -133,20 +146,27 @@ class Gptq:
         return refine(target, rounded, scheme, stats.gram, damping * float(diagonal.mean()), self.sweeps)
 
     def _targets(
-        self, weight: NDArray[np.float32], stats: InputStats, factors: Factors, held_out: HeldOut | None
+        self, weight: NDArray[np.float32], rows: slice, stats: InputStats, factors: Factors, held_out: HeldOut | None
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """What is to be rounded: of weight, and of the outputs that held_out tries."""
-        tried = weight[:0] if held_out is None else held_out.tried
-        if stats.drift is None:
-            return weight, tried
+        """What is to be rounded: of weight these rows, and of the outputs that held_out tries."""
+        own, tried = weight[rows], weight[:0] if held_out is None else held_out.tried
+        if stats.drift is None and stats.output_drift is None:
+            return own, tried
         ridged, damping = factors.kept(_RIDGE)
         if damping != _RIDGE:
             raise _indefinite()
-        step, small = (correction(each, stats.drift, ridged, factors.order) for each in (weight, tried))
+        if stats.drift is not None:
+            step, small = (
+                correction(each, stats.drift, ridged, factors.order, bfloat16=self._bfloat16) for each in (own, tried)
+            )
+        else:
+            assert stats.output_drift is not None
+            drifts = stats.output_drift[rows], stats.output_drift[slice(0) if held_out is None else tried_rows(len(weight))]
+            step, small = (solved(each, ridged, factors.order) for each in drifts)
         asked = self.strength
         strength = np.float32(held_out.strength(small) if asked == "auto" and held_out is not None else asked)
         step *= strength
-        step += weight
+        step += own
         return step, tried + strength * small
 
 
@@ -169,6 +189,11 @@ class Factors:
         return self._kept.pop(damping, None) or factorise(self._gram, self.order[::-1], damping)
 
 
+def tried_rows(outputs: int) -> slice:
+    """Of so many outputs up to _TRIED, evenly spread."""
+    return slice(None, None, -(-outputs // _TRIED))
+
+
 class HeldOut:
     """The output error on rows of texts that are in no gram; of up to _TRIED of the outputs, evenly spread.
 
@@ -182,7 +207,7 @@ class HeldOut:
                 "gptq: a strength or damping of auto is chosen on texts that are held out of the calibration data, and "
                 "there are none: give more texts, or raise calibration.held_out, or give numbers"
             )
-        self.tried = np.ascontiguousarray(weight[:: -(-len(weight) // _TRIED)])
+        self.tried = np.ascontiguousarray(weight[tried_rows(len(weight))])
         self._rows, drift = stats.held_out.rows, stats.held_out_drift
         shape = len(self._rows), len(self.tried)
         self._missing = np.zeros(shape, np.float32) if drift is None else drift.rows @ self.tried.T
@@ -195,12 +220,19 @@ class HeldOut:
         return float(np.clip(np.vdot(moved, self._missing) / square, 0, 1)) if square else 1.0
 
     def damped(
-        self, target: NDArray[np.float32], scale: NDArray[np.float32], scheme: TensorScheme, factors: Factors
+        self,
+        target: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        scheme: TensorScheme,
+        factors: Factors,
+        *,
+        bfloat16: bool = False,
     ) -> Factor:
         """The factor with that of _DAMPINGS with which `target`, of the outputs tried, is rounded with the least error."""
 
         def error(factor: Factor) -> float:
-            rounded = QuantizedWeight(gptq_codes(target, scale, scheme, factor[0], factors.order), scale).dequantize()
+            codes = gptq_codes(target, scale, scheme, factor[0], factors.order, bfloat16=bfloat16)
+            rounded = QuantizedWeight(codes, scale).dequantize()
             return float(np.square(self._rows @ rounded.T - self._wanted, dtype=np.float64).sum())
 
         return _least(factors.of, error)
@@ -274,8 +306,28 @@ def _indefinite() -> DataError:
     )
 
 
+def solved(rows: NDArray[np.float32], factor: NDArray[Any], order: NDArray[np.intp]) -> NDArray[np.float32]:
+    """rows [count, in] (L L^T)^-1; factor L of factorise for order[::-1]."""
+    columns = order[::-1]
+    back = np.argsort(columns)
+    result = np.empty_like(rows)
+
+    def divide(part: slice) -> None:
+        there = rows[part][:, columns].astype(factor.dtype, copy=False)
+        solve(factor, there)
+        result[part] = there[:, back]
+
+    in_parallel(divide, row_pieces(rows, _PIECE_ELEMENTS))
+    return result
+
+
 def correction(
-    weight: NDArray[np.float32], drift: NDArray[np.float32], factor: NDArray[Any], order: NDArray[np.intp]
+    weight: NDArray[np.float32],
+    drift: NDArray[np.float32],
+    factor: NDArray[Any],
+    order: NDArray[np.intp],
+    *,
+    bfloat16: bool = False,
 ) -> NDArray[np.float32]:
     """What is to be added to `weight` for it to come, on the inputs x the layer gets, closest to what `weight` makes of the
     float model's y; [out, in].
@@ -285,33 +337,9 @@ def correction(
     correction whose third digit does not matter.
     factor  of factorise with the damping _RIDGE, for order[::-1].
     """
-    columns = order[::-1]
-    back = np.argsort(columns)
-
-    def solved(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        there = rows[:, columns].astype(factor.dtype, copy=False)
-        solve(factor, there)
-        return there[:, back]
-
-    result = np.empty_like(weight)
     if len(weight) <= len(drift):
-
-        def correct(rows: slice) -> None:
-            result[rows] = solved(weight[rows] @ drift)
-
-    else:  # fewer rows to solve for
-        inputs = np.empty_like(drift)
-
-        def regress(rows: slice) -> None:
-            inputs[rows] = solved(drift[rows])
-
-        in_parallel(regress, row_pieces(drift, _PIECE_ELEMENTS))
-
-        def correct(rows: slice) -> None:
-            result[rows] = weight[rows] @ inputs
-
-    in_parallel(correct, row_pieces(weight, _PIECE_ELEMENTS))
-    return result
+        return solved(product(weight, drift, bfloat16=bfloat16), factor, order)
+    return product(weight, solved(drift, factor, order), bfloat16=bfloat16)  # fewer rows to solve for
 
 
 def gptq_codes(
@@ -321,32 +349,86 @@ def gptq_codes(
     factor: NDArray[Any],
     order: NDArray[np.intp],
     block: int = BLOCK,
+    *,
+    bfloat16: bool = False,
 ) -> NDArray[np.int8]:
     """Codes int8 [out, in] of weight [out, in] on the grid of scale [out, groups].
 
     factor  of factorise for order[::-1]; order [in], the channels as they are rounded, first one first.
+    block   channels, an even number of them with bfloat16.
     """
     codes = np.empty(weight.shape, np.int8)
     columns = order[::-1]  # the factor's order: rounded from the last to the first
+    back = np.argsort(columns)
     group = columns // (weight.shape[1] // scale.shape[1])
     pivots = np.einsum("ii->i", factor)
 
     def round_rows(rows: slice) -> None:
-        target = weight[rows].T[columns]  # [in, rows] float32, contiguous
+        target, rounded = _turned(weight[rows], columns), np.empty((len(columns), len(weight[rows])), np.int8)
         steps = np.ascontiguousarray(scale[rows].T)
-        rounded, error = np.empty(target.shape, np.int8), np.empty(target.shape, factor.dtype)
+        error = Rows(*target.shape, dtype=factor.dtype, bfloat16=bfloat16)
         for stop in range(len(columns), 0, -block):
             start = max(stop - block, 0)
             own = slice(start, stop)
-            carried = factor[stop:, own].T @ error[stop:] / pivots[own, None]
+            carried = error.times(factor[stop:, own].T, stop) / pivots[own, None]
             inside = (factor[own, own] / pivots[own]).T.copy()
-            for j in range(stop - 1, start - 1, -1):
-                carried[j - start] += inside[j - start, j + 1 - start :] @ error[j + 1 : stop]
-                wanted = (target[j] + carried[j - start]).astype(np.float32)  # as float32, so that ties fall as in RTN
-                code = np.clip(np.rint(wanted / steps[group[j]]), scheme.code_min, scheme.code_max)
-                error[j] = target[j] - code.astype(factor.dtype) * steps[group[j]]
-                rounded[j] = code
-        codes[rows] = rounded[np.argsort(columns)].T
+            lost = round_block(target[own], carried, inside, steps, group[own], scheme, rounded[own])
+            error.put(start, lost)
+        _turn_back(rounded, back, codes[rows])
 
-    in_parallel(round_rows, row_pieces(weight, _PIECE_ELEMENTS))
+    if bfloat16 and factor.dtype == np.float32:  # the products and what is inside a block take all cores
+        for rows in row_pieces(weight, _LARGE_PIECE):
+            round_rows(rows)
+    else:
+        in_parallel(round_rows, row_pieces(weight, _PIECE_ELEMENTS))
     return codes
+
+
+def round_block(
+    target: NDArray[np.float32],
+    carried: NDArray[Any],
+    inside: NDArray[Any],
+    steps: NDArray[np.float32],
+    group: NDArray[np.intp],
+    scheme: TensorScheme,
+    codes: NDArray[np.int8],
+) -> NDArray[Any]:
+    """The channels of a block, the last first, into codes [channels, rows]; what is lost, [channels, rows].
+
+    target [channels, rows]; carried, the same, what those rounded before add to it; inside [channels, channels], what is
+    lost in one adds to another, by column; steps [groups, rows]; group [channels]. carried is used up.
+    """
+    error = np.empty(target.shape, carried.dtype)
+    kernels = library() if carried.dtype == np.float32 else None
+    if kernels is not None:
+        group = group.astype(np.int64)
+        read = [array.ctypes.data for array in (target, carried, inside, steps, group)]
+        kernels.functions.pangu_gptq_block(
+            *read, scheme.code_min, scheme.code_max, *target.shape, codes.ctypes.data, error.ctypes.data
+        )
+        return error
+    for j in range(len(target) - 1, -1, -1):
+        wanted = (target[j] + carried[j]).astype(np.float32)  # as float32, so that ties fall as in RTN
+        code = np.clip(np.rint(wanted / steps[group[j]]), scheme.code_min, scheme.code_max)
+        error[j] = target[j] - code.astype(carried.dtype) * steps[group[j]]
+        codes[j] = code
+        carried[:j] += inside[:j, j, None] * error[j]
+    return error
+
+
+def _turned(weight: NDArray[np.float32], columns: NDArray[np.intp]) -> NDArray[np.float32]:
+    """weight [out, in] as [in, out], its channels in this order."""
+    target = np.empty((weight.shape[1], len(weight)), np.float32)
+
+    def turn(part: slice) -> None:
+        target[:, part] = weight[part].take(columns, axis=1).T
+
+    by_element(turn, row_pieces(weight))
+    return target
+
+
+def _turn_back(rounded: NDArray[np.int8], back: NDArray[np.intp], codes: NDArray[np.int8]) -> None:
+    def turn(part: slice) -> None:
+        codes[part] = rounded[:, part][back].T
+
+    by_element(turn, row_pieces(codes))

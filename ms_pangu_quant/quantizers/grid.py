@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -111,7 +112,7 @@ def relative_weight_error(quantized: QuantizedWeight, weight: NDArray[np.float32
     return float(np.sqrt(difference / norm)) if norm else 0.0
 
 
-def row_pieces(weight: NDArray[np.float32], elements: int | None = None) -> list[slice]:
+def row_pieces(weight: NDArray[Any], elements: int | None = None) -> list[slice]:
     """Slices of rows, each of so many elements or of a MiB, whatever the machine: temporaries stay small and in cache."""
     step = max(1, (elements or _PIECE_ELEMENTS) // max(weight.shape[1], 1))
     return [slice(start, start + step) for start in range(0, len(weight), step)]

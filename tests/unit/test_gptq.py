@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder, token_weights
+from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder, token_weights
 from ms_pangu_quant.errors import DataError, RecipeError
+from ms_pangu_quant.kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.quantizers import gptq
 from ms_pangu_quant.quantizers.cholesky import cholesky, solve
 from ms_pangu_quant.quantizers.clip import mse_scale
@@ -335,7 +336,7 @@ def drifted(seed, tokens=400, noise=0.3):
     generator = np.random.default_rng(seed)
     y = (generator.normal(size=(tokens, IN)) @ generator.normal(size=(IN, IN))).astype(np.float32)
     x = y @ (np.eye(IN) + noise * generator.normal(size=(IN, IN)) / np.sqrt(IN)) + generator.normal(size=y.shape) * noise
-    builder = StatsBuilder(gram=True, rows=0, where="here")
+    builder = StatsBuilder(Needs(gram=True), "here")
     builder.add(x.astype(np.float32), y)
     return weight, x.astype(np.float32).astype(np.float64), y.astype(np.float64), builder.finish()
 
@@ -359,7 +360,7 @@ def test_weighted_tokens_make_the_correction_a_weighted_regression():
     errors = []
     for temper in (0.0, 1.0):
         weights = token_weights(y.astype(np.float32), temper)
-        builder = StatsBuilder(gram=True, rows=0, where="here")
+        builder = StatsBuilder(Needs(gram=True), "here")
         builder.add(x.astype(np.float32), y.astype(np.float32), weights)
         stats = builder.finish()
         ridge = np.sqrt(0.03 * np.mean(np.sum((x * weights) ** 2, axis=0)))
@@ -397,7 +398,7 @@ def few(seed, tokens=48, held_out=3000):
         x = y + 0.1 * y @ moved + 0.3 * generator.normal(size=y.shape)
         return x.astype(np.float32), y.astype(np.float32)
 
-    builder = StatsBuilder(gram=True, rows=0, where="here", held_out=held_out)
+    builder = StatsBuilder(Needs(gram=True, held_out=held_out), "here")
     builder.add(*draw(tokens))
     builder.hold_out(*draw(held_out))
     return weight, builder.finish(), draw(3000)
@@ -534,16 +535,69 @@ def test_products_in_parallel_have_the_bits_of_one_thread():
     assert np.array_equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("rows", [1, 64, 205])
+@pytest.mark.parametrize("name", ["portable", "avx2", "vnni"])
+def test_the_kernel_has_the_bits_of_the_loop_that_specifies_it(rows, name, monkeypatch):
+    best = library()
+    if best is None or PATHS.index(name) > PATHS.index(best.best):
+        pytest.skip("not on this machine")
+    generator = np.random.default_rng(3)
+    target, carried = generator.normal(size=(2, 37, rows)).astype(np.float32)
+    carried *= np.float32(0.01)
+    inside, steps = generator.normal(size=(37, 37)) / 9, generator.uniform(0.1, 0.3, size=(4, rows))
+    target[5], carried[5] = np.float32(2.5) * steps[1].astype(np.float32), 0  # ties, as far as 37 channels leave them
+    group, found = np.sort(generator.integers(0, 4, size=37)), []
+    for path in (name, "off"):
+        monkeypatch.setenv(SETTING, path)
+        codes, spent = np.empty(target.shape, np.int8), carried.copy()
+        scheme, small = SCHEMES["w4 group 12"], (inside.astype(np.float32), steps.astype(np.float32))
+        found.append((gptq.round_block(target, spent, *small, group, scheme, codes), codes))
+    monkeypatch.undo()
+    library()
+    assert all(np.array_equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "off"])
+@pytest.mark.parametrize("scheme", ["w4 channel", "w4 group 12"])
+def test_products_of_bfloat16_give_codes_as_good(scheme, kernels, monkeypatch):
+    weight, stats, (x, y) = few(5, tokens=2000)
+    settings = {"correct": True, "strength": "auto", "damping": "auto"}
+    monkeypatch.setenv(SETTING, kernels)
+    made = [Gptq(**settings, products=products)(weight, SCHEMES[scheme], stats) for products in ("float32", "bfloat16")]
+    monkeypatch.undo()
+    library()
+    assert 0 < (made[0].codes != made[1].codes).mean() < 0.1
+    errors = [np.linalg.norm(x @ each.dequantize().T - y @ weight.T) for each in made]
+    assert errors[1] <= 1.02 * errors[0]
+
+
+def test_the_drift_of_the_outputs_is_corrected_as_that_of_the_inputs():
+    weight, stats, *_ = few(6, tokens=400)
+    settings = {"correct": True, "strength": "auto", "damping": "auto"}
+    other = dataclasses.replace(stats, drift=None, output_drift=weight @ stats.drift)
+    for rows in (slice(None), slice(3, 9)):
+        one, two = (Gptq(**settings)(weight, SCHEMES["w4 channel"], each, rows) for each in (stats, other))
+        assert (one.codes != two.codes).mean() < 0.01
+        np.testing.assert_allclose(one.scale, two.scale, rtol=0.05)
+
+
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
 @pytest.mark.parametrize("channels", [384, 300])
 @pytest.mark.parametrize("outputs", [192, 301])  # 301: edges of what threads split, where OpenBLAS adds up in another order
-def test_the_number_of_threads_changes_no_code(channels, outputs):
+def test_the_number_of_threads_changes_no_code(channels, outputs, products):
     weight, stats = layer(channels=channels, outputs=outputs, tokens=2000)
     drift = np.random.default_rng(1).normal(size=(channels, channels)) * np.diag(stats.gram).mean() / 100
-    stats = dataclasses.replace(stats, drift=drift)
-    found = []
+    stats = dataclasses.replace(stats, drift=drift.astype(np.float32))
+    found, kernels = [], library()
+    before = kernels.threads if kernels else 0
     for threads in (1, 2, 3):
+        if kernels:
+            kernels.functions.pangu_threads(threads)
         with threadpool_limits(threads):
-            found.append(Gptq(correct=True, sweeps=2)(weight, SCHEMES["w4 group 12"], stats))
+            settings = {"correct": True, "sweeps": 2, "products": products}
+            found.append(Gptq(**settings)(weight, SCHEMES["w4 group 12"], stats))
+    if kernels:
+        kernels.functions.pangu_threads(before)
     for other in found[1:]:
         assert np.array_equal(other.codes, found[0].codes)
         assert np.array_equal(other.scale, found[0].scale)

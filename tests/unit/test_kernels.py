@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -83,37 +84,48 @@ def w4a8(functions, x, weight, scale, bias=None):
 SHAPES = [(1, 1, 1), (1, 64, 64), (7, 65, 66), (3, 200, 130), (13, 130, 4100), (5, 63, 9), (70, 17, 30), (515, 3, 8)]
 
 
-def floats(functions, x, weight, bias=None):
+def floats(functions, x, weight, bias=None, *, kind="PanguFloat"):
     packed, bias = weight.copy(), np.zeros(1, F32) if bias is None else bias
-    functions.pangu_pack_f32(packed.ctypes.data, *weight.shape)
-    return call(functions, "PanguFloat", [x, packed, bias], (len(x), len(weight)))
+    pack = functions.pangu_pack_f32 if kind == "PanguFloat" else functions.pangu_pack_bfloat16
+    pack(packed.ctypes.data, *weight.shape)
+    return call(functions, kind, [x, packed, bias], (len(x), len(weight)))
+
+
+@pytest.fixture(params=["PanguFloat", "PanguBfloat16"])
+def kind(request, kernels):
+    if request.param == "PanguBfloat16" and not kernels.pangu_bfloat16():
+        pytest.skip("not on this path")
+    return request.param
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_float_layer_is_the_product_whatever_the_order_of_its_sums(shape, kernels):
+def test_a_float_layer_is_the_product_whatever_the_order_of_its_sums(shape, kernels, kind):
     rows, outputs, inputs = shape
     rng = np.random.default_rng(inputs)
     x, weight, bias = (rng.integers(-32, 33, each).astype(F32) for each in ((rows, inputs), (outputs, inputs), outputs))
-    assert np.array_equal(floats(kernels, x, weight, bias), x @ weight.T + bias)  # integers below 2^24: exact
+    assert np.array_equal(floats(kernels, x, weight, bias, kind=kind), x @ weight.T + bias)  # integers below 2^24: exact
     x, weight = rng.normal(size=x.shape).astype(F32), rng.normal(size=weight.shape).astype(F32)
+    found = floats(kernels, x, weight, kind=kind)
+    if kind == "PanguBfloat16":
+        x, weight = (each.astype(ml_dtypes.bfloat16).astype(F32) for each in (x, weight))
     exact = x.astype(np.float64) @ weight.T
-    assert np.abs(floats(kernels, x, weight) - exact).max() <= 1e-5 * np.sqrt(inputs)
+    assert np.abs(found - exact).max() <= 1e-5 * np.sqrt(inputs)
 
 
-def test_a_row_of_a_float_layer_is_the_same_alone_and_among_others_and_on_any_number_of_threads(kernels):
+def test_a_row_of_a_float_layer_is_the_same_alone_and_among_others_and_on_any_number_of_threads(kernels, kind):
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(21, 1500)).astype(F32), rng.normal(size=(200, 1500)).astype(F32)
     x[5, 7] = np.nan
-    threads, together = kernels.pangu_threads(0), floats(kernels, x, weight)
+    threads, together = kernels.pangu_threads(0), floats(kernels, x, weight, kind=kind)
     for count in (1, 2, 5):
-        parts = [floats(kernels, x[start : start + count], weight) for start in range(0, 21, count)]
+        parts = [floats(kernels, x[start : start + count], weight, kind=kind) for start in range(0, 21, count)]
         assert np.array_equal(np.concatenate(parts), together, equal_nan=True)
     assert np.isnan(together[5]).all()
     assert np.isfinite(np.delete(together, 5, axis=0)).all()
     try:
         for count in (1, 3):
             kernels.pangu_threads(count)
-            assert np.array_equal(floats(kernels, x, weight), together, equal_nan=True)
+            assert np.array_equal(floats(kernels, x, weight, kind=kind), together, equal_nan=True)
     finally:
         kernels.pangu_threads(threads)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.calibration.statistics import InputStats, StatsBuilder
+from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
@@ -52,7 +52,7 @@ def test_statistics_of_the_shares_merge_into_those_of_the_whole(size):
     y = x + draw.normal(size=x.shape).astype(np.float32) / 8
 
     def seen(begin, end):
-        builder = StatsBuilder(gram=True, rows=100, where="x", start=begin)
+        builder = StatsBuilder(Needs(gram=True, rows=100), "x", start=begin)
         builder.add(x[begin:end], y[begin:end])
         return builder.finish()
 

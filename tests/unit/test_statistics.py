@@ -203,10 +203,11 @@ def test_the_sample_scales_with_the_rest():
     assert scaled.keys.tobytes() == observed.keys.tobytes()
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("channels", [3, 1500])
-def test_a_gram_added_up_in_strips_is_the_products_sum(channels):
+def test_a_gram_added_up_in_strips_is_the_products_sum(channels, bfloat16):
     x = np.random.default_rng(2).integers(-9, 10, size=(12, channels)).astype(np.float32)  # exact in float32
-    builder = StatsBuilder(gram=True, rows=0, where="here")
+    builder = StatsBuilder(Needs(gram=True, bfloat16=bfloat16), "here")
     builder.add(x, x + 1)
     builder.add(x, x + 1)
     built = builder.finish()
@@ -218,7 +219,7 @@ def test_a_gram_added_up_in_strips_is_the_products_sum(channels):
 def test_building_is_merging(sizes):
     generator = np.random.default_rng(3)
     parts = [generator.integers(-9, 10, size=(size, 4)).astype(np.float32) for size in sizes]
-    builder = StatsBuilder(gram=True, rows=50, where="here")
+    builder = StatsBuilder(Needs(gram=True, rows=50), "here")
     for part in parts:
         builder.add(part)
         part[:] = np.nan  # what was added is the builder's own
@@ -232,8 +233,8 @@ def test_building_is_merging(sizes):
 
 def test_a_builder_that_saw_nothing_or_a_nan_says_so():
     with pytest.raises(ValueError, match="no statistics"):
-        StatsBuilder(gram=True, rows=0, where="here").finish()
-    builder = StatsBuilder(gram=True, rows=0, where="block 3: mlp_input")
+        StatsBuilder(Needs(gram=True), "here").finish()
+    builder = StatsBuilder(Needs(gram=True), "block 3: mlp_input")
     with pytest.raises(DataError, match=r"^block 3: mlp_input: 3 of 3 channels"):
         builder.add(np.full((2, 3), np.nan, np.float32))
 
@@ -241,24 +242,43 @@ def test_a_builder_that_saw_nothing_or_a_nan_says_so():
 def test_the_drift_is_the_float_models_difference_times_the_input():
     generator = np.random.default_rng(4)
     x, y = (generator.integers(-9, 10, size=(3000, 5)).astype(np.float32) for _ in range(2))
-    builder = StatsBuilder(gram=True, rows=0, where="here")
+    builder = StatsBuilder(Needs(gram=True), "here")
     for start in range(0, 3000, 500):
         builder.add(x[start : start + 500], y[start : start + 500])
     built = builder.finish()
     assert np.array_equal(built.drift, (y - x).astype(np.float64).T @ x)
     assert np.array_equal(built.squares, np.diag(built.gram))
     s = np.array([1, 2, 4, 0.5, 8], np.float32)
-    scaled = StatsBuilder(gram=True, rows=0, where="here")
+    scaled = StatsBuilder(Needs(gram=True), "here")
     scaled.add(x / s, y / s)
     assert np.array_equal(built.scaled(s).drift, scaled.finish().drift)
     assert np.array_equal(built.merge(built).drift, 2 * built.drift)
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_outputs_drift_is_the_weight_times_the_inputs(bfloat16):
+    generator = np.random.default_rng(4)
+    x, y = (generator.integers(-9, 10, size=(3000, 5)).astype(np.float32) for _ in range(2))
+    weight = generator.integers(-3, 4, size=(2, 5)).astype(np.float32)  # exact in bfloat16 too, and its products
+    whole, of_outputs = (StatsBuilder(Needs(gram=True, bfloat16=bfloat16), "here", weight=each) for each in (None, weight))
+    for start in range(0, 3000, 500):
+        for builder in (whole, of_outputs):
+            builder.add(x[start : start + 500], y[start : start + 500])
+    built, small = whole.finish(), of_outputs.finish()
+    assert small.drift is None
+    assert np.array_equal(small.gram, built.gram)
+    assert np.array_equal(small.output_drift, weight @ built.drift)
+    assert np.array_equal(small.merge(small).output_drift, 2 * small.output_drift)
+    s = np.array([1, 2, 4, 0.5, 8], np.float32)
+    assert np.array_equal(small.scaled(s).output_drift, (weight * s) @ built.scaled(s).drift)
+    assert (Needs(bfloat16=True) | Needs()).bfloat16
 
 
 def test_weights_are_those_of_rows_in_gram_and_drift_and_nowhere_else():
     generator = np.random.default_rng(5)
     x, y = (generator.integers(-9, 10, size=(3000, 5)).astype(np.float32) for _ in range(2))
     weights = np.exp2(generator.integers(-3, 3, size=(3000, 1))).astype(np.float32)
-    weighted, plain, multiplied = (StatsBuilder(gram=True, rows=9, where="here") for _ in range(3))
+    weighted, plain, multiplied = (StatsBuilder(Needs(gram=True, rows=9), "here") for _ in range(3))
     for start in range(0, 3000, 500):
         rows = slice(start, start + 500)
         weighted.add(x[rows], y[rows], weights[rows])
@@ -295,7 +315,7 @@ def test_held_out_rows_are_in_nothing_else_and_do_not_depend_on_the_pieces_or_th
     weights = generator.lognormal(size=(90, 1)).astype(np.float32)
 
     def build(start, pieces):
-        builder = StatsBuilder(gram=True, rows=4, where="here", start=start, held_out=20, held_out_start=1000 + start)
+        builder = StatsBuilder(Needs(gram=True, rows=4, held_out=20), "here", start=start, held_out_start=1000 + start)
         for piece in pieces:
             rows = slice(start + piece[0], start + piece[1])
             builder.add(x[rows], y[rows] if drift else None, weights[rows])
@@ -303,7 +323,7 @@ def test_held_out_rows_are_in_nothing_else_and_do_not_depend_on_the_pieces_or_th
         return builder.finish()
 
     whole = build(0, [(0, 90)])
-    alone = StatsBuilder(gram=True, rows=4, where="here")
+    alone = StatsBuilder(Needs(gram=True, rows=4), "here")
     alone.add(x, y if drift else None, weights)
     assert same(whole, alone.finish())
     assert whole.held_out.rows.shape == (20, 3)
@@ -323,7 +343,7 @@ def test_held_out_rows_are_in_nothing_else_and_do_not_depend_on_the_pieces_or_th
 
 
 def test_a_share_of_the_data_without_held_out_texts_merges_with_one_that_has_some():
-    builders = [StatsBuilder(gram=True, rows=0, where="here", held_out=5) for _ in range(2)]
+    builders = [StatsBuilder(Needs(gram=True, held_out=5), "here") for _ in range(2)]
     for builder in builders:
         builder.add(np.ones((3, 2), np.float32), np.zeros((3, 2), np.float32))
     builders[1].hold_out(np.full((4, 2), 7, np.float32), np.zeros((4, 2), np.float32))
