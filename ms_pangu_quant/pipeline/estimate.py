@@ -16,6 +16,7 @@ from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.mixed.sensitivity import split
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
@@ -23,6 +24,7 @@ from ms_pangu_quant.recipe.scheme import TensorScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
 _SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
+_FASTER = 1.6  # products of bfloat16 than of float32, where the CPU has them
 _PYTHON = 0.15 * 2**30  # resident without them
 # On which transforms are tried: statistics are of so many tokens, and errors of so many held-out ones at most.
 TRIED_BLOCKS, TRIED_TOKENS = 3, 8192
@@ -65,7 +67,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     blocks = reader.config.num_hidden_layers
     # Float, and rounded in a quarter of the time where there are integer kernels. With drift rounded up to the last input
     # too, and what transforms want to know of the inputs takes three quarters of a float one.
-    passes = 1.5 + 0.75 * recipe.observed.data if recipe.seen else 1.3
+    passes = (1 + 0.75 * recipe.observed.data) / _faster(recipe) + 0.5 if recipe.seen else 1 / _faster(recipe) + 0.3
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     if tried:  # one pass, and on each block tried two more for each choice, and what rounding takes
         some, each = min(tokens, TRIED_TOKENS), len(tried) * min(TRIED_BLOCKS, blocks)
@@ -125,10 +127,17 @@ def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
     for name in layout.INPUT_NAMES:
         shapes = [layout.site_shape(config, site) for site in layout.sites_reading(name)]
         inputs = shapes[0][1]
+        outputs = sum(each for each, _ in shapes)
+        drift = 4 * outputs * inputs if len(shapes) == 1 and 2 * outputs < inputs else 2 * inputs**2
         if recipe.quantizer.needs.gram:
-            total += tokens * inputs**2 * (3 if recipe.seen else 1)
-        total += recipe.quantizer.operations(sum(outputs for outputs, _ in shapes), inputs)
+            total += tokens * (inputs**2 + (drift if recipe.seen else 0)) / _faster(recipe)
+        total += recipe.quantizer.operations(outputs, inputs)
     return total
+
+
+def _faster(recipe: Recipe) -> float:
+    kernels = library() if recipe.quantizer.needs.bfloat16 else None
+    return _FASTER if kernels is not None and kernels.bfloat16 else 1.0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.quantizers.grid import row_pieces, scale_from_absmax, weight_scale
 from ms_pangu_quant.quantizers.threads import by_element
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -35,21 +36,26 @@ def mse_scale(
                 the layer's output error were its inputs uncorrelated. None weighs all alike.
     Returns     [out, groups] float32; of equal ones the largest. Every scale is a value the scheme can store.
     """
-    groups = scheme.groups(weight.shape[1])
+    weight, groups = np.ascontiguousarray(weight), scheme.groups(weight.shape[1])
     cost = np.ones(weight.shape[1]) if importance is None or not importance.any() else importance / importance.max()
-    factors = cost.reshape(groups, -1).astype(np.float32)
+    factors = np.ascontiguousarray(cost.reshape(groups, -1), np.float32)
     chosen = np.empty((len(weight), groups), np.float32)
+
+    kernels = library()
 
     def choose(rows: slice) -> None:
         grouped = weight[rows].reshape(-1, *factors.shape)
         absmax = np.abs(grouped).max(axis=2)
-        best = np.full(absmax.shape, np.inf)
-        for shrink in _SHRINKS:
-            scale = scale_from_absmax(absmax * np.float32(shrink), scheme)
-            error = _weighted_error(grouped, scale, scheme, factors)
-            better = error < best
-            best = np.where(better, error, best)
-            chosen[rows] = np.where(better, scale, chosen[rows]) if shrink != _SHRINKS[0] else scale
+        scales = np.stack([scale_from_absmax(absmax * np.float32(shrink), scheme) for shrink in _SHRINKS])
+        if kernels is None:
+            errors = np.stack([_weighted_error(grouped, scale, scheme, factors) for scale in scales])
+            chosen[rows] = np.take_along_axis(scales, errors.argmin(axis=0)[None], axis=0)[0]
+            return
+        read = [array.ctypes.data for array in (grouped, scales, factors)]
+        found = np.empty(absmax.shape, np.float32)
+        sizes = (*grouped.shape, len(scales), scheme.code_min, scheme.code_max)
+        kernels.functions.pangu_best_scale(*read, *sizes, found.ctypes.data)
+        chosen[rows] = found
 
     by_element(choose, row_pieces(weight))
     return chosen

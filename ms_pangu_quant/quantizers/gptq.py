@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.kernels.library import library
-from ms_pangu_quant.quantizers.cholesky import cholesky, solve
+from ms_pangu_quant.quantizers.cholesky import cholesky, solver
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
 from ms_pangu_quant.quantizers.products import Products, Rows, product
@@ -291,7 +291,7 @@ def _damped(gram: NDArray[np.float32], columns: NDArray[np.intp], added: float, 
     lower = np.empty(gram.shape, precision)
 
     def copy(rows: slice) -> None:
-        lower[rows] = gram[columns[rows]][:, columns]
+        lower[rows] = np.take(gram[columns[rows]], columns, axis=1, mode="clip")
 
     by_element(copy, row_pieces(lower))
     diagonal = np.einsum("ii->i", lower)
@@ -310,14 +310,14 @@ def solved(rows: NDArray[np.float32], factor: NDArray[Any], order: NDArray[np.in
     """rows [count, in] (L L^T)^-1; factor L of factorise for order[::-1]."""
     columns = order[::-1]
     back = np.argsort(columns)
-    result = np.empty_like(rows)
+    result, solve = np.empty_like(rows), solver(factor)
 
     def divide(part: slice) -> None:
-        there = rows[part][:, columns].astype(factor.dtype, copy=False)
-        solve(factor, there)
-        result[part] = there[:, back]
+        there = np.take(rows[part], columns, axis=1, mode="clip").astype(factor.dtype, copy=False)
+        solve(there)
+        result[part] = np.take(there, back, axis=1, mode="clip")
 
-    in_parallel(divide, row_pieces(rows, _PIECE_ELEMENTS))
+    in_parallel(divide, row_pieces(rows, 2 * _PIECE_ELEMENTS))
     return result
 
 
@@ -421,7 +421,7 @@ def _turned(weight: NDArray[np.float32], columns: NDArray[np.intp]) -> NDArray[n
     target = np.empty((weight.shape[1], len(weight)), np.float32)
 
     def turn(part: slice) -> None:
-        target[:, part] = weight[part].take(columns, axis=1).T
+        target[:, part] = np.take(weight[part], columns, axis=1, mode="clip").T
 
     by_element(turn, row_pieces(weight))
     return target

@@ -11,7 +11,7 @@ from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilde
 from ms_pangu_quant.errors import DataError, RecipeError
 from ms_pangu_quant.kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.quantizers import gptq
-from ms_pangu_quant.quantizers.cholesky import cholesky, solve
+from ms_pangu_quant.quantizers.cholesky import cholesky, solver
 from ms_pangu_quant.quantizers.clip import mse_scale
 from ms_pangu_quant.quantizers.gptq import _DAMPINGS, _RIDGE, Gptq, HeldOut, checked_diagonal, factorise, gptq_codes
 from ms_pangu_quant.quantizers.grid import is_bfloat16, weight_scale
@@ -233,7 +233,7 @@ def test_what_a_factor_solves_is_the_matrix_inverse():
     x, rows = (np.random.default_rng(seed).normal(size=(count, 900)) for seed, count in ((0, 2000), (1, 7)))
     lower, solved = x.T @ x, rows.copy()
     assert cholesky(lower)
-    solve(lower, solved)
+    solver(lower)(solved)
     np.testing.assert_allclose(solved @ (x.T @ x), rows, atol=1e-9)
 
 
@@ -249,7 +249,7 @@ def test_the_correction_is_the_same_for_few_outputs_and_for_many():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("size", [1, 383, 384, 1000, 1500])
+@pytest.mark.parametrize("size", [1, 511, 512, 1000, 1500])
 def test_the_blocked_factorisation_is_lapacks(size, dtype):
     x = np.random.default_rng(size).normal(size=(2 * size, size))
     whole = (x.T @ x).astype(dtype)
@@ -507,6 +507,19 @@ def test_the_mse_scale_is_the_best_of_its_grid(scheme, weighted):
             assert best <= error(largest[row, group], row, group) * (1 + 1e-5)
             smaller += chosen[row, group] < largest[row, group]
     assert smaller > 0 or scheme.bits == 8
+
+
+@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
+def test_the_kernels_choose_the_scale_that_numpy_does(scheme, monkeypatch):
+    generator = np.random.default_rng(43)
+    weight, importance, found = generator.normal(size=(50, IN)).astype(np.float32), generator.lognormal(size=IN), []
+    paths = PATHS[: PATHS.index(library().best) + 1] if library() else ()
+    for path in (*paths, "off"):
+        monkeypatch.setenv(SETTING, path)
+        found.append(mse_scale(weight, scheme, importance))
+    monkeypatch.undo()
+    library()
+    assert all(np.array_equal(each, found[-1]) for each in found)
 
 
 def test_inputs_that_were_never_active_do_not_make_the_scale_arbitrary():
