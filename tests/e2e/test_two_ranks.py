@@ -155,7 +155,7 @@ def test_every_scheme_is_cut_with_kernels_and_with_plain_operators(kernels, tmp_
 RECIPE = """
 scheme: w4a8_g128
 transforms: [smooth_search]
-rounding: {gptq: {correct: true}}
+rounding: {gptq: {correct: true, products: bfloat16}}
 calibration: {samples: 12, max_length: 96}
 """
 

@@ -170,3 +170,22 @@ def test_float_layers_for_many_tokens_are_the_layers(monkeypatch):
     monkeypatch.setattr(running, "current_backend", lambda: replace(current_backend(), float_method=None))
     plain = BlockRunner(reader.config, LENGTHS).advance(RoundedBlock(block), hidden).states
     np.testing.assert_allclose(ours, plain, atol=1e-5 * np.abs(plain).max())
+
+
+def test_float_layers_in_bfloat16_are_near_and_stand_for_no_quantized_layer(stored, monkeypatch):
+    reader = CheckpointReader(MINI)
+    _, hidden = begun(reader)
+    block, other = reader.block(0), reader.block(1)
+    exact, rough = (BlockRunner(reader.config, LENGTHS, bfloat16=each) for each in (False, True))
+    outputs = [each.advance(RoundedBlock(block), hidden).states for each in (exact, rough)]
+    added = np.abs(outputs[0] - hidden.states).max()
+    assert np.abs(outputs[1] - outputs[0]).max() < 1e-2 * added
+    assert np.array_equal(outputs[0], outputs[1]) != library().bfloat16
+    # What is in the network is not loaded again, and another block is.
+    assert not np.array_equal(rough.advance(RoundedBlock(other), hidden).states, outputs[1])
+    for _ in range(2):
+        assert np.array_equal(rough.advance(RoundedBlock(block), hidden).states, outputs[1])
+    monkeypatch.setattr(running, "current_backend", lambda: replace(current_backend(), integer_kernels=False))
+    rounded = QuantizedReader(stored("w8a8")).rounded_block(0)
+    for _ in range(2):
+        assert np.array_equal(*(each.advance(rounded, hidden).states for each in (exact, rough)))
