@@ -7,6 +7,7 @@ so this module must run before either is: nothing outside network/, backends/ an
 from __future__ import annotations
 
 import atexit
+import gc
 import io
 import logging
 import mmap
@@ -173,10 +174,19 @@ def _import_frameworks() -> None:
     show_warning = warnings.showwarning
     from mindformers.tools.logger import get_logger
 
+    _forget_failed_imports()
     warnings.showwarning = show_warning  # MindFormers sends every warning of the process to its log
     logging.disable(logging.NOTSET)
     if not _verbose:
         get_logger().setLevel(logging.ERROR)
+
+
+def _forget_failed_imports() -> None:
+    """Some packages keep the ImportError of what they would have liked to import. Its traceback keeps all functions that
+    were under way then from giving up their variables, ours included, which may be gigabytes."""
+    for each in gc.get_objects():
+        if issubclass(type(each), ImportError):
+            each.__traceback__ = None
 
 
 def _set_environment(verbose: bool) -> None:

@@ -103,12 +103,11 @@ def try_choices(
     lengths = [len(sequence) for sequence in sequences]
     hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), lengths, held_out)
     needs = reduce(operator.or_, (each.observed | (each.seen or NOTHING) for each in choices))
-    runner = BlockRunner(reader.config, lengths, held_out=held_out, bfloat16=needs.bfloat16)
     plans = [each.plan(reader.config).blocks for each in choices]
     judged = slice(hidden.fitted if held_out else 0, None)
     errors: list[list[float]] = [[] for _ in choices]
     where = blocks_tried(reader.config.num_hidden_layers)
-    with BlockRunner(reader.config, lengths, held_out=held_out) as runner:
+    with BlockRunner(reader.config, lengths, held_out=held_out, bfloat16=needs.bfloat16) as runner:
         for index in range(where[-1] + 1):
             for place, choice in enumerate(choices) if index in where else ():
                 begun = Hidden(

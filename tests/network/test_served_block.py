@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -71,13 +73,30 @@ def test_the_streamed_blocks_have_the_bits_of_the_served_network(name, stored):
     assert np.array_equal(streamed.reshape(wanted.shape), wanted)
 
 
+def test_starting_the_frameworks_keeps_no_variable_of_whoever_did():
+    program = """
+import weakref
+from ms_pangu_quant.network import runtime
+
+class Large: pass
+
+def first():
+    held = Large()
+    runtime.ensure_started()
+    return weakref.ref(held)
+
+assert first()() is None
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
 def test_a_runner_gives_back_what_its_networks_hold(stored):
     reader = QuantizedReader(stored("w8a8"))
     _, hidden = begun(reader)
     with BlockRunner(reader.config, LENGTHS) as runner:
         behind = runner.advance(reader.rounded_block(0), hidden)
         runner.advance(RoundedBlock(CheckpointReader(MINI).block(0)), hidden)
-        networks = [runner._network, *(block.network for block in runner._served.values())]
+        networks = [*runner._floats.values(), *(block.network for block in runner._served.values())]
         assert len(networks) == 2
     assert all(each.size == 1 for network in networks for each in network.get_parameters())
     with BlockRunner(reader.config, LENGTHS) as runner:  # and another one in the same process is as good
