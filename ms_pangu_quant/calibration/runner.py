@@ -457,7 +457,7 @@ def _float_network(config: ModelConfig, num_blocks: int, bfloat16: bool) -> Any:
     )
 
 
-def _float_tensors(block: RoundedBlock) -> Iterator[tuple[str, ArraySlice]]:
+def float_tensors(block: RoundedBlock) -> Iterator[tuple[str, ArraySlice]]:
     """A block for the float network, quantized layers dequantized; one of them in memory at a time.
 
     A weight that is a layer of its own is copied: MindFormers' loader keeps the array, and a kernel may pack it in place.

@@ -40,10 +40,9 @@ def sensitivity_command(
 ) -> None:
     """Rank groups of layers by the output error and the KL that each causes when it alone is quantized.
 
-    A copy of the measured texts' hidden states goes through the model for each of the 4 groups of each block, so time grows
-    with the square of the number of blocks: seconds for the embedded checkpoint, hours for a 7B on two cores (--dry-run
-    tells; --tokens makes it proportionally cheaper). Statistics are taken from the other texts of the calibration data.
-    A killed run goes on with --resume.
+    Each block is rounded in both schemes, and run with each of its 4 groups alone rounded; gradients of the float model turn
+    what that changes into a KL. It takes about as long as quantizing twice (--dry-run tells). Statistics are taken from the
+    texts of the calibration data that KL is not measured on. A killed run goes on with --resume.
 
     Example:
         pangu-quant sensitivity openPangu-Embedded-7B --recipe w4a8_mixed \\

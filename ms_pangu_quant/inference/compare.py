@@ -7,7 +7,7 @@ float32 values (see calibration.stream), which gives the served network's result
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,9 +219,7 @@ def divergences(
     top, total, chosen = np.full(shape, -np.inf), np.zeros(shape), np.zeros(shape)
     best = np.zeros(shape, np.int64)
     weighted = np.zeros(shape)  # sum over the vocabulary of exp(a - top of a) * (a - b), a the reference's logits
-    step = max(1, _SLICE_BYTES // (4 * max(len(targets), 1)))
-    for start in range(0, vocab, step):
-        stop = min(start + step, vocab)
+    for start, stop in vocabulary_slices(vocab, len(targets)):
         inside = np.flatnonzero((targets >= start) & (targets < stop))
         for model, (state, rows) in enumerate(zip(states, head(start, stop), strict=True)):
             values = (state @ rows.T).astype(np.float64)
@@ -254,9 +252,7 @@ def log_likelihoods(
     count = len(wanted)
     top, total, best = np.full(count, -np.inf), np.zeros(count), np.zeros(count, np.int64)
     logits = np.zeros(wanted.shape)
-    step = max(1, _SLICE_BYTES // (4 * max(count, 1)))
-    for start in range(0, vocab, step):
-        stop = min(start + step, vocab)
+    for start, stop in vocabulary_slices(vocab, count):
         values = (states @ head(start, stop).T).astype(np.float64)
         rows, columns = np.nonzero((wanted >= start) & (wanted < stop))
         logits[rows, columns] = values[rows, wanted[rows, columns] - start]
@@ -266,6 +262,13 @@ def log_likelihoods(
         total = total * np.exp(top - raised) + np.exp(values - raised[:, None]).sum(axis=1)
         top = raised
     return np.where(wanted >= 0, logits - (top + np.log(total))[:, None], 0.0), best
+
+
+def vocabulary_slices(vocab: int, tokens: int) -> Iterator[tuple[int, int]]:
+    """(start, stop), so long that logits of so many tokens are within _SLICE_BYTES."""
+    step = max(1, _SLICE_BYTES // (4 * max(tokens, 1)))
+    for start in range(0, vocab, step):
+        yield start, min(start + step, vocab)
 
 
 def head_rows(reader: Reader, start: int, stop: int) -> NDArray[np.float32]:

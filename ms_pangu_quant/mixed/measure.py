@@ -1,12 +1,13 @@
-"""measure(): the sensitivity of every group of layers of a checkpoint, in one pass over its blocks.
+"""measure(): the sensitivity of every group of layers of a checkpoint, in one pass over its blocks and one back.
 
-The float model runs on two parts of the calibration data. One gives the statistics that transforms and rounding need. On
-the other a copy of the hidden states is taken for each group of layers, goes through the group's block with this group
-alone quantized, and then beside the float model's own through the rest of the float model to the head, where its KL is
-that group's. All copies go through a block when it is loaded, so each is read once.
+The float model runs on two parts of the calibration data. One gives the statistics that transforms and rounding need. The
+other goes through each block once more for each group of layers, with this group alone quantized, and what that changes
+behind the block is kept. On the way back every block has the gradients of the float model's own samples (inference/fisher),
+by which a change behind it is a KL of the next-token distributions: KL is quadratic in a small error. All layers quantized
+together go to the head, and are measured there.
 
-What it costs: blocks^2 * 2 passes of the measured tokens through a block, and a head for every group. The copies lie on
-disk: (4 * blocks + 3) * tokens * hidden * 4 bytes, twice. A killed run goes on at the block where it stopped.
+What it costs: for each block some 17 + DRAWS passes of the measured tokens, and its rounding in both schemes. On disk lie
+(5 * blocks + 2 * DRAWS) * tokens * hidden * 4 bytes. A killed run goes on at the block where it stopped.
 
 What it does not do: correct for drift (`correct: true` of gptq has nothing to correct where all else is float, so what it
 gains is not in the figures).
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.gradients import LONGEST, BlockGradients
 from ms_pangu_quant.calibration.runner import BlockRunner, Hidden
 from ms_pangu_quant.calibration.statistics import NOTHING, Needs
 from ms_pangu_quant.calibration.stream import NoStream, relative_error
@@ -36,9 +38,10 @@ from ms_pangu_quant.checkpoint.files import write_json
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.errors import OutputError
 from ms_pangu_quant.inference.compare import cluster_error, divergences, final_norm, head_rows
+from ms_pangu_quant.inference.fisher import sampled_gradients
 from ms_pangu_quant.mixed.sensitivity import (
     DEFAULT_TOKENS,
-    FIRST_STREAMS,
+    DRAWS,
     GroupSensitivity,
     Sensitivity,
     method_digest,
@@ -52,7 +55,7 @@ from ms_pangu_quant.recipe.parse import text_of
 from ms_pangu_quant.recipe.plan import BlockPlan
 from ms_pangu_quant.recipe.recipe import Recipe
 
-_AT_A_TIME = 16  # streams that go through a block between two calls of on_step
+_ARRAYS = ("statistics-", "quantized-", "float-", "changes-", "gradients-")  # names of _State's files
 
 
 def measure(
@@ -63,14 +66,14 @@ def measure(
     data: TokenData,
     tokens: int = DEFAULT_TOKENS,
     resume: bool = False,
-    on_step: Callable[[int], None] = lambda streams: None,
+    on_step: Callable[[int], None] = lambda count: None,
 ) -> Sensitivity:
     """Sensitivities to the recipe's schemes_to_measure() under its transforms and its rounding.
 
     folder   for the hidden states of a run under way; removed when it is done.
     data     the last texts, of at least `tokens` tokens together, are measured on; the others give the statistics.
     resume   go on with the run in `folder`.
-    on_step  called with how many streams have passed a block, or the head; total_steps() is their sum.
+    on_step  called with how many steps each part of the work has had; total_steps() is their sum.
     Raises   PanguQuantError for what is wrong with data, recipe or folder.
     """
     check_data(reader.config, recipe, data)
@@ -78,7 +81,8 @@ def measure(
     reader = recipe.rewritten(reader)
     recipes = [recipe.uniform(name) for name in schemes]
     plans = [each.plan(reader.config) for each in recipes]  # what does not fit is said before hours have passed
-    known, measured = split(data, tokens, 1 + bool(recipe.quantizer.needs.held_out))
+    known, texts = split(data, tokens, 1 + bool(recipe.quantizer.needs.held_out))
+    measured = [text[start : start + LONGEST] for text in texts for start in range(0, len(text), LONGEST)]
     origin = {
         "checkpoint": checkpoint_hash(reader),
         "method": method_digest(recipe),
@@ -90,28 +94,41 @@ def measure(
         **({"transforms": recipe.decision} if recipe.decision else {}),
         "version": version("ms_pangu_quant"),
     }
-    state = _State(folder, {**origin, "schemes": list(schemes)}, resume)
+    state = _State(folder, {**origin, "schemes": list(schemes)}, reader.config.num_hidden_layers, resume)
     lengths = [len(sequence) for sequence in known], [len(sequence) for sequence in measured]
-    held_out = _held_out(recipes, lengths[0])
-    runner = BlockRunner(reader.config, lengths[0], held_out=held_out, also=[list(lengths[1]) * _AT_A_TIME])
     if not state.finished:
         begun = embedding_rows(reader.files, np.concatenate(measured))
-        state.begin(embedding_rows(reader.files, np.concatenate(known)), np.stack([begun] * FIRST_STREAMS))
-    for index in range(state.finished):
-        on_step(steps(index))
-    for index in range(state.finished, reader.config.num_hidden_layers):
-        planned = [(each, plan.blocks[index]) for each, plan in zip(recipes, plans, strict=True)]
-        _measure_block(runner, reader.block(index), planned, state, lengths, index, on_step)
-    kl = _final_kl(reader, state, on_step)
-    ends = np.cumsum(lengths[1])[:-1]
-    groups = [
-        GroupSensitivity(**record, kl=float(values.mean()), kl_se=cluster_error(np.split(values, ends)))
-        for record, values in zip(state.records, kl[FIRST_STREAMS:], strict=True)
-    ]
-    together = dict(zip(schemes, (float(values.mean()) for values in kl[1:FIRST_STREAMS]), strict=True))
-    found = Sensitivity(schemes, tuple(groups), together, origin)
+        state.begin(embedding_rows(reader.files, np.concatenate(known)), begun, np.stack([begun] * len(schemes)))
+    for part in range(state.finished):
+        on_step(steps(part, state.blocks))
+    if state.finished < state.blocks:
+        held_out = _held_out(recipes, lengths[0])
+        runner = BlockRunner(reader.config, lengths[0], held_out=held_out, also=[lengths[1]])
+        for index in range(state.finished, state.blocks):
+            planned = [(each, plan.blocks[index]) for each, plan in zip(recipes, plans, strict=True)]
+            _measure_block(runner, reader.block(index), planned, state, lengths, index)
+            on_step(steps(index, state.blocks))
+        del runner
+    if state.finished == state.blocks:
+        _measure_head(reader, state, recipe.calibration.seed)
+        on_step(steps(state.blocks, state.blocks))
+    pullback = BlockGradients(reader.config, DRAWS)
+    for index in range(2 * state.blocks - state.finished, -1, -1):
+        _go_back(pullback, reader, state, lengths[1], index)
+        on_step(steps(2 * state.blocks - index, state.blocks))
+    groups = tuple(
+        GroupSensitivity(**{**record, **_mean(record["kl"], lengths[1])})
+        for record in state.records  # of a text each
+    )
+    found = Sensitivity(schemes, groups, dict(zip(schemes, state.together, strict=True)), origin)
     state.remove()
     return found
+
+
+def _mean(kl: Sequence[float], lengths: Sequence[int]) -> dict[str, float | None]:
+    """Of a token, and its standard error; kl: of the texts."""
+    tokens = [np.full(length, each / length) for each, length in zip(kl, lengths, strict=True)]
+    return {"kl": float(np.concatenate(tokens).mean()), "kl_se": cluster_error(tokens)}
 
 
 def _needs(recipes: Sequence[Recipe]) -> Needs:
@@ -130,137 +147,158 @@ def _measure_block(
     state: _State,
     lengths: tuple[list[int], list[int]],
     index: int,
-    on_step: Callable[[int], None],
 ) -> None:
-    before, after = state.open(index)
-    known_states = Hidden(state.statistics(index), lengths[0], _held_out([each for each, _ in planned], lengths[0]))
+    measured, quantized = Hidden(state.read("float", index), lengths[1]), state.read("quantized", index)
+    known_states = Hidden(state.read("statistics", index), lengths[0], _held_out([each for each, _ in planned], lengths[0]))
     stats, observed = runner.observe(block, known_states, _needs([each for each, _ in planned]), f"block {index}")
-    runner.advance(RoundedBlock(block), Hidden(before[0], lengths[1]), after[0])
+    reference = runner.advance(RoundedBlock(block), measured, state.room("float", index + 1, measured.states.shape)).states
+    behind = state.room("quantized", index + 1, quantized.shape)
+    changes = state.room("changes", index, (len(layout.FUSED), *measured.states.shape))
 
     def error(changed: RoundedBlock, output: NDArray[np.float32] | None = None) -> float:
-        return relative_error(runner.advance(changed, Hidden(before[0], lengths[1]), output).states, after[0])
+        return relative_error(runner.advance(changed, measured, output).states, reference)
 
     errors: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
     alone: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
     for place, (each, plan) in enumerate(planned):
         changed, known = transform_block(block, stats, each, plan)
         rounded = round_block(changed, known, each, plan, NoStream())
-        runner.advance(rounded, Hidden(before[1 + place], lengths[1]), after[1 + place])
+        runner.advance(rounded, Hidden(quantized[place], lengths[1]), behind[place])
         for number, group in enumerate(layout.FUSED):
             own = {site.name: rounded.linears[site.name] for site in layout.fused(group)}
-            stream = after[FIRST_STREAMS + len(layout.FUSED) * index + number] if place == 0 else None
-            errors[group][each.scheme] = error(RoundedBlock(changed, own), stream)
+            errors[group][each.scheme] = error(RoundedBlock(changed, own), changes[number] if place == 0 else None)
             if place == 0:
+                changes[number] -= reference
                 whole = errors[group][each.scheme] if len(own) == 1 else None
                 alone[group] = {name: whole or error(RoundedBlock(changed, {name: own[name]})) for name in own}
         del changed, rounded
-    on_step(FIRST_STREAMS + len(layout.FUSED))
-    for start in range(FIRST_STREAMS, len(before), _AT_A_TIME):
-        carried = before[start : start + _AT_A_TIME]
-        flat = (len(carried) * before.shape[1], before.shape[2])
-        out = after[start : start + len(carried)].reshape(flat)
-        runner.advance(RoundedBlock(block), Hidden(carried.reshape(flat), lengths[1] * len(carried)), out)
-        on_step(len(carried))
     records = [
         {"block": index, "group": group, "output_error": errors[group], "site_error": alone[group]}
         for group in layout.FUSED
     ]
     assert observed is not None
-    state.finish(index, observed.states, after, records)
+    state.room("statistics", index + 1, observed.states.shape)[:] = observed.states
+    state.finish(records=[*state.records, *records])
 
 
-def _final_kl(reader: CheckpointReader, state: _State, on_step: Callable[[int], None]) -> NDArray[np.float64]:
-    """KL [streams, tokens] to the float model, over tokens as the texts have them; the next token plays no part."""
-    streams = state.streams(reader.config.num_hidden_layers)
-    rows: list[NDArray[np.float64]] = []
-    reference, targets = final_norm(reader, streams[0]), np.zeros(streams.shape[1], np.int32)
-    for start in range(0, len(streams), _AT_A_TIME):
-        others = [final_norm(reader, stream) for stream in streams[start : start + _AT_A_TIME]]
+def _measure_head(reader: CheckpointReader, state: _State, seed: int) -> None:
+    """KL of all layers quantized together, and the gradients that the way back begins with."""
+    states, quantized = (state.read(name, state.blocks) for name in ("float", "quantized"))
+    normalised = [final_norm(reader, each) for each in (states, *quantized)]
 
-        def head(first: int, last: int, count: int = len(others)) -> list[NDArray[np.float32]]:
-            return [head_rows(reader, first, last)] * (1 + count)
+    def head(first: int, last: int) -> list[NDArray[np.float32]]:
+        return [head_rows(reader, first, last)] * len(normalised)
 
-        rows.extend(divergences(head, reader.config.vocab_size, [reference, *others], targets)[0][1:])
-        on_step(len(others))
-    return np.stack(rows)
+    kl, _, _ = divergences(head, reader.config.vocab_size, normalised, np.zeros(len(states), np.int32))  # no target
+    sampled_gradients(reader, states, seed, state.room("gradients", state.blocks, (DRAWS, *states.shape)))
+    state.finish(together=kl[1:].mean(axis=1).tolist())
+
+
+def _go_back(pullback: BlockGradients, reader: CheckpointReader, state: _State, lengths: list[int], index: int) -> None:
+    """The KL of what the block's groups change behind it, of each text; and to the front of the block."""
+    gradients, changes = state.read("gradients", index + 1), state.read("changes", index)
+    starts, records = np.cumsum([0, *lengths[:-1]]), list(state.records)
+    first = len(layout.FUSED) * index
+    for place, change in enumerate(changes, first):
+        along = np.einsum("dth,th->dt", gradients, change, dtype=np.float64)
+        kl = np.square(np.add.reduceat(along, starts, axis=1)).mean(axis=0) / 2
+        records[place] = {**records[place], "kl": kl.tolist()}
+    if index:
+        hidden = Hidden(state.read("float", index), lengths)
+        pullback.pull_back(reader.block(index), hidden, gradients, state.room("gradients", index, gradients.shape))
+    state.finish(records=records)
 
 
 class _State:
-    """The hidden states of a run under way: a journal, and two arrays behind the last finished block."""
+    """A run under way: a journal, and arrays of what the parts to come need.
 
-    def __init__(self, folder: Path, fingerprint: Mapping[str, object], resume: bool) -> None:
+    Its parts are the blocks, the head, and the blocks backwards; `finished` of them are. Arrays are of a place: in front of
+    the block of this index, `changes` behind it.
+
+    statistics  [tokens, hidden] the texts that statistics are of, in front of the block whose turn it is.
+    quantized   [2, tokens, hidden] the measured texts there, all layers in the cheaper and the dearer scheme.
+    float       [tokens, hidden] the measured texts in the float model, in front of every block.
+    changes     [groups, tokens, hidden] what each group changes.
+    gradients   [DRAWS, tokens, hidden] on the way back.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, object], blocks: int, resume: bool) -> None:
         """Raises OutputError if the folder is there and not to be resumed, or is another run's."""
-        self.folder, self._fingerprint = folder, dict(fingerprint)
-        self.finished, self.records = 0, list[dict[str, Any]]()
+        self.folder, self._fingerprint, self.blocks = folder, dict(fingerprint), blocks
+        self.finished, self.records, self.together = 0, list[dict[str, Any]](), list[float]()
+        self._open: list[np.memmap[Any, Any]] = []
         journal = folder / "journal.json"
         if journal.exists():
             if not resume:
                 raise OutputError(f"{folder}: holds an unfinished run; go on with --resume, or remove it")
             try:
                 found = json.loads(journal.read_text(encoding="utf-8"))
-                self.finished, self.records = int(found["finished"]), list(found["records"])
                 begun = found["fingerprint"]
-            except (ValueError, KeyError, TypeError) as error:
+                changed = sorted(key for key in self._fingerprint if begun.get(key) != self._fingerprint[key])
+                if not changed:
+                    self.finished, self.records = int(found["finished"]), list(found["records"])
+                    self.together = list(found["together"])
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise OutputError(f"{journal}: damaged ({error}); remove {folder} and start again") from None
-            missing = [
-                path for path in (self._statistics(self.finished), self._streams(self.finished)) if not path.exists()
-            ]
-            if missing:
-                raise OutputError(f"{missing[0]}: is missing; remove {folder} and start again")
-            changed = sorted(key for key in self._fingerprint if begun.get(key) != self._fingerprint[key])
             if changed:
                 raise OutputError(f"{folder}: was begun with another {', '.join(changed)}; remove it to start again")
+            missing = [path for path in self._wanted() if not path.exists()]
+            if missing:
+                raise OutputError(f"{missing[0]}: is missing; remove {folder} and start again")
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{folder}: cannot write here ({error.strerror}); choose another --output") from None
-        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(("streams-", "statistics-")))
+        others = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_ARRAYS))
         if others:
             raise OutputError(f"{folder}: is not a run's (it holds {others[0]}); choose another --output")
 
-    def begin(self, statistics: NDArray[np.float32], streams: NDArray[np.float32]) -> None:
-        np.save(self._statistics(0), statistics)
-        np.save(self._streams(0), streams)
-        self._journal()
+    def begin(self, statistics: NDArray[np.float32], floats: NDArray[np.float32], quantized: NDArray[np.float32]) -> None:
+        for name, states in (("statistics", statistics), ("float", floats), ("quantized", quantized)):
+            self.room(name, 0, states.shape)[:] = states
+        self._save()
 
-    def statistics(self, index: int) -> NDArray[np.float32]:
-        return np.asarray(np.load(self._statistics(index)))
+    def read(self, name: str, index: int) -> NDArray[np.float32]:
+        """Mapped."""
+        return np.asarray(np.load(self._path(name, index), mmap_mode="r"))
 
-    def streams(self, index: int) -> NDArray[np.float32]:
-        """[streams, tokens, hidden] in front of block `index`, mapped."""
-        return np.asarray(np.load(self._streams(index), mmap_mode="r"))
+    def room(self, name: str, index: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
+        """To be written into before finish()."""
+        path = self._path(name, index)
+        made = np.lib.format.open_memmap(path, "w+", np.float32, shape)  # type: ignore[no-untyped-call]
+        self._open.append(made)
+        return np.asarray(made)
 
-    def open(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """(streams in front of the block, room for those behind it: the same and one for each group)."""
-        before = self.streams(index)
-        shape = (len(before) + len(layout.FUSED), *before.shape[1:])
-        after = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
-            self._streams(index + 1), mode="w+", dtype=np.float32, shape=shape
-        )
-        return before, after
-
-    def finish(
-        self, index: int, statistics: NDArray[np.float32], streams: NDArray[np.float32], records: list[dict[str, Any]]
-    ) -> None:
-        """Everything behind the block is on disk when this returns, and what was in front of it is gone."""
-        np.save(self._statistics(index + 1), statistics)
-        if isinstance(streams, np.memmap):
-            streams.flush()
-        self.finished, self.records = index + 1, [*self.records, *records]
-        self._journal()
-        self._statistics(index).unlink(missing_ok=True)
-        self._streams(index).unlink(missing_ok=True)
+    def finish(self, *, records: list[dict[str, Any]] | None = None, together: list[float] | None = None) -> None:
+        """One more part: all that was written is on disk when this returns, and what no part needs any more is gone."""
+        self.finished += 1
+        self.records, self.together = records or self.records, together or self.together
+        self._save()
+        for path in {*self.folder.glob("*.npy")} - self._wanted():  # a folder with others' is refused
+            path.unlink()
 
     def remove(self) -> None:
         shutil.rmtree(self.folder)
 
-    def _statistics(self, index: int) -> Path:
-        return self.folder / f"statistics-{index:05d}.npy"
+    def _wanted(self) -> set[Path]:
+        """What the parts to come read."""
+        done, there = self.finished, min(self.finished, self.blocks)
+        left = there if done <= self.blocks else 2 * self.blocks - done + 1  # blocks that the way back still has
+        names = [("changes", index) for index in range(left)]
+        names += [("float", index) for index in range(left if done > self.blocks else there + 1)]
+        if done <= self.blocks:
+            names += [("quantized", there), *([("statistics", there)] if done < self.blocks else [])]
+        elif left:
+            names.append(("gradients", left))
+        return {self._path(*each) for each in names}
 
-    def _streams(self, index: int) -> Path:
-        return self.folder / f"streams-{index:05d}.npy"
+    def _path(self, name: str, index: int) -> Path:
+        return self.folder / f"{name}-{index:05d}.npy"
 
-    def _journal(self) -> None:
-        found = {"fingerprint": self._fingerprint, "finished": self.finished, "records": self.records}
-        write_json(self.folder / "journal.json", found)
+    def _save(self) -> None:
+        for each in self._open:
+            each.flush()
+        self._open.clear()
+        found = {"finished": self.finished, "records": self.records, "together": self.together}
+        write_json(self.folder / "journal.json", {"fingerprint": self._fingerprint, **found})

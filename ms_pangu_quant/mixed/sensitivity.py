@@ -29,10 +29,11 @@ from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.recipe.settings import digest_of
 
-VERSION = 1
+VERSION = 2  # 1: KL of each group was measured at the head
 DEFAULT_TOKENS = 4096
 _DEARER = "w8a8"
-FIRST_STREAMS = 3  # before the groups': the float model's, and with all layers in the cheaper and the dearer scheme
+DRAWS = 8  # of a next token at each: a text's KL is their mean, so its own error is the KL times the root of 2/DRAWS
+_FORWARD_STEPS, _HEAD_STEPS, _BACKWARD_STEPS = 3, 1, 1
 
 
 @dataclass(frozen=True)
@@ -137,13 +138,15 @@ def split(data: TokenData, tokens: int, least: int = 1) -> tuple[list[NDArray[np
 
 
 def total_steps(blocks: int) -> int:
-    """What measuring takes: streams times blocks, and heads."""
-    return sum(steps(index) for index in range(blocks)) + FIRST_STREAMS + len(layout.FUSED) * blocks
+    """What measuring takes, in steps of about the same time."""
+    return sum(steps(part, blocks) for part in range(2 * blocks + 1))
 
 
-def steps(index: int) -> int:
-    """Streams that go through block `index`."""
-    return FIRST_STREAMS + len(layout.FUSED) * (index + 1)
+def steps(part: int, blocks: int) -> int:
+    """Of the blocks, the head and the blocks backwards, one after another."""
+    if part == blocks:
+        return _HEAD_STEPS
+    return _FORWARD_STEPS if part < blocks else _BACKWARD_STEPS
 
 
 def schemes_to_measure(recipe: Recipe) -> tuple[str, str]:
@@ -162,9 +165,10 @@ def schemes_to_measure(recipe: Recipe) -> tuple[str, str]:
 
 
 def method_digest(recipe: Recipe) -> str:
-    """sha256 of what the figures depend on in a recipe: its transforms, rounding and ranges, not its schemes."""
+    """sha256 of how the figures are made, and what they depend on in a recipe: its transforms, rounding and ranges, not its
+    schemes."""
     names = ("rewrites", "transforms", "quantizer", "activation_range", "full_range")
-    return digest_of(**{name: getattr(recipe, name) for name in names})
+    return digest_of(draws=DRAWS, **{name: getattr(recipe, name) for name in names})
 
 
 def assigned(recipe: Recipe, config: ModelConfig, found: Sensitivity, stored_as: Format) -> Recipe:

@@ -17,7 +17,7 @@ from ms_pangu_quant.formats import kv_cache, mindformers
 from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.kernels.library import library
-from ms_pangu_quant.mixed.sensitivity import split
+from ms_pangu_quant.mixed.sensitivity import DRAWS, split
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -157,13 +157,14 @@ def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens:
     )
     blocks = config.num_hidden_layers
     weights = layout.weight_count(config)
-    # The copies' way to the head is most of it.
-    passes = sum(4 * index + 16 for index in range(blocks))  # copies under way; in each block 8 alone, 5 by site, 3 whole
-    products: float = 2 * weights * (passes * measured + blocks * statistics)
-    products += 2 * (4 * blocks + 3) * 1.1 * measured * config.vocab_size * config.hidden_size
+    # Each group alone in both schemes, each layer that shares a group, the float model, all together in integers; and back.
+    passes = 2 * 4 + 5 + 1 + 0.5 + (2 + DRAWS)
+    products: float = 2 * weights * blocks * (passes * measured + statistics)
+    products += 2 * (3 * 1.1 + 3) * measured * config.vocab_size * config.hidden_size
     products += 2 * blocks * _gram_products(config, recipe, statistics)
-    seconds = 5 + blocks * 2 * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
-    return SensitivityCost(statistics, measured, seconds, disk=2 * (4 * blocks + 3) * measured * config.hidden_size * 4)
+    seconds = 5 + blocks * 3 * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
+    disk = 4 * config.hidden_size * ((5 * blocks + 2 * DRAWS) * measured + 2 * statistics)
+    return SensitivityCost(statistics, measured, seconds, disk)
 
 
 def stored_bytes(reader: CheckpointReader, recipe: Recipe, plan: Plan, stored_as: Format = mindformers) -> int:

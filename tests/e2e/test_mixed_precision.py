@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+from fnmatch import fnmatch
 
 import numpy as np
 import pytest
@@ -82,29 +83,36 @@ def mixed(folder, checkpoint, data, found):
     return folder / "mixed"
 
 
+@pytest.fixture(scope="module")
+def plain(folder, checkpoint):
+    """(data, what was found of it): 100 texts to measure on, so that the draws' noise is small; no transforms."""
+    generator = np.random.default_rng(1)
+    sequences = tuple(generator.integers(3, 96, 24).astype(np.int32) for _ in range(110))
+    texts = TokenData(sequences, sha256="d", truncated=0)
+    chosen = recipe_of(folder, BUDGET.replace("[smooth]", "[]"), "plain")
+    return texts, measure(CheckpointReader(checkpoint), chosen, folder / "plain", data=texts, tokens=2400)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("block", "layers"), [(0, "*.0.mlp.down_proj"), (1, "*.1.self_attn.[qkv]_proj")])
-def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folder, checkpoint, data, found, block, layers):
+@pytest.mark.parametrize(
+    ("block", "layers"),
+    [(0, "self_attn.[qkv]_proj"), (0, "mlp.down_proj"), (1, "self_attn.o_proj"), (1, "mlp.*_proj")],
+)
+def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folder, checkpoint, plain, block, layers):
     """Written, read back and compared by the ordinary commands' own code; the statistics are of the known texts alone."""
-    known, measured = split(data, 60)
+    texts, measured = plain
+    known, others = split(texts, 2400)
     part = TokenData(tuple(known), sha256="k", truncated=0)
-    chosen = recipe_of(folder, f'scheme: float\nlayers: {{"{layers}": w4a8_g32}}\n' + METHOD.replace("[smooth]", "[]"))
-    output = folder / f"alone-{block}"
-    plain = measure(
-        CheckpointReader(checkpoint), recipe_of(folder, BUDGET.replace("[smooth]", "[]"), "plain"),
-        folder / "plain", data=data, tokens=60,
-    )  # fmt: skip
-    quantize(CheckpointReader(checkpoint), chosen, output, data=part)
-    wanted = compare(checkpoint, output, [np.append(each, 0).astype(np.int32) for each in measured])
-    (group,) = (
-        each for each in plain.groups if each.block == block and any(np.array(each.layers) == layers_name(block, layers))
+    chosen = recipe_of(
+        folder, f'scheme: float\nlayers: {{"*.{block}.{layers}": w4a8_g32}}\n' + METHOD.replace("[smooth]", "[]")
     )
-    assert group.kl == pytest.approx(wanted.kl_mean, rel=1e-3)
-    assert group.kl_se == pytest.approx(wanted.kl_se, rel=1e-3)
-
-
-def layers_name(block, pattern):
-    return f"model.layers.{block}." + ("mlp.down_proj" if "down" in pattern else "self_attn.q_proj")
+    output = folder / f"alone-{block}-{layers[:6]}"
+    quantize(CheckpointReader(checkpoint), chosen, output, data=part)
+    wanted = compare(checkpoint, output, [np.append(each, 0).astype(np.int32) for each in others])
+    groups = [each for each in measured.groups if each.block == block and fnmatch(each.layers[0], f"*.{layers}")]
+    assert sum(each.kl for each in groups) == pytest.approx(wanted.kl_mean, rel=0.2)
+    if len(groups) == 1:
+        assert wanted.kl_se < groups[0].kl_se < 4 * wanted.kl_se
 
 
 def test_the_dearer_scheme_errs_less_everywhere_and_together_is_near_the_sum(found):
@@ -113,22 +121,23 @@ def test_the_dearer_scheme_errs_less_everywhere_and_together_is_near_the_sum(fou
         assert 0 < max(group.site_error.values()) <= 1.5 * group.output_error["w4a8_g32"]
         if len(group.layers) == 1:
             assert list(group.site_error.values()) == [group.output_error["w4a8_g32"]]
-    assert 0.5 < found.additivity < 2
+    assert 0.3 < found.additivity < 3  # of two texts
     assert found.together["w8a8"] < 0.1 * found.together["w4a8_g32"]
 
 
 @pytest.mark.slow
-def test_a_killed_measurement_goes_on_and_ends_with_the_same_figures(folder, checkpoint, data, found):
+@pytest.mark.parametrize("part", [1, 2, 3, 4], ids=["first block", "last block", "head", "last block backwards"])
+def test_a_killed_measurement_goes_on_and_ends_with_the_same_figures(folder, checkpoint, data, found, part):
     class Killed(Exception):
         pass
 
     steps = itertools.count(1)
 
     def kill(streams):
-        if next(steps) == 3:  # in the second block
+        if next(steps) == part:
             raise Killed
 
-    arguments = (CheckpointReader(checkpoint), recipe_of(folder, BUDGET), folder / "killed")
+    arguments = (CheckpointReader(checkpoint), recipe_of(folder, BUDGET), folder / f"killed-{part}")
     with pytest.raises(Killed):
         measure(*arguments, data=data, tokens=60, on_step=kill)
     with pytest.raises(OutputError, match="holds an unfinished run; go on with --resume"):

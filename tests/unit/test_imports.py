@@ -26,7 +26,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("mixed.budget",),
     ("recipe", "pipeline.estimate", "report.roofline", "mixed"),
     ("network", "backends", "job.ranks"),
-    ("calibration.runner", "calibration.stream"),
+    ("calibration.runner", "calibration.stream", "calibration.gradients"),
     ("pipeline", "inference", "mixed.measure", "serving"),
     ("evaluation",),
     ("chats",),
@@ -56,7 +56,7 @@ CORE = (  # the numeric core, which needs no framework
     "report.roofline",
 )
 MAY_IMPORT = {
-    "mindspore": ("network", "backends", "calibration.runner", "inference", "job.ranks"),
+    "mindspore": ("network", "backends", "calibration.runner", "calibration.gradients", "inference", "job.ranks"),
     "mindformers": ("network", "backends"),
 }
 
