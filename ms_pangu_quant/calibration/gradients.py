@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +56,8 @@ class BlockGradients:
     @cached_property
     def _network(self) -> Any:
         plan = Plan((BlockPlan(),))
-        return build_network(self._config, plan, num_blocks=1, block_size=BLOCK_SIZE, whole=False, backend=BACKEND)
+        config = replace(self._config, online_hadamard=False)  # BlockCell multiplies by the matrix
+        return build_network(config, plan, num_blocks=1, block_size=BLOCK_SIZE, whole=False, backend=BACKEND)
 
     @cached_property
     def _cell(self) -> _Pullback:

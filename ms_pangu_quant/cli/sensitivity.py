@@ -40,7 +40,7 @@ def sensitivity_command(
 ) -> None:
     """Rank groups of layers by the output error and the KL that each causes when it alone is quantized.
 
-    Each block is rounded in both schemes, and run with each of its 4 groups alone rounded; gradients of the float model turn
+    Each block is rounded in both schemes, and run with each of its 4 groups alone rounded; gradients of the model turn
     what that changes into a KL. It takes about as long as quantizing twice (--dry-run tells). Statistics are taken from the
     texts of the calibration data that KL is not measured on. A killed run goes on with --resume.
 
