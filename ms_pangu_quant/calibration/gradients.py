@@ -47,7 +47,10 @@ class _Pullback(nn.Cell):
 
 
 class BlockGradients:
-    """Of float blocks of one checkpoint, `count` at a time; no sequence is longer than LONGEST."""
+    """Of float blocks of one checkpoint; no sequence is longer than LONGEST.
+
+    count  of gradients that go back together and share a pass through the block; more take longer to compile.
+    """
 
     def __init__(self, config: ModelConfig, count: int) -> None:
         self._config, self._count = config, count
@@ -77,7 +80,7 @@ class BlockGradients:
         return cell
 
     def pull_back(self, block: Block, hidden: Hidden, behind: NDArray[np.float32], before: NDArray[np.float32]) -> None:
-        """Write gradients in front of a block into `before`, of those `behind` it, both [count, tokens, hidden].
+        """Write gradients in front of a block into `before`, of those `behind` it, both [n * count, tokens, hidden].
 
         hidden  in front of the block.
         """
@@ -87,6 +90,8 @@ class BlockGradients:
         for rows, lengths in hidden.batches(LONGEST):
             tables = [[0] * blocks_for(length, BLOCK_SIZE) for length in lengths]  # there is no cache to look up
             inputs = packed_inputs(lengths, [0] * len(lengths), tables, BLOCK_SIZE, BACKEND)
-            states, directions = (Tensor(np.ascontiguousarray(each)) for each in (hidden.states[rows], behind[:, rows]))
-            for place, found in enumerate(self._cell(states, directions, *grids, *inputs.values())):
-                before[place, rows] = found.asnumpy()
+            states = Tensor(np.ascontiguousarray(hidden.states[rows]))
+            for first in range(0, len(behind), self._count):
+                directions = Tensor(np.ascontiguousarray(behind[first : first + self._count, rows]))
+                for place, found in enumerate(self._cell(states, directions, *grids, *inputs.values()), first):
+                    before[place, rows] = found.asnumpy()

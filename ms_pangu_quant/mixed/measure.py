@@ -6,7 +6,7 @@ behind the block is kept. On the way back every block has the gradients of the f
 by which a change behind it is a KL of the next-token distributions: KL is quadratic in a small error. All layers quantized
 together go to the head, and are measured there.
 
-What it costs: for each block some 17 + DRAWS passes of the measured tokens, and its rounding in both schemes. On disk lie
+What it costs: for each block some 19 + DRAWS passes of the measured tokens, and its rounding in both schemes. On disk lie
 (5 * blocks + 2 * DRAWS) * tokens * hidden * 4 bytes. A killed run goes on at the block where it stopped.
 
 What it does not do: correct for drift (`correct: true` of gptq has nothing to correct where all else is float, so what it
@@ -112,7 +112,7 @@ def measure(
     if state.finished == state.blocks:
         _measure_head(reader, state, recipe.calibration.seed)
         on_step(steps(state.blocks, state.blocks))
-    pullback = BlockGradients(reader.config, DRAWS)
+    pullback = BlockGradients(reader.config, DRAWS // 2)
     for index in range(2 * state.blocks - state.finished, -1, -1):
         _go_back(pullback, reader, state, lengths[1], index)
         on_step(steps(2 * state.blocks - index, state.blocks))

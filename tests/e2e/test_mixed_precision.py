@@ -126,7 +126,7 @@ def test_the_dearer_scheme_errs_less_everywhere_and_together_is_near_the_sum(fou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [1, 2, 3, 4], ids=["first block", "last block", "head", "last block backwards"])
+@pytest.mark.parametrize("part", [1, 3, 4], ids=["a block", "the head", "a block backwards"])
 def test_a_killed_measurement_goes_on_and_ends_with_the_same_figures(folder, checkpoint, data, found, part):
     class Killed(Exception):
         pass

@@ -29,7 +29,7 @@ def test_a_gradient_is_the_slope_of_the_block_and_comes_from_no_earlier_token(re
     hidden, generator = Hidden(embedding_rows(reader.files, ids), LENGTHS), np.random.default_rng(0)
     behind = generator.standard_normal((2, *hidden.states.shape)).astype(np.float32)
     behind[1, :40], behind[1, 41:] = 0, 0
-    runner, gradients, before = BlockRunner(reader.config, LENGTHS), BlockGradients(reader.config, 2), np.empty_like(behind)
+    runner, gradients, before = BlockRunner(reader.config, LENGTHS), BlockGradients(reader.config, 1), np.empty_like(behind)
     for index in (0, 1):  # the weights of one after the other's
         block = reader.block(index)
         gradients.pull_back(block, hidden, behind, before)
