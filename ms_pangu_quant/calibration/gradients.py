@@ -19,6 +19,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
 from ms_pangu_quant.network.pangu import build_network
+from ms_pangu_quant.network.versions import graph_executor
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 
 LONGEST = 512  # tokens of a sequence: attention has all its scores at once
@@ -50,11 +51,24 @@ class BlockGradients:
     """Of float blocks of one checkpoint; no sequence is longer than LONGEST.
 
     count  of gradients that go back together and share a pass through the block; more take longer to compile.
+
+    Left as a context it gives the memory of its network back, as BlockRunner does.
     """
 
     def __init__(self, config: ModelConfig, count: int) -> None:
         self._config, self._count = config, count
         self._inputs = len(layout.INPUT_NAMES)
+
+    def __enter__(self) -> BlockGradients:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "_cell" in vars(self):
+            graph_executor.del_net_res(self._cell, self._cell.compile_cache)
+            del self._cell
+        if "_network" in vars(self):
+            self._network.release()
+            del self._network
 
     @cached_property
     def _network(self) -> Any:

@@ -103,19 +103,18 @@ def measure(
         on_step(steps(part, state.blocks))
     if state.finished < state.blocks:
         held_out = _held_out(recipes, lengths[0])
-        runner = BlockRunner(reader.config, lengths[0], held_out=held_out, also=[lengths[1]])
-        for index in range(state.finished, state.blocks):
-            planned = [(each, plan.blocks[index]) for each, plan in zip(recipes, plans, strict=True)]
-            _measure_block(runner, reader.block(index), planned, state, lengths, index)
-            on_step(steps(index, state.blocks))
-        del runner
+        with BlockRunner(reader.config, lengths[0], held_out=held_out, also=[lengths[1]]) as runner:
+            for index in range(state.finished, state.blocks):
+                planned = [(each, plan.blocks[index]) for each, plan in zip(recipes, plans, strict=True)]
+                _measure_block(runner, reader.block(index), planned, state, lengths, index)
+                on_step(steps(index, state.blocks))
     if state.finished == state.blocks:
         _measure_head(reader, state, recipe.calibration.seed)
         on_step(steps(state.blocks, state.blocks))
-    pullback = BlockGradients(reader.config, DRAWS // 2)
-    for index in range(2 * state.blocks - state.finished, -1, -1):
-        _go_back(pullback, reader, state, lengths[1], index)
-        on_step(steps(2 * state.blocks - index, state.blocks))
+    with BlockGradients(reader.config, DRAWS // 2) as pullback:
+        for index in range(2 * state.blocks - state.finished, -1, -1):
+            _go_back(pullback, reader, state, lengths[1], index)
+            on_step(steps(2 * state.blocks - index, state.blocks))
     groups = tuple(
         GroupSensitivity(**{**record, **_mean(record["kl"], lengths[1])})
         for record in state.records  # of a text each
