@@ -376,7 +376,7 @@ class BlockRunner:
             self._floats[bfloat16] = _float_network(self._config, self._blocks, bfloat16)
         loaded = self._loaded.get(bfloat16)
         if block.linears or loaded is None or loaded() is not block.floats:
-            self._floats[bfloat16].load_tensors(_float_tensors(block))
+            self._floats[bfloat16].load_tensors(float_tensors(block))
             self._loaded[bfloat16] = weakref.ref(Block(block.floats.config, {}) if block.linears else block.floats)
         return bfloat16
 
