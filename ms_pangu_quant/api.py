@@ -14,18 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ms_pangu_quant.calibration.data import TokenData, load_token_data
+from ms_pangu_quant.calibration.data import TokenData, read_data
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.chats import job as chats
-from ms_pangu_quant.chats.facts import origin_of
+from ms_pangu_quant.chats.facts import calibration_data
 from ms_pangu_quant.chats.job import CalibrationRequest, Chats, calibrate
 from ms_pangu_quant.checkpoint.block import Block
-from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
-from ms_pangu_quant.checkpoint.tokenizer import Tokenizer, find_tokenizer
 from ms_pangu_quant.checkpoint.writer import check_room
-from ms_pangu_quant.errors import CheckpointError, RequestError
+from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.job import EvaluationRequest, Judging, answer, evaluate, score
 from ms_pangu_quant.formats.consumers import WRONG, Facts, Row, check_served, facts_of, rows_for
 from ms_pangu_quant.formats.export import export as run_export
@@ -47,6 +45,9 @@ from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.report.job import ReportRequest, report
 from ms_pangu_quant.report.sensitivity_plot import sensitivity_plot
 from ms_pangu_quant.suggestion import did_you_mean
+from ms_pangu_quant.tune import job as tuning
+from ms_pangu_quant.tune.job import TuneRequest, TuneResult
+from ms_pangu_quant.tune.measurements import TuneProgress
 
 if TYPE_CHECKING:
     from ms_pangu_quant.inference.compare import Comparison, ServedComparison
@@ -61,6 +62,9 @@ __all__ = [
     "Judging",
     "Progress",
     "ReportRequest",
+    "TuneProgress",
+    "TuneRequest",
+    "TuneResult",
     "answer",
     "as_recipe",
     "calibrate",
@@ -76,6 +80,7 @@ __all__ = [
     "score",
     "sensitivity",
     "sensitivity_cost",
+    "tune",
 ]
 
 AnyRecipe = str | Path | Mapping[str, Any] | Recipe
@@ -179,12 +184,7 @@ def _request(
             "and give the file"
         )
     if calibration is not None:
-        used = chosen.calibration
-        data = read_data(
-            calibration, reader.directory, reader.config, used.texts, used.max_length, used.seed,
-            tokens=used.all_tokens, allow_benchmark_overlap=allow_benchmark_overlap,
-        )  # fmt: skip
-        data = replace(data, held_out=used.held_out_of(len(data.sequences)), origin=origin_of(Path(calibration)))
+        data = calibration_data(Path(calibration), reader, chosen, allow_benchmark_overlap=allow_benchmark_overlap)
     progress.on_open(reader)
     return _Request(reader, chosen, data, known)
 
@@ -299,6 +299,19 @@ def _measured(request: _Request, path: Path, tokens: int, resume: bool, progress
     write_atomically(path.with_suffix(".svg"), [sensitivity_plot(found).encode()])
     found.save(path)
     return found
+
+
+def tune(request: TuneRequest, progress: TuneProgress = TuneProgress()) -> TuneResult:  # noqa: B008
+    """Find the smallest or fastest recipe that meets a target; docs/tune.md.
+
+    A target that no candidate meets is a result, with met=False. Raises PanguQuantError for what does not fit together,
+    before anything is written.
+    """
+    if str(request.calibration) == AUTO:
+        tuning.check_room(request)
+        made = _own_answers(request.checkpoint, as_recipe("w8a8"), Path(request.output), SILENT)
+        request = replace(request, calibration=made)
+    return tuning.tune(request, progress)
 
 
 def export(
@@ -441,34 +454,3 @@ def find_layout(name: str) -> Format:
     if name not in FORMATS:
         raise RequestError(f"--format: got {name!r}{did_you_mean(name, FORMATS)}, wanted one of {', '.join(FORMATS)}")
     return FORMATS[name]
-
-
-def read_data(
-    path: str | Path,
-    checkpoint: Path,
-    config: ModelConfig,
-    samples: int | None,
-    max_length: int,
-    seed: int | None,
-    *,
-    tokens: int | None = None,
-    allow_benchmark_overlap: bool = False,
-) -> TokenData:
-    """Token sequences of a file, encoded with the checkpoint's tokenizer if it has one; token_ids need none that works."""
-    return load_token_data(
-        Path(path),
-        tokenizer=_tokenizer(checkpoint),
-        vocab_size=config.vocab_size,
-        max_length=max_length,
-        samples=samples,
-        tokens=tokens,
-        seed=seed,
-        allow_benchmark_overlap=allow_benchmark_overlap,
-    )
-
-
-def _tokenizer(checkpoint: Path) -> Tokenizer | CheckpointError | None:
-    try:
-        return find_tokenizer(checkpoint)
-    except CheckpointError as error:
-        return error

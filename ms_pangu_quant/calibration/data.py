@@ -36,13 +36,13 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.overlap import find_benchmark
 from ms_pangu_quant.calibration.sources import JSON, WANTED, check_kind, data_files, what_to_do
+from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.messages import BESIDE, THOUGHT, read_message, refuse_beside
+from ms_pangu_quant.checkpoint.tokenizer import Tokenizer, find_tokenizer
 from ms_pangu_quant.errors import CheckpointError, DataError, RequestError, located
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from ms_pangu_quant.checkpoint.tokenizer import Tokenizer
 
 FORMS = ("token_ids", "messages", "text")
 SHORTEST = 2  # tokens: one to read and one to predict
@@ -144,6 +144,37 @@ def load_token_data(
     sequences = tuple(ids[:max_length] for ids in whole)
     truncated = sum(len(ids) > max_length for ids in whole)
     return TokenData(sequences, _sha256(sequences), truncated, left=ends[-1] - len(sequences), where=str(path))
+
+
+def read_data(
+    path: str | Path,
+    checkpoint: Path,
+    config: ModelConfig,
+    samples: int | None,
+    max_length: int,
+    seed: int | None,
+    *,
+    tokens: int | None = None,
+    allow_benchmark_overlap: bool = False,
+) -> TokenData:
+    """load_token_data for a checkpoint: with its tokenizer, if it has one; token_ids need none that works."""
+    return load_token_data(
+        Path(path),
+        tokenizer=_tokenizer(checkpoint),
+        vocab_size=config.vocab_size,
+        max_length=max_length,
+        samples=samples,
+        tokens=tokens,
+        seed=seed,
+        allow_benchmark_overlap=allow_benchmark_overlap,
+    )
+
+
+def _tokenizer(checkpoint: Path) -> Tokenizer | CheckpointError | None:
+    try:
+        return find_tokenizer(checkpoint)
+    except CheckpointError as error:
+        return error
 
 
 def fitting(lengths: Iterable[int], tokens: int) -> int:

@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ms_pangu_quant.calibration.data import TokenData, read_data
+from ms_pangu_quant.checkpoint.reader import CheckpointReader
 from ms_pangu_quant.checkpoint.tokenizer_files import read_json
 from ms_pangu_quant.checkpoint.writer import hash_file
 from ms_pangu_quant.errors import CheckpointError
 from ms_pangu_quant.evaluation.extract import fenced_blocks
+from ms_pangu_quant.recipe.recipe import Recipe
 
 Row = Mapping[str, Any]
 FAULTS = ("loop", "unfinished thought", "empty", "benchmark")  # what a dropped answer has
@@ -34,6 +38,16 @@ def origin_of(path: Path) -> dict[str, Any] | None:
         if found.get("made_by") and found.get("sha256") == hash_file(path):
             return found
     return None
+
+
+def calibration_data(path: Path, reader: CheckpointReader, recipe: Recipe, *, allow_benchmark_overlap: bool) -> TokenData:
+    """As much of a file as the recipe uses, its last rows held out, with what made it."""
+    used = recipe.calibration
+    data = read_data(
+        path, reader.directory, reader.config, used.texts, used.max_length, used.seed,
+        tokens=used.all_tokens, allow_benchmark_overlap=allow_benchmark_overlap,
+    )  # fmt: skip
+    return replace(data, held_out=used.held_out_of(len(data.sequences)), origin=origin_of(path))
 
 
 def facts_of(rows: Sequence[Row], faults: Sequence[str], too_long: int, wanted: int) -> dict[str, Any]:

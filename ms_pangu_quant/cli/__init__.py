@@ -1,7 +1,8 @@
 """The command line, pangu-quant: one file for each command, gathered here.
 
 Results go to the standard output, progress and errors to the standard error. Exit codes: 0 done, 2 something the user can
-mend (one line says what), 1 another process of the job has ended, 130 interrupted, 143 terminated. Without a command it
+mend (one line says what), 1 another process of the job has ended, or tune met no
+target, 130 interrupted, 143 terminated. Without a command it
 says where to begin and exits with 2: nothing was asked for, and a script whose command is an empty variable should notice.
 
 The text behind "Example:" in a command's docstring ends its --help, ready to be copied.
@@ -34,6 +35,7 @@ from ms_pangu_quant.cli.merge import merge_command
 from ms_pangu_quant.cli.quantize import quantize_command
 from ms_pangu_quant.cli.report import report_command
 from ms_pangu_quant.cli.sensitivity import sensitivity_command
+from ms_pangu_quant.cli.tune import tune_command
 from ms_pangu_quant.cli.verify import verify_command
 from ms_pangu_quant.errors import PanguQuantError, RequestError
 from ms_pangu_quant.installation import missing_module
@@ -59,6 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "calibrate": calibrate_command,
     "quantize": quantize_command,
     "sensitivity": sensitivity_command,
+    "tune": tune_command,
     "inspect": inspect_command,
     "verify": verify_command,
     "export": export_command,

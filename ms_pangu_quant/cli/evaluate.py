@@ -116,7 +116,7 @@ def evaluate_command(
         pangu-quant evaluate --score-only --tasks humaneval \\
             --samples samples.jsonl --output results/mine
     """
-    names, own = _words(tasks), _own_problems(data or [])
+    names, own = words(tasks), own_problems(data or [])
     check_tasks(names, own)
     served = endpoint_of(endpoint, model, timeout)
     _check(directory, samples, samples_only, score_only, served)
@@ -124,7 +124,7 @@ def evaluate_command(
         if directory is not None:
             most, limits = _limits(max_new_tokens)
             request = EvaluationRequest(
-                directory, output, names, None if modes is None else _words(modes), _prompts(prompt, names), own, limit,
+                directory, output, names, None if modes is None else words(modes), _prompts(prompt, names), own, limit,
                 GenerationSettings(most, temperature, top_p, top_k, seed), n, batch_size,
                 device=device, head=head, tensor_parallel=tensor_parallel, endpoint=served,
                 sampled=sampled, max_new_tokens=limits,
@@ -133,7 +133,7 @@ def evaluate_command(
         if not ranks.current().is_first:
             return  # rank 0 scores and reports for all
         if not samples_only:
-            judging = Judging(sandbox, cpu_seconds, workers, _words(guest_packages or ""))
+            judging = Judging(sandbox, cpu_seconds, workers, words(guest_packages or ""))
             _score(samples or output / SAMPLES_FILE, output, names, own, judging, as_json)
         elif not as_json:
             out.print(f"samples in {output / SAMPLES_FILE}")
@@ -159,7 +159,7 @@ def _check(
         raise RequestError("evaluate: give a checkpoint directory, or --score-only and --samples")
 
 
-def _own_problems(data: list[str]) -> dict[str, Path]:
+def own_problems(data: list[str]) -> dict[str, Path]:
     own: dict[str, Path] = {}
     for text in data:
         name, equals, file = text.partition("=")
@@ -169,7 +169,7 @@ def _own_problems(data: list[str]) -> dict[str, Path]:
     return own
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 

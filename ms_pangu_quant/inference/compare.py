@@ -80,7 +80,7 @@ def compare(
     """
     readers = open_checkpoint(reference), open_checkpoint(quantized)
     check_same_model(quantized, readers[1].config, reference, readers[0].config)
-    states = [_final_states(reader, sequences, on_block) for reader in readers]
+    states = [final_states(reader, sequences, on_block) for reader in readers]
     targets = np.concatenate([sequence[1:] for sequence in sequences])
     kl, agree, nll = divergences(
         lambda start, stop: [head_rows(reader, start, stop) for reader in readers],
@@ -126,7 +126,7 @@ def compare_served(
     log_p, best = log_likelihoods(
         lambda start, stop: head_rows(reader, start, stop),
         reader.config.vocab_size,
-        _final_states(reader, sequences, on_block),
+        final_states(reader, sequences, on_block),
         np.concatenate([ids, targets[:, None]], axis=1),
     )
     kl = lumped_kl(log_p[:, :-1], log_q)
@@ -176,7 +176,7 @@ def _perplexity(nll: NDArray[np.float64]) -> float:
         return float(np.exp(nll.mean()))
 
 
-def _final_states(
+def final_states(
     reader: Reader, sequences: Sequence[NDArray[np.int32]], on_block: Callable[[], None]
 ) -> NDArray[np.float32]:
     """Normalised hidden states [tokens, hidden] of every token that has a next one."""
@@ -281,6 +281,11 @@ def cluster_error(groups: Sequence[NDArray[np.float64]]) -> float | None:
     one group."""
     if len(groups) < 2:
         return None
-    sums, counts = np.array([group.sum() for group in groups]), np.array([len(group) for group in groups])
-    residual = sums - sums.sum() / counts.sum() * counts
-    return float(np.sqrt(len(groups) / (len(groups) - 1) * np.sum(residual**2)) / counts.sum())
+    return ratio_error([float(group.sum()) for group in groups], [len(group) for group in groups])
+
+
+def ratio_error(sums: Sequence[float], counts: Sequence[int]) -> float:
+    """The same of two groups or more, of which only sums and numbers of values are known."""
+    totals, numbers = np.asarray(sums, np.float64), np.asarray(counts)
+    residual = totals - totals.sum() / numbers.sum() * numbers
+    return float(np.sqrt(len(totals) / (len(totals) - 1) * np.sum(residual**2)) / numbers.sum())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -68,13 +68,26 @@ def decide(
 
     With a budget all layers are in its cheaper scheme. on_tried is called with how many of so many blocks are behind it.
     """
+    return told(tried(reader, recipe, data, on_tried), reader.config.num_hidden_layers)
+
+
+def tried(
+    reader: CheckpointReader,
+    recipe: Recipe,
+    data: TokenData,
+    on_tried: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, float]:
+    """Of each of the recipe's choices, by name, the geometric mean of the tried blocks' errors."""
     whole = recipe.uniform(recipe.scheme) if recipe.budget else recipe
     errors = try_choices(reader, [whole.decided(choice.name, "") for choice in recipe.choices], data, on_tried)
-    means = {choice.name: _geometric_mean(each) for choice, each in zip(recipe.choices, errors, strict=True)}
+    return {choice.name: _geometric_mean(each) for choice, each in zip(recipe.choices, errors, strict=True)}
+
+
+def told(means: Mapping[str, float], blocks: int) -> str:
+    """What decide says of errors of a model with so many blocks."""
     first, *others = sorted(means, key=means.__getitem__)
     behind = "".join(f"; {name} {means[name]:.4f}" for name in others)
-    blocks = ", ".join(map(str, blocks_tried(reader.config.num_hidden_layers)))
-    return f"{first}: error {means[first]:.4f}{behind} (of blocks {blocks})"
+    return f"{first}: error {means[first]:.4f}{behind} (of blocks {', '.join(map(str, blocks_tried(blocks)))})"
 
 
 def chosen_in(decision: str) -> str:

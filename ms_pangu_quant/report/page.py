@@ -71,8 +71,8 @@ def write(report: Report, output: Path) -> list[Path]:
     comparisons = compare(report.runs, report.wanted)
     values, drawn = _values(report, comparisons), _drawn(report, comparisons)
     svg = {name: Markup(each) if each else None for name, each in drawn.items()}  # drawn here, from numbers and names
-    page = _environment(html=True).get_template("page.html.j2").render(**values, plots=svg)
-    text = _environment(html=False).get_template("page.md.j2").render(**values)
+    page = environment(html=True).get_template("page.html.j2").render(**values, plots=svg)
+    text = environment(html=False).get_template("page.md.j2").render(**values)
     paths = [output / "report.html", output / "report.md"]
     for path, content in zip(paths, (page, text), strict=True):
         write_pieces(path, [content.encode("utf-8", "backslashreplace")])
@@ -218,7 +218,7 @@ def _uncompared(runs: Sequence[Run]) -> Iterator[str]:
                 yield f"{cell_name(cell)}: {run.name}'s answers end at {told[1]} tokens, {reference.name}'s at {told[0]}"
 
 
-def _environment(*, html: bool) -> Environment:
+def environment(*, html: bool) -> Environment:
     environment = Environment(
         loader=PackageLoader("ms_pangu_quant.report", "templates"),
         autoescape=html,

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ms_pangu_quant.evaluation.statistics import Interval
 from ms_pangu_quant.mixed.sensitivity import Sensitivity
@@ -16,6 +16,9 @@ from ms_pangu_quant.report.prediction import BATCHES, PROMPT, Prediction
 from ms_pangu_quant.report.results import Cell, Run, cells
 from ms_pangu_quant.report.sensitivity_plot import draw, label
 from ms_pangu_quant.report.speed import Speed, cases
+
+if TYPE_CHECKING:
+    from ms_pangu_quant.report.tuning import TuningRow
 
 _TEXT, _GRID = "#010101", "#020202"
 _SERIES = tuple(f"#0{number}0303" for number in range(1, 8))  # stand-ins, replaced by the page's variables
@@ -166,6 +169,32 @@ def sensitivity(found: Sensitivity | None) -> str | None:
     figure, axes = _figure([])
     names = draw(axes, found, _SERIES[1:])
     return _svg(figure, axes, None, label(found), names, [*range(1, 1 + len(names))])
+
+
+def tuning(rows: Sequence[TuningRow], limit: float | None) -> str | None:
+    """KL against bits per weight of the candidates of a search, numbered; dashed: the limit. None where there is none."""
+    if not any(row.kl for row in rows):
+        return None
+    figure, axes = _figure([])
+    kinds = {"meets": 3, "fails": 5}
+    for number, row in enumerate(rows, 1):
+        if row.kl is not None and row.upper is not None:
+            above = max(0.0, row.upper - row.kl)
+            axes.errorbar(
+                [row.bits],
+                [row.kl],
+                [[0.0], [above]],
+                fmt="o",
+                color=_SERIES[kinds[row.verdict]],
+                markersize=5,
+                capsize=2.5,
+            )
+            axes.annotate(str(number), (row.bits, row.kl), (6, -3), textcoords="offset points", fontsize=8)
+    if limit is not None:
+        axes.axhline(limit, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight")
+    return _svg(figure, axes, None, "KL to the float model, nats", ["meets the target", "fails"], [*kinds.values()])
 
 
 def _means(run: Run, cell: Cell) -> tuple[float, float] | None:

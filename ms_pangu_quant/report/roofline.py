@@ -9,7 +9,7 @@ steps. Communication between devices is not modelled.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from ms_pangu_quant.suggestion import did_you_mean, did_you_mean_path
 
 _WEIGHT_BYTES = {"float16": 2.0, "w8a8": 1.0, "w8a8_static": 1.0, "w4a8": 0.5, "w4a16": 0.5}
 PRECISIONS = tuple(_WEIGHT_BYTES)
+Precisions = (
+    str | Sequence[Mapping[str, str]]
+)  # of all layers, or of each block's by what they are computed as (layout.FUSED)
 _MAY_BE_NONE = ("host_ms", "layer_launch_ms")
 _PACKAGE = Path(__file__).parent.parent
 _FOLDERS = (_PACKAGE / "configs" / "devices", _PACKAGE.parent / "configs" / "devices")
@@ -116,7 +119,7 @@ def prefill_seconds(device: Device, config: ModelConfig, precision: str, batch_s
     return device.step_seconds(operators, config.num_hidden_layers)
 
 
-def decode_seconds(device: Device, config: ModelConfig, precision: str, batch_size: int, context: int) -> float:
+def decode_seconds(device: Device, config: ModelConfig, precision: Precisions, batch_size: int, context: int) -> float:
     """One step that gives batch_size sequences, each with `context` tokens in the cache, their next token."""
     pairs = float(batch_size * context)
     operators = _operators(config, precision, batch_size, batch_size, pairs, cached=pairs)
@@ -144,28 +147,29 @@ def _weight_bytes(precision: str) -> float:
 
 
 def _operators(
-    config: ModelConfig, precision: str, tokens: int, sequences: int, pairs: float, cached: float
+    config: ModelConfig, precision: Precisions, tokens: int, sequences: int, pairs: float, cached: float
 ) -> Iterator[Operator]:
     """tokens: rows of the matmuls; pairs: (query, key) pairs attention visits; cached: keys it reads from the cache."""
     hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     yield Operator("embedding", 4 * tokens * hidden)
-    for _ in range(config.num_hidden_layers):
+    for index in range(config.num_hidden_layers):
+        qkv, proj, fc1, fc2 = (precision if isinstance(precision, str) else precision[index][name] for name in layout.FUSED)
         yield from _norm(tokens, hidden)
-        yield from _linear(precision, tokens, hidden, queries + 2 * keys, bias=layout.Q_PROJ in config.biased)
+        yield from _linear(qkv, tokens, hidden, queries + 2 * keys, bias=layout.Q_PROJ in config.biased)
         yield Operator("split", 4 * tokens * (queries + 2 * keys))
         yield Operator("rope", 4 * tokens * (queries + keys))
         yield Operator("write cache", 8 * tokens * keys)
         new = 4 * tokens * queries + (0 if cached else 4 * tokens * keys)
         yield Operator("attention", new, 4 * pairs * queries, "attention", 4 * keys * cached)
-        yield from _linear(precision, tokens, queries, hidden, bias=layout.O_PROJ in config.biased)
+        yield from _linear(proj, tokens, queries, hidden, bias=layout.O_PROJ in config.biased)
         yield Operator("residual", 6 * tokens * hidden)
         yield from _norm(tokens, hidden)
-        yield from _linear(precision, tokens, hidden, 2 * inner, bias=False)
+        yield from _linear(fc1, tokens, hidden, 2 * inner, bias=False)
         yield Operator("split", 8 * tokens * inner)
         yield Operator("silu", 4 * tokens * inner)
         yield Operator("multiply", 6 * tokens * inner)
-        yield from _linear(precision, tokens, inner, hidden, bias=False)
+        yield from _linear(fc2, tokens, inner, hidden, bias=False)
         yield Operator("residual", 6 * tokens * hidden)
     yield from _norm(tokens, hidden)
     yield from _linear("float16", sequences, hidden, config.vocab_size, bias=False)

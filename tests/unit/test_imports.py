@@ -2,7 +2,8 @@
 
     errors, kernels <- recipe.scheme <- checkpoint, recipe.plan, calibration, transforms, quantizers, formats
            <- mixed.budget <- recipe, pipeline.estimate, mixed.sensitivity <- network, backends
-           <- calibration.stream <- pipeline, inference, mixed.measure <- evaluation <- chats <- report <- api <- cli
+           <- calibration.stream <- pipeline, inference, mixed.measure <- evaluation <- chats <- report <- tune
+           <- api <- cli
 
 A new module is put on a level in LEVELS; until then the first test names it.
 """
@@ -31,6 +32,7 @@ LEVELS = (  # a name stands for the module and all below it; the longest that fi
     ("evaluation",),
     ("chats",),
     ("report",),
+    ("tune",),
     ("api",),
     ("cli", "__main__", "job"),
 )

@@ -1,0 +1,125 @@
+"""Whether pass@1 is kept, and how many problems it takes to show that.
+
+The test is the paired one-sided one of evaluation.statistics. What it needs is foreseen in two ways: exactly for a
+candidate that loses nothing (the binomial test's least number, below which no answers can show it), and roughly, by the
+normal approximation, for one that goes on to lose and gain as in the problems seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ms_pangu_quant.evaluation.statistics import retention
+from ms_pangu_quant.tune.target import CONFIDENCE
+
+POWER = 0.8  # chance that the test shows what is there
+Scores = Mapping[str, float]  # problem -> share of its answers that pass, over thinking modes and samples
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Of a candidate against the float model. ratio and p as in evaluation.statistics.Retention; None where the float
+    model passes nothing. needed: problems for a test of the given POWER; None where so much is lost that no number does.
+    needed_at_best: the same with one lost problem forgiven, since a few problems are a small sample."""
+
+    problems: int
+    passed: float
+    lost: int
+    gained: int
+    ratio: float | None
+    low: float | None
+    p: float | None
+    needed: int | None
+    needed_at_best: int | None
+
+    @property
+    def kept(self) -> bool:
+        return self.p is not None and self.p <= 1 - CONFIDENCE
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def said(self, wanted: float) -> str:
+        if self.ratio is None or self.p is None:
+            return f"the float model passes none of {self.problems} problems"
+        verdict = "shown" if self.kept else "not shown"
+        return (
+            f"keeps {self.ratio:.2%} of pass@1 on {self.problems} problems ({self.lost} lost, {self.gained} gained), "
+            f"at least {wanted:.6g} {verdict} (p {self.p:.3g})"
+        )
+
+
+@dataclass(frozen=True)
+class Power:
+    """there: problems at hand. needed: as in Tested, seen on so many problems; None where no number would do, or where
+    `seen` is None and needed is what a candidate takes that loses nothing."""
+
+    there: int
+    needed: int | None
+    seen: int | None
+
+    def said(self, wanted: float) -> str:
+        if self.seen is None:
+            return (
+                f"{self.there} problems cannot show a retention of {wanted:g}: even a candidate that loses none takes "
+                f"{self.needed} that the float model passes"
+            )
+        if self.needed is None:
+            return (
+                f"on {self.seen} problems more than 1 - {wanted:g} of pass@1 is lost: if that goes on, no number of them "
+                "shows the target"
+            )
+        return (
+            f"with as many lost and gained as on {self.seen} problems, showing a retention of {wanted:g} takes about "
+            f"{self.needed} problems ({POWER:.0%} power); there are {self.there}"
+        )
+
+
+def least_problems(wanted: float) -> int:
+    """That the float model must pass for a candidate that loses none of them to be shown to keep `wanted`."""
+    return math.ceil(math.log(1 - CONFIDENCE) / math.log(wanted))
+
+
+def problems_needed(reference: Scores, new: Scores, wanted: float, forgiven: int = 0) -> int | None:
+    """For the test to show it in POWER of the cases, if problems go on as these do, so many lost ones forgiven.
+
+    The sum of new - wanted * reference over n problems, and one that is lost, which the test adds, is to be shown above 0:
+    n mean - wanted = (z_confidence + z_power) sd sqrt(n), and no fewer than least_problems() passed ones. None where the
+    mean is not above 0.
+    """
+    from scipy import stats
+
+    shared = [name for name in reference if name in new]
+    a, b = (np.array([scores[name] for name in shared], np.float64) for scores in (reference, new))
+    for place in np.argsort(b - a, kind="stable")[:forgiven]:
+        b[place] = max(a[place], b[place])
+    margin = b - wanted * a
+    if margin.mean() <= 0 or a.mean() <= 0:
+        return None
+    mean, spread = float(margin.mean()), float(margin.std() * (stats.norm.ppf(CONFIDENCE) + stats.norm.ppf(POWER)))
+    root = (spread + math.sqrt(spread**2 + 4 * mean * wanted)) / (2 * mean)
+    return math.ceil(max(root**2, least_problems(wanted) / a.mean()) - 1e-9)
+
+
+def compared(reference: Scores, new: Scores, wanted: float) -> Tested:
+    """On the problems that both have."""
+    shared = [name for name in reference if name in new]
+    a, b = ([scores[name] for name in shared] for scores in (reference, new))
+    found = retention(a, b, wanted)
+    return Tested(
+        problems=len(shared),
+        passed=sum(a),
+        lost=sum(y < x for x, y in zip(a, b, strict=True)),
+        gained=sum(y > x for x, y in zip(a, b, strict=True)),
+        ratio=found and found.ratio.value,
+        low=found and found.ratio.low,
+        p=found and found.p,
+        needed=problems_needed(reference, new, wanted),
+        needed_at_best=problems_needed(reference, new, wanted, forgiven=1),
+    )
