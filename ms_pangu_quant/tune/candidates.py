@@ -60,12 +60,12 @@ def shipped(config: ModelConfig, served: Served, *, kv_cache: bool) -> tuple[dic
         try:
             plan = recipe.plan(config)
         except RecipeError as error:
-            passed_over[name] = str(error).removeprefix(f"{recipe.where}: ")
+            passed_over[name] = f"not tried: {str(error).removeprefix(f'{recipe.where}: ')}"
             continue
         if served.computes(config, plan):
             fit[name] = recipe
         else:
-            passed_over[name] = f"{served.device} does not multiply it in integers"
+            passed_over[name] = f"not tried: {served.device} does not multiply it in integers"
     return fit, passed_over
 
 

@@ -28,6 +28,7 @@ from ms_pangu_quant.tune.measurements import (
     Measurements,
     Opened,
     Questions,
+    Texts,
     TuneProgress,
 )
 from ms_pangu_quant.tune.page import page_of
@@ -114,7 +115,7 @@ def tune(request: TuneRequest, progress: TuneProgress = SILENT) -> TuneResult:
     about, notes, about_search = _opened(request)
     progress.on_open(about.reader)
     for name, why in notes.items():
-        progress.on_note(f"{name}: not tried: {why}")
+        progress.on_note(f"{name}: {why}")
     output = Path(request.output)
     made = absent_folders(output)
     descriptor = lock(output)
@@ -136,7 +137,7 @@ def check_room(request: TuneRequest) -> None:
 
 
 def _opened(request: TuneRequest) -> tuple[Opened, Mapping[str, str], dict[str, Any]]:
-    """(what the search is about, why schemes are passed over, what its answers depend on)."""
+    """(what the search is about, what is left out and why, what its answers depend on)."""
     reader, served = CheckpointReader(Path(request.checkpoint)), served_on(request.device)
     recipes, notes = shipped(reader.config, served, kv_cache=request.kv_cache)
     if DEARER not in recipes:
@@ -149,10 +150,11 @@ def _opened(request: TuneRequest) -> tuple[Opened, Mapping[str, str], dict[str, 
     rows = read_data(
         request.validation, reader.directory, reader.config, VALIDATION_ROWS, longest, 0, allow_benchmark_overlap=True
     )
-    _check_validation(rows, data)
-    choosing = len(rows.sequences) * 2 // 3
+    texts = unseen(rows, data)
+    if len(texts) < len(rows.sequences):
+        notes[rows.where] = f"{len(rows.sequences) - len(texts)} rows are in the calibration data too, and left out"
+    choosing = len(texts) * 2 // 3
     few = max(2, round(FEW * choosing))
-    texts = rows.sequences
     wanted = parse_target(request.target)
     questions = None if request.evaluation is None else Questions(request.evaluation, request.judging)
     about = Opened(
@@ -187,22 +189,26 @@ def _asked(request: EvaluationRequest) -> dict[str, Any]:
     }
 
 
-def _check_validation(rows: TokenData, data: TokenData) -> None:
-    """Raises DataError for too few rows, and for such as are in the calibration data too."""
-    if len(rows.sequences) < _LEAST:
-        raise DataError(
-            f"{rows.where}: has {len(rows.sequences)} rows, wanted {_LEAST} or more to choose and to confirm on"
-        )
+def unseen(rows: TokenData, data: TokenData) -> Texts:
+    """The rows that are not in the calibration data too. Raises DataError where most are, or too few are left."""
     known = {run for text in data.sequences for run in _runs(text.tobytes(), text.itemsize)}
-    same = 0
+    others = []
     for text in rows.sequences:
-        runs = [*_runs(text.tobytes(), text.itemsize)]
-        same += sum(run in known for run in runs) > _SHARED * len(runs)
-    if same:
+        runs = _runs(text.tobytes(), text.itemsize)
+        if len(runs & known) <= _SHARED * len(runs):
+            others.append(text)
+    same = len(rows.sequences) - len(others)
+    if same > len(others):
         raise DataError(
             f"{rows.where}: {same} of {len(rows.sequences)} rows are in the calibration data too ({data.where}); wanted "
             "texts that nothing is fitted to"
         )
+    if len(others) < _LEAST:
+        beside = f" that are not in {data.where}" if same else ""
+        raise DataError(
+            f"{rows.where}: has {len(others)} rows{beside}, wanted {_LEAST} or more to choose and to confirm on"
+        )
+    return others
 
 
 def _runs(text: bytes, width: int) -> set[bytes]:

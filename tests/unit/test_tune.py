@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import DataError, OutputError, RequestError
 from ms_pangu_quant.evaluation.statistics import retention
@@ -13,7 +14,7 @@ from ms_pangu_quant.recipe.parse import parse_recipe
 from ms_pangu_quant.tune.budget import Clock
 from ms_pangu_quant.tune.candidates import plain, served_on, shipped
 from ms_pangu_quant.tune.history import FILE, History
-from ms_pangu_quant.tune.job import TuneRequest, check_room
+from ms_pangu_quant.tune.job import TuneRequest, check_room, unseen
 from ms_pangu_quant.tune.retention import compared, least_problems, problems_needed
 from ms_pangu_quant.tune.search import MIXED, RESOLUTION, Option, OutOfBudget, search_kl, search_retention
 from ms_pangu_quant.tune.target import Divergence, Target, parse_duration, parse_target
@@ -422,15 +423,18 @@ def test_requests_that_do_not_fit_together_and_full_folders_are_refused(tmp_path
     check_room(TuneRequest(MINI, "kl<=0.1", **files, resume=True))
 
 
-def test_validation_rows_of_the_calibration_data_are_refused():
-    from ms_pangu_quant.calibration.data import TokenData
-    from ms_pangu_quant.tune.job import _check_validation
-
+def test_validation_rows_that_are_in_the_calibration_data_are_left_out_and_most_of_them_refused():
     generator = np.random.default_rng(0)
-    texts = tuple(generator.integers(3, 999, 80).astype(np.int32) for _ in range(12))
-    fitted = TokenData(texts[:6], "a", 0)
-    _check_validation(TokenData(texts[6:], "b", 0), fitted)
-    with pytest.raises(DataError, match="1 of 7 rows"):
-        _check_validation(TokenData((*texts[6:], texts[2][5:70]), "b", 0), fitted)
-    with pytest.raises(DataError, match="wanted 6"):
-        _check_validation(TokenData(texts[6:10], "b", 0), fitted)
+    texts = [generator.integers(3, 999, 80).astype(np.int32) for _ in range(12)]
+    part = texts[2][5:70]
+    fitted = TokenData(tuple(texts[:6]), "a", 0)
+
+    def left(*rows):
+        return unseen(TokenData(rows, "b", 0), fitted)
+
+    assert left(*texts[6:]) == texts[6:]
+    assert left(part, *texts[6:]) == texts[6:]
+    with pytest.raises(DataError, match="6 of 10 rows"):
+        left(part, *texts[:5], *texts[6:10])
+    with pytest.raises(DataError, match="has 5 rows that are not in"):
+        left(part, *texts[6:11])
