@@ -27,7 +27,7 @@ HOPELESS = 3.0  # times the target: block errors predict KL to within a factor o
 AIM = 0.97  # of the target, for the next assignment
 MIXED = 5  # assignments that are quantized at most
 RESOLUTION = 0.06  # bits per weight between the largest that fails and the smallest that passes
-WORTH = 0.2  # bits per weight that mixing must be able to save
+WORTH = 0.1  # bits per weight that mixing must promise to save
 PILOT = 60  # problems on which a test's power is foreseen
 
 
@@ -185,10 +185,10 @@ class _KlSearch(_Search):
     def mix(self, failed: Sequence[Option], dearer: Option, expected: Mapping[str, float]) -> None:
         """Raise layers of one of the cheaper schemes that failed."""
         assert self.best is not None
-        worth = [each for each in failed if self.best.bits - each.bits > WORTH]
-        if not worth:
+        promised = {each.name: self.promised_bits(each, dearer, expected) for each in failed}
+        base = min(failed, key=lambda each: promised[each.name], default=None)
+        if base is None or promised[base.name] > self.best.bits - WORTH:
             return
-        base = min(worth, key=lambda each: self.promised_bits(each, dearer, expected))
         curve = self.measurer.curve(base)
         low, high = ((kl, expected[each.name], each.bits) for kl, each in zip(curve.ends, (base, dearer), strict=True))
         known = {each.option.name for each in self.trials}
@@ -232,7 +232,7 @@ class _KlSearch(_Search):
     def promised_bits(self, base: Option, dearer: Option, expected: Mapping[str, float]) -> float:
         """Where KL falls evenly, in logarithms, from one scheme's bits to the other's."""
         whole = math.log(max(expected[base.name], 1e-30) / max(expected[dearer.name], 1e-30))
-        part = math.log(max(expected[base.name], 1e-30) / self.limit)
+        part = math.log(max(expected[base.name], 1e-30) / (self.margin() * self.limit))
         share = min(1.0, max(0.0, part / whole)) if whole > 0 else 1.0
         return base.bits + (dearer.bits - base.bits) * share
 
