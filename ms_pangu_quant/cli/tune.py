@@ -28,6 +28,8 @@ from ms_pangu_quant.cli.evaluate import OwnProblems, SandboxName, own_problems, 
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.evaluation.sandbox import BUBBLEWRAP
 from ms_pangu_quant.evaluation.tasks import TASKS
+from ms_pangu_quant.tune.job import PAGE
+from ms_pangu_quant.tune.measurements import QUANTIZED
 
 
 def tune_command(
@@ -133,17 +135,18 @@ class _Shown:
 
 def _print(result: TuneResult) -> None:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for heading in ("", "bits", "size", "step, ms", "block error", "predicted", "KL", "at most", "texts", ""):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    headings = ["", "bits", "size", "step, ms"] if result.prefer == "fastest" else ["", "bits", "size"]
+    for heading in (*headings, "block error", "KL", "at most", "texts", "target"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
     for trial in result.outcome.trials:
         option, found = trial.option, trial.divergence
+        steps = [figure(option.decode_seconds and 1e3 * option.decode_seconds, ".2f")] if "step, ms" in headings else []
         table.add_row(
             option.name,
             f"{option.bits:.3f}",
             size(option.nbytes),
-            figure(option.decode_seconds and 1e3 * option.decode_seconds, ".2f"),
+            *steps,
             figure(option.block_error, ".4f"),
-            figure(option.predicted, ".3g"),
             figure(found.mean if found else None, ".3g"),
             figure(found.upper if found else None, ".3g"),
             f"{len(found.sums)}" if found else "-",
@@ -153,5 +156,5 @@ def _print(result: TuneResult) -> None:
     for line in result.said:
         out.print(line, soft_wrap=True, markup=False)
     files = [result.recipe] if result.recipe else []
-    files += [result.output / "quantized"] if result.winner else []
-    out.print(", ".join(str(path) for path in (*files, result.output / "tune.html")), soft_wrap=True, markup=False)
+    files += [result.output / QUANTIZED] if result.winner else []
+    out.print(", ".join(str(path) for path in (*files, result.output / PAGE)), soft_wrap=True, markup=False)

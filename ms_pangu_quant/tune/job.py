@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -99,12 +99,13 @@ class TuneResult:
 
     output: Path
     target: Target
+    prefer: str
     met: bool
     winner: Option | None
     final: Divergence | None
     recipe: Path | None
     outcome: Outcome
-    said: tuple[str, ...] = field(default=())
+    said: tuple[str, ...] = ()
 
 
 def tune(request: TuneRequest, progress: TuneProgress = SILENT) -> TuneResult:
@@ -141,7 +142,7 @@ def _opened(request: TuneRequest) -> tuple[Opened, Mapping[str, str], dict[str, 
     reader, served = CheckpointReader(Path(request.checkpoint)), served_on(request.device)
     recipes, notes = shipped(reader.config, served, kv_cache=request.kv_cache)
     if DEARER not in recipes:
-        raise RecipeError(f"{reader.directory}: {DEARER} does not fit this model: {notes[DEARER]}")
+        raise RecipeError(f"{reader.directory}: {DEARER}: {notes[DEARER]}")
     overlap = request.allow_benchmark_overlap
     data = calibration_data(Path(request.calibration), reader, recipes[DEARER], allow_benchmark_overlap=overlap)
     for recipe in recipes.values():
@@ -246,9 +247,9 @@ def _searched(request: TuneRequest, about: Opened, history: History, progress: T
         recipe = output / (RECIPE if outcome.winner else CLOSEST)
         write_atomically(recipe, [measurements.recipes[chosen.name].text.encode()])
     met = outcome.winner is not None and (final is None or target.metric != "kl" or final.mean <= target.limit)
-    result = TuneResult(output, target, met, outcome.winner, final, recipe, outcome)
+    result = TuneResult(output, target, request.prefer, met, outcome.winner, final, recipe, outcome)
     result = replace(result, said=tuple(conclusions(result)))
-    write_tuning(page_of(result, request.prefer, request.device), output / PAGE)
+    write_tuning(page_of(result, request.device), output / PAGE)
     return result
 
 

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from ms_pangu_quant.tune.job import TuneResult
 
 
-def page_of(result: TuneResult, prefer: str, device: str) -> Tuning:
+def page_of(result: TuneResult, device: str) -> Tuning:
     return Tuning(
         target=str(result.target),
         limit=result.target.limit if result.target.metric == "kl" else None,
-        prefer=prefer,
+        prefer=result.prefer,
         device=device,
         winner=result.winner and result.winner.name,
         said=result.said,

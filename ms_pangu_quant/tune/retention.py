@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,11 +27,9 @@ class Tested:
     needed_at_best: the same with one lost problem forgiven, since a few problems are a small sample."""
 
     problems: int
-    passed: float
     lost: int
     gained: int
     ratio: float | None
-    low: float | None
     p: float | None
     needed: int | None
     needed_at_best: int | None
@@ -40,10 +37,6 @@ class Tested:
     @property
     def kept(self) -> bool:
         return self.p is not None and self.p <= 1 - CONFIDENCE
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        return asdict(self)
 
     def said(self, wanted: float) -> str:
         if self.ratio is None or self.p is None:
@@ -114,11 +107,9 @@ def compared(reference: Scores, new: Scores, wanted: float) -> Tested:
     found = retention(a, b, wanted)
     return Tested(
         problems=len(shared),
-        passed=sum(a),
         lost=sum(y < x for x, y in zip(a, b, strict=True)),
         gained=sum(y > x for x, y in zip(a, b, strict=True)),
         ratio=found and found.ratio.value,
-        low=found and found.ratio.low,
         p=found and found.p,
         needed=problems_needed(reference, new, wanted),
         needed_at_best=problems_needed(reference, new, wanted, forgiven=1),

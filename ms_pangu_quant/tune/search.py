@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from ms_pangu_quant.tune.retention import Power, Scores, compared, least_problems
 from ms_pangu_quant.tune.target import Divergence
@@ -95,7 +95,6 @@ class Trial:
     verdict: str
     why: str
     divergence: Divergence | None = None
-    figures: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -300,7 +299,7 @@ class _RetentionSearch(_Search):
             kept = outcome.kept and limit is None
             if outcome.needed_at_best is None or outcome.needed_at_best > there:
                 break
-        self.trials.append(Trial(option, "meets" if kept else "fails", outcome.said(self.limit), found, outcome.figures))
+        self.trials.append(Trial(option, "meets" if kept else "fails", outcome.said(self.limit), found))
         if not kept:
             self.stopped = self.power.said(self.limit)
         return kept

@@ -1,22 +1,25 @@
 """tune/: the search on made-up candidates, whose KL and pass@1 are known, and what it stands on."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.checkpoint.config import ModelConfig
+from ms_pangu_quant.cli import main
 from ms_pangu_quant.errors import DataError, OutputError, RequestError
 from ms_pangu_quant.evaluation.statistics import retention
 from ms_pangu_quant.recipe.parse import parse_recipe
+from ms_pangu_quant.report.tuning import write_tuning
 from ms_pangu_quant.tune.budget import Clock
 from ms_pangu_quant.tune.candidates import plain, served_on, shipped
 from ms_pangu_quant.tune.history import FILE, History
-from ms_pangu_quant.tune.job import TuneRequest, check_room, unseen
+from ms_pangu_quant.tune.job import TuneRequest, TuneResult, check_room, conclusions, unseen
+from ms_pangu_quant.tune.page import page_of
 from ms_pangu_quant.tune.retention import compared, least_problems, problems_needed
-from ms_pangu_quant.tune.search import MIXED, RESOLUTION, Option, OutOfBudget, search_kl, search_retention
+from ms_pangu_quant.tune.search import MIXED, RESOLUTION, Option, Outcome, OutOfBudget, Trial, search_kl, search_retention
 from ms_pangu_quant.tune.target import Divergence, Target, parse_duration, parse_target
 from tests.conftest import MINI
 
@@ -438,3 +441,55 @@ def test_validation_rows_that_are_in_the_calibration_data_are_left_out_and_most_
         left(part, *texts[:5], *texts[6:10])
     with pytest.raises(DataError, match="has 5 rows that are not in"):
         left(part, *texts[6:11])
+
+
+def test_what_meets_no_target_ends_with_a_code_of_its_own(tmp_path, monkeypatch, capsys):
+    trial = Trial(
+        Option("w8a8", 8.05, 4_000_000, 0.01, 0.0118), "fails", "KL 0.02 on 32 texts", Divergence((1.0, 2.0), (90, 90))
+    )
+
+    def tune(request, progress):
+        progress.on_note("w4a8_g64: not tried")
+        progress.on_step("w8a8: quantizing")
+        progress.on_part(1, 4)
+        progress.on_done("w8a8: quantizing: 8.05 bits", 3.0)
+        outcome = Outcome(None, trial, (trial,), None)
+        return TuneResult(tmp_path, Target("kl", 0.01), "fastest", False, None, None, None, outcome, ("nothing was shown",))
+
+    monkeypatch.setattr("ms_pangu_quant.api.tune", tune)
+    words = [
+        "tune",
+        str(MINI),
+        "--target",
+        "kl<=0.01",
+        "--calibration",
+        "c",
+        "--validation",
+        "v",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main([*words, "--fastest"]) == 1
+    shown = capsys.readouterr()
+    assert "10.00" in shown.out
+    assert "nothing was shown" in shown.out
+    assert "1  w8a8: quantizing: 8.05 bits  (3 s)" in shown.err
+
+
+def test_the_page_tells_every_candidate_and_draws_what_was_measured(tmp_path):
+    found = Divergence((1.0, 2.0), (90, 90))
+    trials = (
+        Trial(Option("w8a8", 8.05, 4_000_000, 0.01, 0.0118), "meets", "KL <0.02> on 2 texts", found),
+        Trial(Option("w4a8", 4.05, 2_000_000, 0.009, 0.0411), "dropped", "blocks err"),
+        Trial(Option("w4a8+w8a8 5.1", 5.1, 2_500_000, None, None, 0.03), "fails", "KL 0.03 on 2 texts", found),
+    )
+    outcome = Outcome(trials[0].option, None, trials)
+    result = TuneResult(tmp_path, Target("kl", 0.02), "smallest", True, trials[0].option, found, None, outcome)
+    result = replace(result, said=tuple(conclusions(result)))
+    write_tuning(page_of(result, "atlas_a2"), tmp_path / "tune.html")
+    page = (tmp_path / "tune.html").read_text()
+    assert all(each.option.name in page for each in trials)
+    assert "KL &lt;0.02&gt; on 2 texts" in page
+    assert page.count("<svg") == 1
+    assert "there the target is missed" not in result.said[-1]
+    assert result.said[-1].startswith("final, on 2 texts that chose nothing: KL 0.0167")
