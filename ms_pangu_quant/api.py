@@ -47,6 +47,7 @@ from ms_pangu_quant.report.sensitivity_plot import sensitivity_plot
 from ms_pangu_quant.suggestion import did_you_mean
 from ms_pangu_quant.tune import job as tuning
 from ms_pangu_quant.tune.job import TuneRequest, TuneResult
+from ms_pangu_quant.tune.measurements import SILENT as SILENT_SEARCH
 from ms_pangu_quant.tune.measurements import TuneProgress
 
 if TYPE_CHECKING:
@@ -301,14 +302,14 @@ def _measured(request: _Request, path: Path, tokens: int, resume: bool, progress
     return found
 
 
-def tune(request: TuneRequest, progress: TuneProgress = TuneProgress()) -> TuneResult:  # noqa: B008
+def tune(request: TuneRequest, progress: TuneProgress = SILENT_SEARCH) -> TuneResult:
     """Find the smallest or fastest recipe that meets a target; docs/tune.md.
 
     A target that no candidate meets is a result, with met=False. Raises PanguQuantError for what does not fit together,
     before anything is written.
     """
     if str(request.calibration) == AUTO:
-        tuning.check_room(request)
+        tuning.check(request)
         made = _own_answers(request.checkpoint, as_recipe("w8a8"), Path(request.output), SILENT)
         request = replace(request, calibration=made)
     return tuning.tune(request, progress)

@@ -36,7 +36,7 @@ from ms_pangu_quant.tune.search import Option, Outcome, search_kl, search_retent
 from ms_pangu_quant.tune.target import Divergence, Target, parse_duration, parse_target
 
 RECIPE, CLOSEST, PAGE = "recipe.yaml", "closest.yaml", "tune.html"
-VALIDATION_ROWS, VALIDATION_LENGTH = 192, 512
+VALIDATION_ROWS, VALIDATION_LENGTH, VALIDATION_TOKENS = 192, 512, 24576
 FEW = 0.25  # of the texts for choosing
 _LEAST = 6  # validation rows
 _RUN = 16  # tokens
@@ -127,6 +127,14 @@ def tune(request: TuneRequest, progress: TuneProgress = SILENT) -> TuneResult:
         os.close(descriptor)
 
 
+def check(request: TuneRequest) -> None:
+    """What can be told of a request before its calibration data is there. Raises PanguQuantError."""
+    check_room(request)
+    reader = CheckpointReader(Path(request.checkpoint))
+    shipped(reader.config, served_on(request.device), kv_cache=request.kv_cache)
+    _validation(request, reader)
+
+
 def check_room(request: TuneRequest) -> None:
     """Raises OutputError where the output is not empty, or is to be gone on with and is no search's."""
     output = Path(request.output)
@@ -147,10 +155,7 @@ def _opened(request: TuneRequest) -> tuple[Opened, Mapping[str, str], dict[str, 
     data = calibration_data(Path(request.calibration), reader, recipes[DEARER], allow_benchmark_overlap=overlap)
     for recipe in recipes.values():
         check_data(reader.config, recipe, data)
-    longest = min(VALIDATION_LENGTH, reader.config.max_position_embeddings)
-    rows = read_data(
-        request.validation, reader.directory, reader.config, VALIDATION_ROWS, longest, 0, allow_benchmark_overlap=True
-    )
+    rows = _validation(request, reader)
     texts = unseen(rows, data)
     if len(texts) < len(rows.sequences):
         notes[rows.where] = f"{len(rows.sequences) - len(texts)} rows are in the calibration data too, and left out"
@@ -176,6 +181,14 @@ def _opened(request: TuneRequest) -> tuple[Opened, Mapping[str, str], dict[str, 
         "version of ms_pangu_quant": version("ms_pangu_quant"),
     }
     return about, notes, depends
+
+
+def _validation(request: TuneRequest, reader: CheckpointReader) -> TokenData:
+    longest = min(VALIDATION_LENGTH, reader.config.max_position_embeddings)
+    return read_data(
+        request.validation, reader.directory, reader.config, VALIDATION_ROWS, longest, 0,
+        tokens=VALIDATION_TOKENS, allow_benchmark_overlap=True,
+    )  # fmt: skip
 
 
 def _asked(request: EvaluationRequest) -> dict[str, Any]:

@@ -126,10 +126,12 @@ class Measurements:
 
     def _blocks(self, name: str, recipe: Recipe) -> Mapping[str, Any]:
         def answer() -> dict[str, Any]:
-            kind = f"trying {_width(recipe)} blocks"
-            with self._step(f"{name}: some blocks", kind, len(recipe.choices)) as done:
-                means = trial.tried(self._about.reader, recipe, self._about.data, self._progress.on_part)
-                said = trial.told(means, self._about.reader.config.num_hidden_layers)
+            about, kind = self._about, f"trying {_width(recipe)} blocks"
+            decided = recipe.decided(recipe.choices[-1].name, "")
+            whole, rest = (estimate(about.reader, each, about.data).seconds for each in (recipe, decided))
+            with self._step(f"{name}: some blocks", kind, len(recipe.choices), max(0.0, whole - rest)) as done:
+                means = trial.tried(about.reader, recipe, about.data, self._progress.on_part)
+                said = trial.told(means, about.reader.config.num_hidden_layers)
                 done(said)
             return {"transforms": said, "errors": means}
 

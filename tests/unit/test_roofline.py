@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import yaml
 
+from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.errors import RequestError
 from ms_pangu_quant.report.roofline import (
@@ -45,6 +46,18 @@ def model():
 )
 def test_an_operator_takes_the_longest_of_arithmetic_traffic_and_launch(operator, seconds):
     assert UNIT.seconds(operator) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_blocks_with_precisions_of_their_own_are_those_of_one_where_all_are_alike(device, model, precision):
+    device = dataclasses.replace(device, host_ms=0, layer_launch_ms=0)
+    alike = [dict.fromkeys(layout.FUSED, precision) for _ in range(model.num_hidden_layers)]
+    assert decode_seconds(device, model, alike, 4, 512) == decode_seconds(device, model, precision, 4, 512)
+    if precision == "w4a8":
+        changed = [{**alike[0], layout.FC2: "w8a8"}, *alike[1:]]
+        slower = decode_seconds(device, model, changed, 4, 512) - decode_seconds(device, model, alike, 4, 512)
+        limits = device.bandwidth_gbytes * 1e9 * device.bandwidth_efficiency
+        assert slower == pytest.approx(0.5 * model.hidden_size * model.intermediate_size / limits)
 
 
 def test_activations_that_fit_in_the_cache_move_faster_and_weights_do_not():
