@@ -176,7 +176,7 @@ def tuning(rows: Sequence[TuningRow], limit: float | None) -> str | None:
     if not any(row.kl for row in rows):
         return None
     figure, axes = _figure([])
-    kinds = {"meets": 3, "fails": 5}
+    kinds = {"meets": 3, "undecided": 2, "fails": 5}
     for number, row in enumerate(rows, 1):
         if row.kl is not None and row.upper is not None:
             above = max(0.0, row.upper - row.kl)
@@ -194,7 +194,9 @@ def tuning(rows: Sequence[TuningRow], limit: float | None) -> str | None:
         axes.axhline(limit, color=_TEXT, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight")
-    return _svg(figure, axes, None, "KL to the float model, nats", ["meets the target", "fails"], [*kinds.values()])
+    return _svg(
+        figure, axes, None, "KL to the float model, nats", ["meets the target", "undecided", "fails"], [*kinds.values()]
+    )
 
 
 def _means(run: Run, cell: Cell) -> tuple[float, float] | None:

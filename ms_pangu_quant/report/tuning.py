@@ -17,7 +17,7 @@ from ms_pangu_quant.report.page import environment
 class TuningRow:
     """A candidate, in the order of trial. kl, upper: mean and one-sided bound on `texts` texts.
 
-    verdict  "meets", "fails" or "dropped", which is not measured.
+    verdict  "meets", "fails", "undecided" or "dropped", which is not measured.
     """
 
     name: str

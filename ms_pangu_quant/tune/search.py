@@ -89,7 +89,8 @@ class Measurer(Protocol):
 
 @dataclass(frozen=True)
 class Trial:
-    """One candidate's evidence and what it came to: "meets", "fails" or "dropped" (not worth measuring)."""
+    """One candidate's evidence and what it came to: "meets", "fails", "undecided" (so many texts or problems cannot say) or
+    "dropped" (not worth measuring)."""
 
     option: Option
     verdict: str
@@ -129,9 +130,9 @@ class _Search:
         return Outcome(self.best, closest, tuple(self.trials), self.stopped, self.power)
 
     def met(self, option: Option) -> None:
-        if self.best is None or self.cost(option) < self.cost(self.best):
-            self.best = option
-        self.measurer.settled(self.best)
+        """It is cheaper than the best so far, or would not have been measured."""
+        self.best = option
+        self.measurer.settled(option)
 
 
 def search_kl(measurer: Measurer, limit: float, cost: Callable[[Option], tuple[float, ...]]) -> Outcome:
@@ -169,7 +170,8 @@ class _KlSearch(_Search):
         if few.lower > self.limit:
             return self.settle(option, few, "fails")
         found = self.measurer.divergence(option, few=False)
-        return self.settle(option, found, "meets" if found.upper <= self.limit else "fails")
+        missed = "fails" if found.lower > self.limit else "undecided"
+        return self.settle(option, found, "meets" if found.upper <= self.limit else missed)
 
     def settle(self, option: Option, found: Divergence, verdict: str) -> Divergence:
         bound = f"at least {found.lower:.3g}" if found.lower > self.limit else f"at most {found.upper:.3g}"
@@ -273,6 +275,8 @@ class _RetentionSearch(_Search):
             return
         options = sorted(self.measurer.uniform(), key=lambda each: each.block_error or 0.0)
         for each in self.sequence(options):
+            if self.best is not None and self.cost(each) >= self.cost(self.best):
+                continue
             found = self.measurer.divergence(each, few=True)
             if not self.test(each, found, there):
                 self.measurer.settled(self.best)
@@ -299,7 +303,8 @@ class _RetentionSearch(_Search):
             kept = outcome.kept and limit is None
             if outcome.needed_at_best is None or outcome.needed_at_best > there:
                 break
-        self.trials.append(Trial(option, "meets" if kept else "fails", outcome.said(self.limit), found))
+        missed = "fails" if outcome.needed is None else "undecided"
+        self.trials.append(Trial(option, "meets" if kept else missed, outcome.said(self.limit), found))
         if not kept:
             self.stopped = self.power.said(self.limit)
         return kept

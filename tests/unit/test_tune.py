@@ -44,6 +44,7 @@ class Model:
     asked: list = field(default_factory=list)
     kept: list = field(default_factory=list)
     budget: int = 10**9  # questions
+    bits: dict = field(default_factory=lambda: {"w8a8": 8.0, "w4a8_g64": 4.5, "w4a8": 4.05})
 
     def __post_init__(self):
         draw = np.random.default_rng(self.seed).lognormal(0, 1.2, GROUPS)
@@ -69,8 +70,7 @@ class Model:
 
     def uniform(self):
         self.question("blocks")
-        bits = {"w8a8": 8.0, "w4a8_g64": 4.5, "w4a8": 4.05}
-        return [self.option(name, bits[name], math.sqrt(self.kl(Option(name, 0, 0)))) for name in bits]
+        return [self.option(name, bits, math.sqrt(self.kl(Option(name, 0, 0)))) for name, bits in self.bits.items()]
 
     def option(self, name, bits, block_error=None, predicted=None):
         return Option(name, bits, round(bits * 1e6), None, block_error, predicted)
@@ -124,7 +124,10 @@ def test_the_winner_meets_the_target_and_none_that_was_measured_to_meet_it_is_ch
     found = search_kl(model, limit, size)
     met = [each for each in found.trials if each.verdict == "meets"]
     assert all(each.divergence.upper <= limit for each in met)
-    assert all(each.divergence.upper > limit for each in found.trials if each.verdict == "fails")
+    assert all(each.divergence.lower > limit for each in found.trials if each.verdict == "fails")
+    assert all(
+        each.divergence.upper > limit >= each.divergence.lower for each in found.trials if each.verdict == "undecided"
+    )
     if found.winner is None:
         assert not met
         assert model_of(seed).divergence(found.closest.option, few=True).upper > limit
@@ -302,6 +305,15 @@ def test_candidates_are_tested_from_the_most_accurate_down_until_one_is_not_show
     assert [each.verdict for each in found.trials] == ["meets", "meets", "fails"]
     assert found.winner.name.startswith("w4a8+")
     assert ("w4a8", 60) not in exam.limits
+
+
+def test_what_costs_more_than_the_best_so_far_is_not_tested():
+    exam = Exam(2000, {})
+    exam.bits = {"w8a8": 8.0, "w4a8": 4.5, "w4a8_g64": 4.8}  # the more accurate one costs less
+    exam.kl = lambda option: {"w8a8": 0.005, "w4a8": 0.03, "w4a8_g64": 0.06}.get(option.name, 0.01)
+    found = search_retention(exam, 0.98, size)
+    assert found.winner.name == "w4a8"
+    assert "w4a8_g64" not in {each.option.name for each in found.trials}
 
 
 def test_the_least_number_of_problems_is_the_tests_own():
