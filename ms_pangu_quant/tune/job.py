@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -192,15 +193,10 @@ def _validation(request: TuneRequest, reader: CheckpointReader) -> TokenData:
 
 
 def _asked(request: EvaluationRequest) -> dict[str, Any]:
-    data = {name: str(path) for name, path in request.data.items()}
-    return {
-        "tasks": list(request.tasks),
-        "modes": request.modes and list(request.modes),
-        "prompts": dict(request.prompts),
-        "data": data,
-        "generation": vars(request.generation),
-        "samples": request.samples,
-    }
+    """What answers depend on."""
+    beside = ("checkpoint", "output", "limit", "batch_size")
+    said = {name: value for name, value in asdict(request).items() if name not in beside}
+    return dict(json.loads(json.dumps(said, default=str)))
 
 
 def unseen(rows: TokenData, data: TokenData) -> Texts:

@@ -333,9 +333,9 @@ def _pass_rates(output: Path) -> dict[str, float]:
     """task/problem -> mean over thinking modes."""
     (run,) = load_runs([output])
     rates: dict[str, list[float]] = {}
-    for (task, _), results in run.results.items():
+    for cell, results in run.results.items():
         for problem, share in shares(results).items():
-            rates.setdefault(f"{task} {problem}", []).append(share)
+            rates.setdefault(f"{cell[0]} {problem}", []).append(share)
     return {name: sum(each) / len(each) for name, each in rates.items()}
 
 
