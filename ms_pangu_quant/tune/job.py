@@ -14,7 +14,7 @@ from ms_pangu_quant.calibration.data import TokenData, read_data
 from ms_pangu_quant.chats.facts import calibration_data
 from ms_pangu_quant.checkpoint.files import write_atomically
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
-from ms_pangu_quant.checkpoint.writer import absent_folders, lock, remove_empty
+from ms_pangu_quant.checkpoint.writer import absent_folders, hash_file, lock, remove_empty
 from ms_pangu_quant.errors import DataError, OutputError, RecipeError, RequestError
 from ms_pangu_quant.evaluation.job import SANDBOXED, EvaluationRequest, Judging
 from ms_pangu_quant.job import ranks
@@ -196,6 +196,7 @@ def _asked(request: EvaluationRequest) -> dict[str, Any]:
     """What answers depend on."""
     beside = ("checkpoint", "output", "limit", "batch_size")
     said = {name: value for name, value in asdict(request).items() if name not in beside}
+    said["data"] = {name: hash_file(Path(file)) for name, file in request.data.items()}
     return dict(json.loads(json.dumps(said, default=str)))
 
 
