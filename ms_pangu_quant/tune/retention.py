@@ -1,8 +1,8 @@
 """Whether pass@1 is kept, and how many problems it takes to show that.
 
 The test is the paired one-sided one of evaluation.statistics. What it needs is foreseen in two ways: exactly for a
-candidate that loses nothing (the binomial test's least number, below which no answers can show it), and roughly, by the
-normal approximation, for one that goes on to lose and gain as in the problems seen.
+candidate that loses nothing (the binomial test's least number, below which no answers can show it), and by the test's power
+for one that goes on to lose and gain as in the problems seen.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ms_pangu_quant.evaluation.statistics import retention
-from ms_pangu_quant.tune.target import CONFIDENCE
+from ms_pangu_quant.evaluation import statistics
+from ms_pangu_quant.evaluation.statistics import CONFIDENCE, POWER
 
-POWER = 0.8  # chance that the test shows what is there
 Scores = Mapping[str, float]  # problem -> share of its answers that pass, over thinking modes and samples
 
 
@@ -80,31 +79,19 @@ def least_problems(wanted: float) -> int:
 
 
 def problems_needed(reference: Scores, new: Scores, wanted: float, forgiven: int = 0) -> int | None:
-    """For the test to show it in POWER of the cases, if problems go on as these do, so many lost ones forgiven.
-
-    The sum of new - wanted * reference over n problems, and one that is lost, which the test adds, is to be shown above 0:
-    n mean - wanted = (z_confidence + z_power) sd sqrt(n), and no fewer than least_problems() passed ones. None where the
-    mean is not above 0.
-    """
-    from scipy import stats
-
+    """statistics.problems_needed() where so many lost problems are forgiven."""
     shared = [name for name in reference if name in new]
     a, b = (np.array([scores[name] for name in shared], np.float64) for scores in (reference, new))
     for place in np.argsort(b - a, kind="stable")[:forgiven]:
         b[place] = max(a[place], b[place])
-    margin = b - wanted * a
-    if margin.mean() <= 0 or a.mean() <= 0:
-        return None
-    mean, spread = float(margin.mean()), float(margin.std() * (stats.norm.ppf(CONFIDENCE) + stats.norm.ppf(POWER)))
-    root = (spread + math.sqrt(spread**2 + 4 * mean * wanted)) / (2 * mean)
-    return math.ceil(max(root**2, least_problems(wanted) / a.mean()) - 1e-9)
+    return statistics.problems_needed([*a], [*b], wanted)
 
 
 def compared(reference: Scores, new: Scores, wanted: float) -> Tested:
     """On the problems that both have."""
     shared = [name for name in reference if name in new]
     a, b = ([scores[name] for name in shared] for scores in (reference, new))
-    found = retention(a, b, wanted)
+    found = statistics.retention(a, b, wanted)
     return Tested(
         problems=len(shared),
         lost=sum(y < x for x, y in zip(a, b, strict=True)),
