@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ from ms_pangu_quant.formats.reader import Format, layer_bytes
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.mixed.sensitivity import DRAWS, split
+from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
 _LIBRARIES = 0.85 * 2**30  # resident after MindSpore and MindFormers are imported and a block graph is compiled
-_SLOWER = 2.0  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
+_SLOWER = 1.1  # than the sample's matmul: smaller products and what is between them; measured at the 7B's shape
 _FASTER = 1.6  # products of bfloat16 than of float32, where the CPU has them
 _PYTHON = 0.15 * 2**30  # resident without them
 # On which transforms are tried: statistics are of so many tokens, and errors of so many held-out ones at most.
@@ -72,7 +74,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     if tried:  # one pass, and on each block tried two more for each choice, and what rounding takes
         some, each = min(tokens, TRIED_TOKENS), len(tried) * min(TRIED_BLOCKS, blocks)
         products += 2 * (blocks + 2 * each) * some * weights + each * _gram_products(reader.config, recipe, some)
-    seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
+    seconds = 5 + reader.bytes / 0.8e9 + blocks * weights / 0.12e9 + _SLOWER * products / _operations_per_second()
     after = stored_bytes(reader, recipe, plan, stored_as)
     used = None if data is None else calibration_facts(recipe, data)
     return Estimate(_groups(plan, reader.config), plan.cache, used, reader.bytes, after, peak, seconds, tried)
@@ -162,7 +164,7 @@ def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens:
     products: float = 2 * weights * blocks * (passes * measured + statistics)
     products += 2 * (3 * 1.1 + 3) * measured * config.vocab_size * config.hidden_size
     products += 2 * blocks * _gram_products(config, recipe, statistics)
-    seconds = 5 + blocks * 3 * weights / 0.12e9 + _SLOWER * products / _multiply_adds_per_second()
+    seconds = 5 + blocks * 3 * weights / 0.12e9 + _SLOWER * products / _operations_per_second()
     disk = 4 * config.hidden_size * ((5 * blocks + 2 * DRAWS) * measured + 2 * statistics)
     return SensitivityCost(statistics, measured, seconds, disk)
 
@@ -206,11 +208,14 @@ def _ranges(indices: list[int]) -> str:
     return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
 
 
-def _multiply_adds_per_second() -> float:
-    """Floating-point operations a second of this machine's float32 matmul, from a short sample."""
+def _operations_per_second() -> float:
+    """Floating-point operations a second of float32 products on all cores that the process may use, from a short sample; by
+    CPU time, since the machine may be at other work."""
     matrix = np.ones((1024, 1024), np.float32)
-    matrix @ matrix
-    started = time.perf_counter()
-    for _ in range(3):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with one_thread():
         matrix @ matrix
-    return 3 * 2 * 1024**3 / (time.perf_counter() - started)
+        started = time.process_time()
+        for _ in range(3):
+            matrix @ matrix
+        return cores * 3 * 2 * 1024**3 / (time.process_time() - started)
