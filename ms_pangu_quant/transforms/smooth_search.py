@@ -127,27 +127,24 @@ class OutputCost:
         return float(rounded_w / self._scheme.weight.divisor**2 + rounded_x / self._scheme.activation.divisor**2) / 12
 
     def smooth(self, s: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """The sum with power means for the maxima, which makes it larger, and its gradient over log s [in]. What has the
-        size of a weight is float32."""
+        """The sum with power means for the maxima, which makes it larger, and its gradient over log s [in]."""
         square, groups = s**2, self._scheme.weight.groups(len(s))
-        small = s.astype(np.float32)
-        largest, shares = _power_mean((self._weight * small).reshape(len(self._weight), groups, -1))
+        largest, shares = _power_mean((self._weight * s).reshape(len(self._weight), groups, -1))
         steps = self._stand_for * largest**2  # [rows, groups]
         spread = (self._squares / square).reshape(groups, -1)
         rounded_w = steps.sum(axis=0) @ spread.sum(axis=1)
-        mixed = np.matmul(steps.T[:, None].astype(np.float32), shares.transpose(1, 0, 2))[:, 0]  # [groups, in of a group]
-        slope_w = mixed * spread.sum(axis=1)[:, None] - steps.sum(axis=0)[:, None] * spread
-        rows = self._rows / small
+        slope_w = np.einsum("rg,rgj->gj", steps, shares) * spread.sum(axis=1)[:, None] - steps.sum(axis=0)[:, None] * spread
+        rows = self._rows / s
         largest, shares = _power_mean(rows if self._scheme.activation.dynamic else rows.reshape(1, -1))
         columns = self._columns * square
         each = self._tokens / len(largest) * largest**2
-        slope_x = each.sum() * columns - columns.sum() * (each.astype(np.float32) @ shares).reshape(-1, len(s)).sum(axis=0)
+        slope_x = each.sum() * columns - columns.sum() * (each @ shares).reshape(-1, len(s)).sum(axis=0)
         w, x = self._scheme.weight.divisor**2, self._scheme.activation.divisor**2
         gradient = (slope_w.reshape(-1) / w + slope_x / x) / 6
         return float(rounded_w / w + each.sum() * columns.sum() / x) / 12, gradient
 
 
-def _power_mean(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+def _power_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Of values >= 0 along the last axis (sum of v^p)^(1/p), p = 2^_POWER, and each one's share of the sum."""
     largest = values.max(axis=-1)
     shares = values / np.where(largest > 0, largest, 1)[..., None]
@@ -155,7 +152,7 @@ def _power_mean(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArr
         np.square(shares, out=shares)
     total = shares.sum(axis=-1)
     shares /= np.where(total > 0, total, 1)[..., None]
-    return (largest * total ** (0.5**_POWER)).astype(np.float64), shares
+    return largest * total ** (0.5**_POWER), shares
 
 
 def _sampled_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
