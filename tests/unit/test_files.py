@@ -551,6 +551,7 @@ def test_all_json_that_is_written_or_printed_is_made_in_one_place():
     inside = {"evaluation/tasks/plus.py", "evaluation/score.py", "evaluation/run.py", "evaluation/sandbox.py", "api.py"}
     inside |= {"evaluation/guest/tester.py", "evaluation/guest/server.py", "pipeline/prepare.py", "recipe/settings.py"}
     inside |= {"checkpoint/chat.py", "checkpoint/files.py", "chats/job.py", "chats/prompts.py", "inference/endpoint.py"}
+    inside |= {"tune/history.py", "tune/job.py"}
     makers = {
         str(path.relative_to(package)) for path in package.rglob("*.py") if "json.dump" in path.read_text(encoding="utf-8")
     }

@@ -91,43 +91,44 @@ def floats(functions, x, weight, bias=None, *, kind="PanguFloat"):
     return call(functions, kind, [x, packed, bias], (len(x), len(weight)))
 
 
-@pytest.fixture(params=["PanguFloat", "PanguBfloat16"])
-def kind(request, kernels):
-    if request.param == "PanguBfloat16" and not kernels.pangu_bfloat16():
-        pytest.skip("not on this path")
-    return request.param
+def kinds(functions):
+    """Of float layers on the path that is chosen."""
+    return ["PanguFloat", "PanguBfloat16"][: 1 + bool(functions.pangu_bfloat16())]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_float_layer_is_the_product_whatever_the_order_of_its_sums(shape, kernels, kind):
+def test_a_float_layer_is_the_product_whatever_the_order_of_its_sums(shape, kernels):
     rows, outputs, inputs = shape
-    rng = np.random.default_rng(inputs)
-    x, weight, bias = (rng.integers(-32, 33, each).astype(F32) for each in ((rows, inputs), (outputs, inputs), outputs))
-    assert np.array_equal(floats(kernels, x, weight, bias, kind=kind), x @ weight.T + bias)  # integers below 2^24: exact
-    x, weight = rng.normal(size=x.shape).astype(F32), rng.normal(size=weight.shape).astype(F32)
-    found = floats(kernels, x, weight, kind=kind)
-    if kind == "PanguBfloat16":
-        x, weight = (each.astype(ml_dtypes.bfloat16).astype(F32) for each in (x, weight))
-    exact = x.astype(np.float64) @ weight.T
-    assert np.abs(found - exact).max() <= 1e-5 * np.sqrt(inputs)
+    for kind in kinds(kernels):
+        rng = np.random.default_rng(inputs)
+        x, weight, bias = (rng.integers(-32, 33, each).astype(F32) for each in ((rows, inputs), (outputs, inputs), outputs))
+        exact = x @ weight.T + bias  # integers below 2^24
+        assert np.array_equal(floats(kernels, x, weight, bias, kind=kind), exact)
+        x, weight = rng.normal(size=x.shape).astype(F32), rng.normal(size=weight.shape).astype(F32)
+        found = floats(kernels, x, weight, kind=kind)
+        if kind == "PanguBfloat16":
+            x, weight = (each.astype(ml_dtypes.bfloat16).astype(F32) for each in (x, weight))
+        assert np.abs(found - x.astype(np.float64) @ weight.T).max() <= 1e-5 * np.sqrt(inputs)
 
 
-def test_a_row_of_a_float_layer_is_the_same_alone_and_among_others_and_on_any_number_of_threads(kernels, kind):
+def test_a_row_of_a_float_layer_is_the_same_alone_and_among_others_and_on_any_number_of_threads(kernels):
     rng = np.random.default_rng(0)
     x, weight = rng.normal(size=(21, 1500)).astype(F32), rng.normal(size=(200, 1500)).astype(F32)
     x[5, 7] = np.nan
-    threads, together = kernels.pangu_threads(0), floats(kernels, x, weight, kind=kind)
-    for count in (1, 2, 5):
-        parts = [floats(kernels, x[start : start + count], weight, kind=kind) for start in range(0, 21, count)]
-        assert np.array_equal(np.concatenate(parts), together, equal_nan=True)
-    assert np.isnan(together[5]).all()
-    assert np.isfinite(np.delete(together, 5, axis=0)).all()
-    try:
-        for count in (1, 3):
-            kernels.pangu_threads(count)
-            assert np.array_equal(floats(kernels, x, weight, kind=kind), together, equal_nan=True)
-    finally:
-        kernels.pangu_threads(threads)
+    threads = kernels.pangu_threads(0)
+    for kind in kinds(kernels):
+        together = floats(kernels, x, weight, kind=kind)
+        for count in (1, 2, 5):
+            parts = [floats(kernels, x[start : start + count], weight, kind=kind) for start in range(0, 21, count)]
+            assert np.array_equal(np.concatenate(parts), together, equal_nan=True)
+        assert np.isnan(together[5]).all()
+        assert np.isfinite(np.delete(together, 5, axis=0)).all()
+        try:
+            for count in (1, 3):
+                kernels.pangu_threads(count)
+                assert np.array_equal(floats(kernels, x, weight, kind=kind), together, equal_nan=True)
+        finally:
+            kernels.pangu_threads(threads)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
