@@ -193,8 +193,9 @@ class _KlSearch(_Search):
         curve = self.measurer.curve(base)
         low, high = ((kl, expected[each.name], each.bits) for kl, each in zip(curve.ends, (base, dearer), strict=True))
         known = {each.option.name for each in self.trials}
+        failures = 0  # on end
         for _ in range(MIXED):
-            option = self.next(curve, low, high, known)
+            option = self.next(curve, low, high, known, halve=failures >= 2)
             if option is None:
                 return
             known.add(option.name)
@@ -202,14 +203,17 @@ class _KlSearch(_Search):
             assert option.predicted is not None
             point = option.predicted, found.mean, option.bits
             if self.trials[-1].verdict == "meets":
-                high = point
+                high, failures = point, 0
             else:
-                low = point
+                low, failures = point, failures + 1
             if high[2] - low[2] <= RESOLUTION:
                 return
 
-    def next(self, curve: Curve, low: _Point, high: _Point, known: set[str]) -> Option | None:
-        """What the line between a point that fails and one that passes puts just below the target, and below the best."""
+    def next(self, curve: Curve, low: _Point, high: _Point, known: set[str], *, halve: bool) -> Option | None:
+        """What the line between a point that fails and one that passes puts just below the target, and below the best.
+
+        halve  where the line has led to failures alone, what lies halfway in bits.
+        """
         assert self.best is not None
         ceiling = self.best.bits - RESOLUTION / 2
         wanted = _on_line(low, high, self.margin() * self.limit)
@@ -218,7 +222,7 @@ class _KlSearch(_Search):
             option = curve.within(ceiling)
             if option is None or option.predicted is None or option.predicted > HOPELESS / 2 * wanted:
                 return None
-        if option.name in known:
+        if halve or option.name in known:
             option = curve.within((low[2] + min(high[2], self.best.bits)) / 2)
         if option is None or option.name in known or self.cost(option) >= self.cost(self.best) or option.bits <= low[2]:
             return None

@@ -151,6 +151,21 @@ def test_few_mixtures_find_one_that_is_near_the_smallest_of_the_curve(seed):
     assert found.winner.bits <= least + RESOLUTION + 4 * (8 - 4.05) / GROUPS
 
 
+def test_where_the_line_leads_to_failures_alone_what_is_left_is_halved():
+    class Late(Model):
+        """What is measured falls later than what is predicted: a line from the end that passes stays where it is."""
+
+        def kl(self, option):
+            if option.predicted is None:
+                return super().kl(option)
+            return self.dear + (self.cheap - self.dear) * max(0.0, 1 - (option.bits - 4) / 4) ** 0.8
+
+    found = search_kl(Late(dear=0.005, cheap=0.12, spread=0.8), 0.02, size)
+    mixed = [each for each in found.trials if "+" in each.option.name]
+    assert [each.verdict for each in mixed[:2]] == ["fails", "fails"]
+    assert found.winner in [each.option for each in mixed]
+
+
 def bound_over_mean(seed):
     found = model_of(seed).divergence(Option("w8a8", 8, 8), few=False)
     return found.upper / found.mean
