@@ -108,6 +108,7 @@ class Measurements:
         self.recipes: dict[str, Recipe] = {}
         self._decided: dict[str, Recipe] = {}
         self._float_states: dict[str, NDArray[np.float32]] = {}
+        self._best: Option | None = None
 
     # --- candidates --------------------------------------------------------------------------------------------------
 
@@ -266,6 +267,7 @@ class Measurements:
         if (directory / HASHES_FILE).exists() and self._history.known("quantize", candidate=option.name):
             return directory
         about = self._about
+        self._make_room(option)
         expected = estimate(about.reader, recipe, about.data).seconds
         with self._step(f"{option.name}: quantizing", f"quantizing to {_width(recipe)}", 1, expected) as done:
             blocks = about.reader.config.num_hidden_layers
@@ -283,10 +285,15 @@ class Measurements:
         return directory
 
     def settled(self, kept: Option | None) -> None:
-        name = _slug(kept.name) if kept else None
+        """What is not kept goes when the next is quantized: a resumed search settles once more what it had settled, and
+        what it has come to since must be there then."""
+        self._best = kept
+
+    def _make_room(self, option: Option) -> None:
+        names = {_slug(each.name) for each in (option, self._best) if each}
         folder = self._folder / _CANDIDATES
         for each in folder.iterdir() if folder.is_dir() else ():
-            if each.name != name:
+            if each.name not in names:
                 shutil.rmtree(each)
 
     def finish(self, winner: Option | None) -> None:

@@ -17,6 +17,7 @@ from ms_pangu_quant.tune.budget import Clock
 from ms_pangu_quant.tune.candidates import plain, served_on, shipped
 from ms_pangu_quant.tune.history import FILE, History
 from ms_pangu_quant.tune.job import TuneRequest, TuneResult, check_room, conclusions, unseen
+from ms_pangu_quant.tune.measurements import Measurements, _slug
 from ms_pangu_quant.tune.page import page_of
 from ms_pangu_quant.tune.retention import compared, least_problems, problems_needed
 from ms_pangu_quant.tune.search import MIXED, RESOLUTION, Option, Outcome, OutOfBudget, Trial, search_kl, search_retention
@@ -164,6 +165,19 @@ def test_where_the_line_leads_to_failures_alone_what_is_left_is_halved(spread, m
     monkeypatch.setitem(globals(), "GROUPS", 400)
     found = search_kl(Even(dear=0.0054, cheap=0.12, spread=spread), 0.02, size)
     assert found.winner.bits < 7.6
+
+
+def test_what_was_settled_goes_when_the_next_is_quantized_and_no_sooner(tmp_path):
+    """A resumed search first settles what it had settled before, when a later candidate lies there already."""
+    options = [Option(name, 8, 8) for name in ("w8a8", "w4a8+1", "w4a8+2")]
+    for each in options[:2]:
+        (tmp_path / "candidates" / _slug(each.name)).mkdir(parents=True)
+    measurements = Measurements.__new__(Measurements)
+    measurements._folder = tmp_path
+    measurements.settled(options[0])
+    measurements.settled(options[1])
+    measurements._make_room(options[2])
+    assert [path.name for path in (tmp_path / "candidates").iterdir()] == [_slug("w4a8+1")]
 
 
 def bound_over_mean(seed):
