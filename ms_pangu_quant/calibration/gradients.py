@@ -19,7 +19,7 @@ from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
 from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.network.versions import graph_executor
+from ms_pangu_quant.network.versions import release_graphs
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 
 LONGEST = 512  # tokens of a sequence: attention has all its scores at once
@@ -64,7 +64,7 @@ class BlockGradients:
 
     def __exit__(self, *_: object) -> None:
         if "_cell" in vars(self):
-            graph_executor.del_net_res(self._cell, self._cell.compile_cache)
+            release_graphs(self._cell)
             del self._cell
         if "_network" in vars(self):
             self._network.release()

@@ -26,7 +26,7 @@ from ms_pangu_quant.backends import current_backend
 from ms_pangu_quant.backends.cache import on_cache_grid
 from ms_pangu_quant.backends.cpu import per_token_codes
 from ms_pangu_quant.calibration.ranges import RangeStats
-from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder, token_weights
+from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder, sums_output_drift, token_weights
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.block import Block, QuantizedLinear, RoundedBlock
 from ms_pangu_quant.checkpoint.config import ModelConfig
@@ -35,7 +35,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import blocks_for, dynamic_inputs, packed_inputs
 from ms_pangu_quant.network.block import ServedBlock, is_served
 from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.network.versions import graph_executor
+from ms_pangu_quant.network.versions import release_graphs
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
@@ -106,8 +106,7 @@ class BlockCell(nn.Cell):
 
     def release(self) -> None:
         """Give the memory of its graph back; it is of no use afterwards."""
-        graph_executor.del_net_res(self, self.compile_cache)
-        self.compile_cache.clear()
+        release_graphs(self)
 
     def _round(self, x, place, grids):
         if not self.rounded[place]:
@@ -377,7 +376,9 @@ class BlockRunner:
         loaded = self._loaded.get(bfloat16)
         if block.linears or loaded is None or loaded() is not block.floats:
             self._floats[bfloat16].load_tensors(float_tensors(block))
-            self._loaded[bfloat16] = weakref.ref(Block(block.floats.config, {}) if block.linears else block.floats)
+            self._loaded.pop(bfloat16, None)
+            if not block.linears:
+                self._loaded[bfloat16] = weakref.ref(block.floats)
         return bfloat16
 
     def _served_block(self, plan: BlockPlan) -> ServedBlock:
@@ -424,11 +425,10 @@ def _in_integers(plan: BlockPlan) -> bool:
 
 
 def _few_outputs(block: RoundedBlock, input_name: str) -> Reached:
-    """The weight that reads this input, where the drift of its outputs takes less than that of its inputs: for t tokens
-    4 t in out operations in the place of 2 t in in."""
+    """The weight that reads this input, where the drift of its outputs is summed in the place of that of the input."""
     sites = layout.sites_reading(input_name)
     weight = block.floats.weight(sites[0])
-    return weight if len(sites) == 1 and 2 * weight.shape[0] < weight.shape[1] else None
+    return weight if sums_output_drift(len(sites), *weight.shape) else None
 
 
 def _weights(behind: Reached, needs: Needs) -> Reached:

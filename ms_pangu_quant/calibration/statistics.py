@@ -332,6 +332,12 @@ class StatsBuilder:
         self._total = seen if self._total is None else self._total.merge(seen)
 
 
+def sums_output_drift(layers: int, outputs: int, inputs: int) -> bool:
+    """Whether the drift of the outputs [outputs, inputs] takes less than that of the input, read by so many layers: for t
+    tokens 4 t outputs inputs operations in the place of 2 t inputs^2."""
+    return layers == 1 and 2 * outputs < inputs
+
+
 def _mirror(total: NDArray[np.float32]) -> None:
     def mirror(strip: slice) -> None:
         total[strip, strip.stop :] = total[strip.stop :, strip].T

@@ -19,7 +19,7 @@ from ms_pangu_quant.formats.parameters import ArraySlice, network_tensors
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.batch import dynamic_inputs
 from ms_pangu_quant.network.pangu import build_network
-from ms_pangu_quant.network.versions import graph_executor
+from ms_pangu_quant.network.versions import release_graphs
 from ms_pangu_quant.recipe.plan import BlockPlan, Plan
 
 
@@ -76,8 +76,7 @@ class ServedBlock:
 
     def release(self) -> None:
         """Give the memory of weights and kernels back; the block is of no use afterwards."""
-        graph_executor.del_net_res(self._layer, self._layer.compile_cache)
-        self._layer.compile_cache.clear()
+        release_graphs(self._layer)
         self.network.release()
 
     def __call__(self, hidden: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:

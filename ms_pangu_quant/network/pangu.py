@@ -34,7 +34,7 @@ from ms_pangu_quant.formats.reader import open_checkpoint
 from ms_pangu_quant.formats.words import word_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.network.linear import PanguQuantConfig
-from ms_pangu_quant.network.versions import graph_executor, to_transformer_config
+from ms_pangu_quant.network.versions import release_graphs, to_transformer_config
 from ms_pangu_quant.network.weights import served_tensors
 from ms_pangu_quant.recipe.plan import Plan
 from ms_pangu_quant.recipe.scheme import TensorScheme
@@ -273,9 +273,7 @@ class PanguEmbeddedForCausalLM(PanguPreTrainedModel, InferModelMixin):
     def release(self) -> None:
         """Free what the compiled graphs hold, and the parameters' values: MindSpore's graphs refer to them for ever."""
         for _, cell in self.cells_and_names():
-            if cell.compile_cache:
-                graph_executor.del_net_res(cell, cell.compile_cache)
-                cell.compile_cache.clear()
+            release_graphs(cell)
         for run, _ in getattr(self.model, "runs", ()):
             run.forget()
         for parameter in self.get_parameters():

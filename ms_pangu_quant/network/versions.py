@@ -40,4 +40,11 @@ else:
 try:
     from mindspore.graph.api import _cell_graph_executor as graph_executor
 except ModuleNotFoundError:
-    from mindspore.common.api import _cell_graph_executor as graph_executor  # noqa: F401
+    from mindspore.common.api import _cell_graph_executor as graph_executor
+
+
+def release_graphs(cell: Any) -> None:
+    """Give the memory of a cell's compiled graphs back, if it has any; MindSpore keeps them until the process ends."""
+    if cell.compile_cache:
+        graph_executor.del_net_res(cell, cell.compile_cache)
+        cell.compile_cache.clear()

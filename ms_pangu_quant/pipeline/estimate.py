@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ms_pangu_quant.calibration.data import TokenData
+from ms_pangu_quant.calibration.statistics import sums_output_drift
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader
@@ -130,7 +131,7 @@ def _gram_products(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
         shapes = [layout.site_shape(config, site) for site in layout.sites_reading(name)]
         inputs = shapes[0][1]
         outputs = sum(each for each, _ in shapes)
-        drift = 4 * outputs * inputs if len(shapes) == 1 and 2 * outputs < inputs else 2 * inputs**2
+        drift = 4 * outputs * inputs if sums_output_drift(len(shapes), outputs, inputs) else 2 * inputs**2
         if recipe.quantizer.needs.gram:
             total += tokens * (inputs**2 + (drift if recipe.seen else 0)) / _faster(recipe)
         total += recipe.quantizer.operations(outputs, inputs)

@@ -176,10 +176,10 @@ class Measurements:
             return None
         raised, predicted = made
         unnamed = plain(self._decided[base], "mixed", self._about.wanted, raised)
-        bits = option_of("mixed", unnamed, self._about.reader, self._about.served).bits
-        name = f"{base}+{DEARER} {bits:.4f}"
+        option = option_of("mixed", unnamed, self._about.reader, self._about.served, predicted=predicted)
+        name = f"{base}+{DEARER} {option.bits:.4f}"
         self.recipes[name] = plain(self._decided[base], name, self._about.wanted, raised)
-        return option_of(name, self.recipes[name], self._about.reader, self._about.served, predicted=predicted)
+        return replace(option, name=name)
 
     # --- KL ----------------------------------------------------------------------------------------------------------
 

@@ -111,8 +111,8 @@ class Outcome:
 
 
 class _Search:
-    def __init__(self, measurer: Measurer, cost: Callable[[Option], tuple[float, ...]]) -> None:
-        self.measurer, self.cost = measurer, cost
+    def __init__(self, measurer: Measurer, limit: float, cost: Callable[[Option], tuple[float, ...]]) -> None:
+        self.measurer, self.limit, self.cost = measurer, limit, cost
         self.best: Option | None = None
         self.trials: list[Trial] = []
         self.stopped: str | None = None
@@ -142,10 +142,6 @@ def search_kl(measurer: Measurer, limit: float, cost: Callable[[Option], tuple[f
 
 
 class _KlSearch(_Search):
-    def __init__(self, measurer: Measurer, limit: float, cost: Callable[[Option], tuple[float, ...]]) -> None:
-        super().__init__(measurer, cost)
-        self.limit = limit
-
     def run(self) -> None:
         options = sorted(self.measurer.uniform(), key=self.cost)
         first = min(options, key=lambda each: each.block_error or 0.0)
@@ -267,10 +263,6 @@ def search_retention(measurer: Measurer, limit: float, cost: Callable[[Option], 
 
 
 class _RetentionSearch(_Search):
-    def __init__(self, measurer: Measurer, limit: float, cost: Callable[[Option], tuple[float, ...]]) -> None:
-        super().__init__(measurer, cost)
-        self.limit = limit
-
     def run(self) -> None:
         least, there = least_problems(self.limit), self.measurer.problems()
         if there < least:
