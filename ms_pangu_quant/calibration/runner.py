@@ -55,11 +55,14 @@ class Hidden:
     """Hidden states of all sequences, packed: states [tokens, hidden] float32, lengths tokens of each sequence.
 
     held_out  of the last sequences; no statistics are of them.
+    first_rows  place of the first token in the calibration data, of which these sequences may be a part, and of the first
+              held-out one.
     """
 
     states: NDArray[np.float32]
     lengths: Sequence[int]
     held_out: int = 0
+    first_rows: tuple[int, int] = (0, 0)
 
     @property
     def fitted(self) -> int:
@@ -186,14 +189,10 @@ class Way:
     """
 
     def __init__(self, runner: BlockRunner, hidden: Hidden, plan: BlockPlan | None = None) -> None:
-        self._runner, self._hidden, self._plan = runner, hidden, plan
+        self._runner, self.hidden, self._plan = runner, hidden, plan
         self._behind = 0
         self._reached: Reached = None  # attention's output, and behind o_proj the residual stream; [tokens, width]
         self._output: Reached = None
-
-    @property
-    def fitted(self) -> int:
-        return self._hidden.fitted
 
     def to(self, place: int, block: RoundedBlock) -> Iterator[tuple[slice, NDArray[np.float32], Reached]]:
         """(rows, input `place` of them, [tokens, in] float32, and, in the float model where a layer that reads it writes
@@ -205,11 +204,11 @@ class Way:
         keeps = place in (_ATTENDED, _MLP) or onward
         kept: NDArray[np.float32] | None = None
         steps = self._behind, place, onward
-        for rows, outputs in self._runner.run(block, self._hidden, steps, reached=self._reached, plan=self._plan):
+        for rows, outputs in self._runner.run(block, self.hidden, steps, reached=self._reached, plan=self._plan):
             last = outputs[-1].asnumpy()
             yield rows, outputs[0].asnumpy(), last if onward else None
             if keeps:
-                kept = np.empty((len(self._hidden.states), last.shape[1]), np.float32) if kept is None else kept
+                kept = np.empty((len(self.hidden.states), last.shape[1]), np.float32) if kept is None else kept
                 kept[rows] = last
         if place == _GATED:
             self._output, self._reached = kept, None
@@ -222,7 +221,7 @@ class Way:
             for _ in self.to(_GATED, block):
                 pass
         assert self._output is not None
-        return replace(self._hidden, states=self._output)
+        return replace(self.hidden, states=self._output)
 
 
 class BlockRunner:
@@ -231,8 +230,6 @@ class BlockRunner:
     lengths    tokens of each sequence it will be given, of which the last `held_out` are held out.
     also       those of every other Hidden that it will run, or of a longer one that begins with the same; none held out.
     bfloat16   the layers of float blocks may multiply in it (Needs); not what stands for a quantized layer.
-    first_rows place of the first token in the calibration data, of which these sequences may be a part, and of the first
-               held-out one.
 
     Left as a context it gives the memory of its networks back, several blocks' worth, which MindSpore's graphs would hold
     until the process ends.
@@ -242,13 +239,12 @@ class BlockRunner:
         self,
         config: ModelConfig,
         lengths: Sequence[int],
-        first_rows: tuple[int, int] = (0, 0),
         *,
         held_out: int = 0,
         also: Sequence[Sequence[int]] = (),
         bfloat16: bool = False,
     ) -> None:
-        self._config, self._first_rows, self._bfloat16 = config, first_rows, bfloat16
+        self._config, self._bfloat16 = config, bfloat16
         self._max_tokens = self._batch_tokens()
         nothing = np.empty((0, 0), np.float32)
         self._blocks = max(
@@ -274,7 +270,7 @@ class BlockRunner:
         self, block: Block, hidden: Hidden, needs: Needs, where: str, *, output: bool = True
     ) -> tuple[dict[str, InputStats], Hidden | None]:
         """The statistics of the inputs of a float block's linear layers, and what comes out of the block, if asked for."""
-        builders = [self._builder(needs, f"{where}: {name}") for name in layout.INPUT_NAMES]
+        builders = [_builder(needs, f"{where}: {name}", hidden) for name in layout.INPUT_NAMES]
         states = np.empty_like(hidden.states) if output else None
         for place, outputs in self.run(RoundedBlock(block), hidden, (0, None if output else _INPUTS, False)):
             behind: dict[str, NDArray[np.float32]] = {}
@@ -295,10 +291,10 @@ class BlockRunner:
         ways  this block's, and the float model's through the float block, of the same sequences.
         """
         place = layout.INPUT_NAMES.index(input_name)
-        builder = self._builder(needs, f"{where}: {input_name}", _few_outputs(block, input_name))
+        builder = _builder(needs, f"{where}: {input_name}", ways[0].hidden, _few_outputs(block, input_name))
         served, reference = ways[0].to(place, block), ways[1].to(place, RoundedBlock(block.floats))
         for (rows, x, _), (_, y, behind) in zip(served, reference, strict=True):
-            (builder.add if rows.start < ways[0].fitted else builder.hold_out)(x, y, _weights(behind, needs))
+            (builder.add if rows.start < ways[0].hidden.fitted else builder.hold_out)(x, y, _weights(behind, needs))
         return builder.finish()
 
     def observe_cache(
@@ -310,14 +306,10 @@ class BlockRunner:
             if place.start >= hidden.fitted:
                 break
             for parts, name, x in zip(seen, ("keys", "values"), outputs, strict=True):
-                first = self._first_rows[0] + place.start
+                first = hidden.first_rows[0] + place.start
                 stats = RangeStats.observe(x.asnumpy(), rows=needs.rows, start=first, where=f"{where}: {name}")
                 parts[:] = [parts[0].merge(stats) if parts else stats]
         return seen[0][0], seen[1][0]
-
-    def _builder(self, needs: Needs, where: str, weight: Reached = None) -> StatsBuilder:
-        start, held_out_start = self._first_rows
-        return StatsBuilder(needs, where, start=start, held_out_start=held_out_start, weight=weight)
 
     def advance(self, block: RoundedBlock, hidden: Hidden, output: NDArray[np.float32] | None = None) -> Hidden:
         """Hidden states after the block as it will be served, in `output` if given."""
@@ -422,6 +414,11 @@ class BlockRunner:
 
 def _in_integers(plan: BlockPlan) -> bool:
     return current_backend().integer_kernels and is_served(plan)
+
+
+def _builder(needs: Needs, where: str, hidden: Hidden, weight: Reached = None) -> StatsBuilder:
+    start, held_out_start = hidden.first_rows
+    return StatsBuilder(needs, where, start=start, held_out_start=held_out_start, weight=weight)
 
 
 def _few_outputs(block: RoundedBlock, input_name: str) -> Reached:

@@ -10,7 +10,7 @@ Of a job's ranks each has a share of the data; what they see is merged, so all o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,13 +23,15 @@ from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.job.ranks import ALONE, Ranks
-from ms_pangu_quant.job.share import share_of
+from ms_pangu_quant.job.share import Share, share_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
 from ms_pangu_quant.recipe.plan import BlockPlan
 
 if TYPE_CHECKING:
-    from ms_pangu_quant.calibration.runner import Way
+    from ms_pangu_quant.calibration.runner import Hidden, Way
+
+SAMPLE_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,36 @@ class NoStream:
         return None
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Every n-th of all calibration sequences, those of them that are a rank's: SAMPLE_TOKENS together or a few more.
+
+    rows   of the rank's hidden states.   lengths  tokens of each sequence.
+    first_row  place of the first of them in the whole sample.
+    """
+
+    rows: NDArray[np.intp]
+    lengths: list[int]
+    first_row: int
+
+    @classmethod
+    def draw(cls, lengths: Sequence[int], share: Share, ranks: int) -> Sample:
+        """lengths  tokens of each sequence of all ranks. Of few sequences so many are drawn that each rank has one."""
+        step = max(1, min(sum(lengths) // SAMPLE_TOKENS, len(lengths) // ranks))
+        first = -(-share.begin // step) * step
+        chosen, edges = range(first, share.end, step), np.cumsum([0, *lengths]) - share.first_row
+        rows = [np.arange(edges[index], edges[index + 1]) for index in chosen]
+        return cls(np.concatenate(rows), [lengths[index] for index in chosen], sum(lengths[:first:step]))
+
+    def of(self, hidden: Hidden) -> Hidden:
+        return replace(
+            hidden, states=hidden.states[self.rows], lengths=self.lengths, held_out=0, first_rows=(self.first_row, 0)
+        )
+
+
 class Stream:
-    """observed  what is wanted of the inputs of the float block.
+    """observed  what is wanted of the inputs of the float block. Where something is `seen` it is of a sample of the data:
+              what transforms ask, how large inputs are, a few thousand tokens tell.
 
     seen      what is wanted of each again, as the layers rounded before it make it; None where nothing is. The float model
               runs beside then.
@@ -103,10 +133,12 @@ class Stream:
         sequences = data.sequences[share.begin : share.end] + data.sequences[cut + held.begin : cut + held.end]
         own, rows = [len(sequence) for sequence in sequences], (share.first_row, sum(lengths[:cut]) + held.first_row)
         held_out = held.end - held.begin
-        self._hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), own, held_out)
+        self._hidden = Hidden(embedding_rows(reader.files, np.concatenate(sequences)), own, held_out, rows)
         bfloat16 = (observed if seen is None else observed | seen).bfloat16
-        self._runner = BlockRunner(reader.config, own, rows, held_out=held_out, bfloat16=bfloat16)
-        self._floats = BlockRunner(reader.config, own, rows, held_out=held_out, bfloat16=bfloat16) if seen else None
+        self._sample = Sample.draw(lengths[:cut], share, ranks.size)
+        self._runner = BlockRunner(reader.config, own, held_out=held_out, bfloat16=bfloat16)
+        also = [self._sample.lengths]
+        self._floats = BlockRunner(reader.config, own, held_out=held_out, also=also, bfloat16=bfloat16) if seen else None
         self._measured = data.held_out > 0
         self._target = self._hidden  # in front of the block, and from observe or advance on behind it
         self._ways: tuple[Way, Way] | None = None  # the quantized model's and the float one's through the block
@@ -134,7 +166,8 @@ class Stream:
             self._ways = self._way(self._runner, self._hidden, plan), self._way(self._floats, self._target)
             if not self._observed.data:
                 return {}
-            stats, _ = self._floats.observe(block, self._hidden, self._observed, self._where, output=False)
+            sample = self._sample.of(self._hidden)
+            stats, _ = self._floats.observe(block, sample, self._observed, self._where, output=False)
         return {name: self.ranks.fold(stats.pop(name), InputStats.merge) for name in list(stats)}
 
     def see(self, input_name: str, block: RoundedBlock, stats: dict[str, InputStats]) -> InputStats | None:

@@ -288,10 +288,12 @@ def factorise(gram: NDArray[np.float32], columns: NDArray[np.intp], damping: flo
 
 
 def _damped(gram: NDArray[np.float32], columns: NDArray[np.intp], added: float, precision: Any) -> NDArray[Any]:
-    lower = np.empty(gram.shape, precision)
+    lower = np.zeros(gram.shape, precision)  # what nothing is written to, nearly half of it, takes no memory
 
     def copy(rows: slice) -> None:
-        lower[rows] = np.take(gram[columns[rows]], columns, axis=1, mode="clip")
+        for row in range(rows.start, min(rows.stop, len(lower))):
+            own = slice(row + 1)
+            lower[row, own] = gram[columns[row]].copy().take(columns[own], mode="clip")
 
     by_element(copy, row_pieces(lower))
     diagonal = np.einsum("ii->i", lower)

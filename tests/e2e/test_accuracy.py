@@ -104,8 +104,8 @@ def test_each_input_alone_is_seen_as_all_of_them_together(begun, held_out):
     is held out is the last sequence, of 30 tokens, and is not in the others."""
     reader, hidden = begun
     lengths, block = hidden.lengths, reader.block(1)
-    hidden = dataclasses.replace(hidden, held_out=held_out)
-    served, floats = (BlockRunner(reader.config, lengths, (0, 18), held_out=held_out) for _ in range(2))
+    hidden = dataclasses.replace(hidden, held_out=held_out, first_rows=(0, 18))
+    served, floats = (BlockRunner(reader.config, lengths, held_out=held_out) for _ in range(2))
     known = Needs(data=True, gram=True, rows=20, temper=0.5, held_out=7)
     together, target = served.observe(block, hidden, known, "test")
     rows = {name: each.held_out.rows for name, each in together.items()}

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder
+from ms_pangu_quant.calibration.stream import SAMPLE_TOKENS, Sample
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
@@ -35,6 +36,25 @@ def test_shares_are_all_sequences_once_in_order_and_none_is_empty(lengths, size)
     assert min(counts) >= 1
     assert max(counts) - min(counts) <= 1
     assert [share.first_row for share in shares] == [sum(lengths[: share.begin]) for share in shares]
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=60), st.integers(1, 9))
+def test_the_ranks_samples_are_every_nth_sequence_and_no_rank_is_without(lengths, size):
+    """Together as many tokens as are wanted or more, of the calibration data and in its order, whoever has them."""
+    if len(lengths) < size:
+        return
+    shares = [share_of(lengths, rank, size) for rank in range(size)]
+    samples = [Sample.draw(lengths, share, size) for share in shares]
+    own = [np.arange(share.first_row, sum(lengths[: share.end])) for share in shares]
+    rows = np.concatenate([mine[sample.rows] for mine, sample in zip(own, samples, strict=True)])
+    edges = np.cumsum([0, *lengths])
+    step = next(n for n in range(1, len(lengths) + 1) if sum(lengths[::n]) == len(rows))
+    assert rows.tolist() == [row for index in range(0, len(lengths), step) for row in range(*edges[index : index + 2])]
+    assert [length for sample in samples for length in sample.lengths] == lengths[::step]
+    assert [sample.first_row for sample in samples] == np.cumsum([0, *(len(each.rows) for each in samples)])[:-1].tolist()
+    assert min(len(sample.lengths) for sample in samples) >= 1
+    if size == 1 and len(set(lengths)) == 1:
+        assert min(SAMPLE_TOKENS, sum(lengths)) <= len(rows) <= max(2 * SAMPLE_TOKENS, SAMPLE_TOKENS + max(lengths))
 
 
 @given(st.lists(st.integers(1, 50), max_size=5), st.integers(1, 9))
