@@ -6,7 +6,7 @@ behind the block is kept. On the way back every block has the gradients of the f
 by which a change behind it is a KL of the next-token distributions: KL is quadratic in a small error. All layers quantized
 together go to the head, and are measured there.
 
-What it costs: for each block some 19 + DRAWS passes of the measured tokens, and its rounding in both schemes. On disk lie
+What it costs: for each block some 14 + DRAWS passes of the measured tokens, and its rounding in both schemes. On disk lie
 (5 * blocks + 2 * DRAWS) * tokens * hidden * 4 bytes. A killed run goes on at the block where it stopped.
 
 What it does not do: correct for drift (`correct: true` of gptq has nothing to correct where all else is float, so what it
@@ -158,7 +158,6 @@ def _measure_block(
         return relative_error(runner.advance(changed, measured, output).states, reference)
 
     errors: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
-    alone: dict[str, dict[str, float]] = {group: {} for group in layout.FUSED}
     for place, (each, plan) in enumerate(planned):
         changed, known = transform_block(block, stats, each, plan)
         rounded = round_block(changed, known, each, plan, NoStream())
@@ -168,13 +167,8 @@ def _measure_block(
             errors[group][each.scheme] = error(RoundedBlock(changed, own), changes[number] if place == 0 else None)
             if place == 0:
                 changes[number] -= reference
-                whole = errors[group][each.scheme] if len(own) == 1 else None
-                alone[group] = {name: whole or error(RoundedBlock(changed, {name: own[name]})) for name in own}
         del changed, rounded
-    records = [
-        {"block": index, "group": group, "output_error": errors[group], "site_error": alone[group]}
-        for group in layout.FUSED
-    ]
+    records = [{"block": index, "group": group, "output_error": errors[group]} for group in layout.FUSED]
     assert observed is not None
     state.room("statistics", index + 1, observed.states.shape)[:] = observed.states
     state.finish(records=[*state.records, *records])

@@ -29,7 +29,7 @@ from ms_pangu_quant.recipe.recipe import KEEP_FLOAT, Recipe
 from ms_pangu_quant.recipe.scheme import PRESETS
 from ms_pangu_quant.recipe.settings import digest_of
 
-VERSION = 2  # 1: KL of each group was measured at the head
+VERSION = 3  # 1: KL of each group was measured at the head; 2: and errors of each layer of a group
 DEFAULT_TOKENS = 4096
 _DEARER = "w8a8"
 DRAWS = 8  # of a next token at each: a text's KL is their mean, so its own error is the KL times the root of 2/DRAWS
@@ -41,7 +41,6 @@ class GroupSensitivity:
     """One group of layers of one block.
 
     output_error  scheme name -> ||quantized - float|| / ||float|| of the block's output, this group alone quantized.
-    site_error    the same of each of its layers with the cheaper scheme: its own weight and the group's input quantized.
     kl, kl_se     nats a token to the float model with the cheaper scheme; standard error over texts,
                   None for a single one.
     """
@@ -49,7 +48,6 @@ class GroupSensitivity:
     block: int
     group: str
     output_error: Mapping[str, float]
-    site_error: Mapping[str, float]
     kl: float
     kl_se: float | None
 

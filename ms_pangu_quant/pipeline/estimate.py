@@ -162,8 +162,8 @@ def measuring_cost(config: ModelConfig, recipe: Recipe, data: TokenData, tokens:
     )
     blocks = config.num_hidden_layers
     weights = layout.weight_count(config)
-    # Each group alone in both schemes, each layer that shares a group, the float model, all together in integers; and back.
-    passes = 2 * 4 + 5 + 1 + 0.5 + (4 + DRAWS)
+    # Each group alone in both schemes, the float model, all together in integers; and back.
+    passes = 2 * 4 + 1 + 0.5 + (4 + DRAWS)
     products: float = 2 * weights * blocks * (passes * measured + statistics)
     products += 2 * (3 * 1.1 + 3) * measured * config.vocab_size * config.hidden_size
     products += 2 * blocks * _gram_products(config, recipe, statistics)

@@ -118,9 +118,6 @@ def test_the_kl_of_a_group_is_that_of_a_checkpoint_with_it_alone_quantized(folde
 def test_the_dearer_scheme_errs_less_everywhere_and_together_is_near_the_sum(found):
     for group in found.groups:
         assert group.output_error["w8a8"] < 0.3 * group.output_error["w4a8_g32"]
-        assert 0 < max(group.site_error.values()) <= 1.5 * group.output_error["w4a8_g32"]
-        if len(group.layers) == 1:
-            assert list(group.site_error.values()) == [group.output_error["w4a8_g32"]]
     assert 0.3 < found.additivity < 3  # of two texts
     assert found.together["w8a8"] < 0.1 * found.together["w4a8_g32"]
 

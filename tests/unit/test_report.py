@@ -505,7 +505,7 @@ def test_two_benches_need_two_names(tmp_path):
 
 def test_the_sensitivity_of_every_group_is_told_and_drawn(three, tmp_path):
     groups = tuple(
-        GroupSensitivity(block, group, {"w4a8": 0.1, "w8a8": 0.01}, {}, 10.0 ** -(2 + block), 1e-4)
+        GroupSensitivity(block, group, {"w4a8": 0.1, "w8a8": 0.01}, 10.0 ** -(2 + block), 1e-4)
         for block in range(2)
         for group in ("linear_qkv", "linear_fc2")
     )

@@ -41,9 +41,8 @@ def sensitivity(recipe, blocks=3, seed=0, **origin):
     for block in range(blocks):
         for name in GROUPS:
             error = float(generator.uniform(0.01, 0.1))
-            sites = {site.name: error for site in layout.SITES if site.fused == name}
             errors = {"w4a8_g128": error, "w8a8": error / 10}
-            groups.append(GroupSensitivity(block, name, errors, sites, float(generator.lognormal(-8)), 1e-5))
+            groups.append(GroupSensitivity(block, name, errors, float(generator.lognormal(-8)), 1e-5))
     total = sum(group.kl for group in groups)
     origin = {"checkpoint": "c", "method": method_digest(recipe), "data": "d", **origin}
     return Sensitivity(("w4a8_g128", "w8a8"), tuple(groups), {"w4a8_g128": total / 2, "w8a8": total / 200}, origin)
