@@ -46,6 +46,7 @@ _UNITS = {
     "bfloat16.cc": (),
     "gptq.cc": ("-ffp-contract=off", "-fno-math-errno"),
     "scale.cc": ("-ffp-contract=off",),
+    "mean.cc": ("-ffp-contract=off", "-fno-math-errno"),
     "limits.cc": (),
     "block.cc": (),
 }
@@ -58,6 +59,7 @@ _ARGUMENTS: dict[str, tuple[type, ...]] = {
     "pangu_pack_f32": (_POINTER, _INTEGER, _INTEGER),
     "pangu_transpose_w4": (_POINTER, _POINTER, _INTEGER, _INTEGER),
     "pangu_best_scale": (*[_POINTER] * 3, *[_INTEGER] * 6, _POINTER),
+    "pangu_power_means": (*[_POINTER] * 3, *[_INTEGER] * 5, *[_POINTER] * 2),
     "pangu_gptq_block": (*[_POINTER] * 5, *[_INTEGER] * 4, _POINTER, _POINTER),
 }
 _OF_BFLOAT16: dict[str, tuple[type, ...]] = {  # not on every machine

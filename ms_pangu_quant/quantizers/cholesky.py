@@ -17,7 +17,7 @@ from scipy.linalg import get_lapack_funcs
 
 from ms_pangu_quant.quantizers.threads import in_parallel, one_thread, pieces
 
-_PANEL, _ROWS = 512, 1024
+_PANEL, _ROWS = 512, 512
 
 
 def cholesky(matrix: NDArray[Any]) -> bool:

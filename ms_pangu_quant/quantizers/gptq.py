@@ -43,7 +43,7 @@ from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
 from ms_pangu_quant.quantizers.products import Products, Rows, product
 from ms_pangu_quant.quantizers.refine import refine
-from ms_pangu_quant.quantizers.threads import by_element, in_parallel
+from ms_pangu_quant.quantizers.threads import LARGE, by_element, in_parallel, pieces
 from ms_pangu_quant.recipe.scheme import TensorScheme
 from ms_pangu_quant.recipe.settings import check_types
 
@@ -56,6 +56,7 @@ _FACTORS = 3.5  # that a search among them takes, of those one is the ridge's
 _HELD_OUT, _TRIED = 2048, 256  # rows of x that a choice is tried on, and outputs that stand for all
 _PIECE_ELEMENTS = 1 << 22  # of a working copy: 16 MiB
 _LARGE_PIECE = 1 << 26  # of one that all cores work on
+_SOLVED = 512  # rows that are divided by a factor at a time
 
 
 @dataclass(frozen=True)
@@ -319,7 +320,7 @@ def solved(rows: NDArray[np.float32], factor: NDArray[Any], order: NDArray[np.in
         solve(there)
         result[part] = np.take(there, back, axis=1, mode="clip")
 
-    in_parallel(divide, row_pieces(rows, 2 * _PIECE_ELEMENTS))
+    in_parallel(divide, pieces(0, len(rows), _SOLVED), LARGE)
     return result
 
 
@@ -382,7 +383,7 @@ def gptq_codes(
         for rows in row_pieces(weight, _LARGE_PIECE):
             round_rows(rows)
     else:
-        in_parallel(round_rows, row_pieces(weight, _PIECE_ELEMENTS))
+        in_parallel(round_rows, row_pieces(weight, _PIECE_ELEMENTS), LARGE)
     return codes
 
 

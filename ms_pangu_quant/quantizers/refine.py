@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, row_pieces
-from ms_pangu_quant.quantizers.threads import in_parallel, one_thread
+from ms_pangu_quant.quantizers.threads import LARGE, in_parallel, one_thread
 from ms_pangu_quant.recipe.scheme import TensorScheme
 
 BLOCK = 128
@@ -44,7 +44,7 @@ def refine(
             scale[rows] = best_scales(output, codes[rows], scale[rows], scheme, damped)
             codes[rows] = sweep(weight[rows], codes[rows], scale[rows], scheme, damped)
 
-    in_parallel(better, row_pieces(weight, _PIECE_ELEMENTS))
+    in_parallel(better, row_pieces(weight, _PIECE_ELEMENTS), LARGE)
     return QuantizedWeight(codes, scale, rounded.note)
 
 

@@ -22,7 +22,7 @@ from ms_pangu_quant.errors import RecipeError
 from ms_pangu_quant.quantizers.clip import ScaleChoice, choose_scale
 from ms_pangu_quant.quantizers.gptq import checked_diagonal
 from ms_pangu_quant.quantizers.grid import QuantizedWeight, round_to_grid, round_up_to_bfloat16, row_pieces
-from ms_pangu_quant.quantizers.threads import in_parallel
+from ms_pangu_quant.quantizers.threads import LARGE, in_parallel
 from ms_pangu_quant.recipe.scheme import TensorScheme
 from ms_pangu_quant.recipe.settings import check_types
 
@@ -67,7 +67,7 @@ class SignRound:
         def learn(rows: slice) -> None:
             codes[rows], scale[rows] = learned(weight[rows], codes[rows], scale[rows], scheme, gram, self.steps)
 
-        in_parallel(learn, row_pieces(weight, _ROWS * weight.shape[1]))
+        in_parallel(learn, row_pieces(weight, _ROWS * weight.shape[1]), LARGE)
         return QuantizedWeight(codes, scale)
 
 

@@ -14,7 +14,8 @@ from functools import cache
 
 from threadpoolctl import ThreadpoolController
 
-_MOST = 8  # pieces at a time: each has working copies of its own
+_MOST = 64  # pieces at a time
+LARGE = 8  # of such that have tens of MB of working copies each
 
 
 @cache
@@ -33,10 +34,10 @@ def pieces(start: int, stop: int, width: int) -> Iterator[slice]:
         yield slice(first, min(first + width, stop))
 
 
-def in_parallel(work: Callable[[slice], object], parts: Iterable[slice]) -> None:
-    """work(part) for each part, as many at a time as OpenBLAS has threads."""
+def in_parallel(work: Callable[[slice], object], parts: Iterable[slice], most: int = _MOST) -> None:
+    """work(part) for each part, as many at a time as OpenBLAS has threads, up to `most`."""
     threads = _threads()
-    with one_thread(), ThreadPoolExecutor(min(threads, _MOST)) as pool:
+    with one_thread(), ThreadPoolExecutor(min(threads, most)) as pool:
         for _ in pool.map(work, parts):
             pass
 

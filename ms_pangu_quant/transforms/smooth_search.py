@@ -29,6 +29,7 @@ from scipy.optimize import minimize
 from ms_pangu_quant.calibration.statistics import InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block
 from ms_pangu_quant.checkpoint.layout import INPUT_NAMES, sites_reading
+from ms_pangu_quant.kernels.library import library
 from ms_pangu_quant.quantizers.threads import one_thread
 from ms_pangu_quant.recipe.scheme import QuantScheme
 from ms_pangu_quant.recipe.settings import check_types
@@ -38,6 +39,7 @@ from ms_pangu_quant.transforms.smooth import check_inputs
 _ROWS = 512  # output channels of a layer that stand for all of them
 _WIDEST = np.log(1e5)  # a channel's scale, either way
 _POWER = 4  # squarings that make a value of a row what it weighs in the row's power mean
+_PIECE = 16  # rows whose shares are summed one after another
 _STEPS = {"maxiter": 100, "maxcor": 20}
 
 
@@ -129,30 +131,43 @@ class OutputCost:
     def smooth(self, s: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
         """The sum with power means for the maxima, which makes it larger, and its gradient over log s [in]."""
         square, groups = s**2, self._scheme.weight.groups(len(s))
-        largest, shares = _power_mean((self._weight * s).reshape(len(self._weight), groups, -1))
-        steps = self._stand_for * largest**2  # [rows, groups]
+        steps, slope_w = weighed_means(self._weight, s, self._stand_for[:, 0], groups)
         spread = (self._squares / square).reshape(groups, -1)
         rounded_w = steps.sum(axis=0) @ spread.sum(axis=1)
-        slope_w = np.einsum("rg,rgj->gj", steps, shares) * spread.sum(axis=1)[:, None] - steps.sum(axis=0)[:, None] * spread
-        rows = self._rows / s
-        largest, shares = _power_mean(rows if self._scheme.activation.dynamic else rows.reshape(1, -1))
+        slope_w = slope_w.reshape(groups, -1) * spread.sum(axis=1)[:, None] - steps.sum(axis=0)[:, None] * spread
+        rows = self._rows if self._scheme.activation.dynamic else self._rows.reshape(1, -1)  # else one step for all
+        stand_for = np.full(len(rows), self._tokens / len(rows))
+        each, slope_x = weighed_means(rows, np.resize(1 / s, rows.shape[1]), stand_for, 1)
         columns = self._columns * square
-        each = self._tokens / len(largest) * largest**2
-        slope_x = each.sum() * columns - columns.sum() * (each @ shares).reshape(-1, len(s)).sum(axis=0)
+        slope_x = each.sum() * columns - columns.sum() * slope_x.reshape(-1, len(s)).sum(axis=0)
         w, x = self._scheme.weight.divisor**2, self._scheme.activation.divisor**2
         gradient = (slope_w.reshape(-1) / w + slope_x / x) / 6
         return float(rounded_w / w + each.sum() * columns.sum() / x) / 12, gradient
 
 
-def _power_mean(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Of values >= 0 along the last axis (sum of v^p)^(1/p), p = 2^_POWER, and each one's share of the sum."""
-    largest = values.max(axis=-1)
-    shares = values / np.where(largest > 0, largest, 1)[..., None]
+def weighed_means(
+    values: NDArray[np.float32], factor: NDArray[np.float64], weight: NDArray[np.float64], groups: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """v = values [rows, in] >= 0 times factor [in]. Of each group of a row's channels the square of its power mean
+    (sum of v^p)^(1/p), p = 2^_POWER, times weight [rows]: [rows, groups]. And of each channel its part of these squares, as
+    its part of the power sums, summed over rows: [in]."""
+    kernels = library()
+    if kernels is not None:
+        squares, parts = np.empty((len(values), groups)), np.empty((-(-len(values) // _PIECE), values.shape[1]))
+        given = [np.ascontiguousarray(each) for each in (values, factor, weight)]
+        read = [each.ctypes.data for each in given]
+        sizes = (len(values), groups, values.shape[1] // groups, _POWER, _PIECE)
+        kernels.functions.pangu_power_means(*read, *sizes, squares.ctypes.data, parts.ctypes.data)
+        return squares, parts.sum(axis=0)
+    scaled = (values * factor).reshape(len(values), groups, -1)
+    largest = scaled.max(axis=-1)
+    shares = scaled / np.where(largest > 0, largest, 1)[..., None]
     for _ in range(_POWER):
         np.square(shares, out=shares)
     total = shares.sum(axis=-1)
     shares /= np.where(total > 0, total, 1)[..., None]
-    return largest * total ** (0.5**_POWER), shares
+    squares = weight[:, None] * np.square(largest * total ** (0.5**_POWER))
+    return squares, np.einsum("rg,rgj->gj", squares, shares).reshape(-1)
 
 
 def _sampled_rows(weight: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:

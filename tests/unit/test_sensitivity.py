@@ -180,7 +180,7 @@ def test_what_is_saved_is_read_back(recipe, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda raw: raw.update(version=1), "is version 1 of the format, wanted 2"),
+        (lambda raw: raw.update(version=1), "is version 1 of the format, wanted 3"),
         (lambda raw: raw.pop("groups"), "is not what `pangu-quant sensitivity` writes"),
         (lambda raw: raw["groups"][0].pop("kl"), "is not what `pangu-quant sensitivity` writes"),
         (lambda raw: raw["groups"][0].update(kl="much"), "is not what `pangu-quant sensitivity` writes"),

@@ -9,12 +9,13 @@ import pytest
 from ms_pangu_quant.calibration.statistics import InputStats
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.errors import RecipeError
+from ms_pangu_quant.kernels.library import PATHS, SETTING, library
 from ms_pangu_quant.quantizers.grid import scale_from_absmax
 from ms_pangu_quant.quantizers.rtn import RoundToNearest
 from ms_pangu_quant.recipe.scheme import PRESETS, QuantScheme, TensorScheme
 from ms_pangu_quant.transforms.fold import expand_to_input
 from ms_pangu_quant.transforms.smooth import smooth_scale
-from ms_pangu_quant.transforms.smooth_search import OutputCost, SmoothSearch, best_scale
+from ms_pangu_quant.transforms.smooth_search import OutputCost, SmoothSearch, best_scale, weighed_means
 
 W4 = QuantScheme(TensorScheme(4, "group", group_size=8), PRESETS["w4a8"].activation)
 SCHEMES = {"w8a8": PRESETS["w8a8"], "w8a8_static": PRESETS["w8a8_static"], "w4a8": PRESETS["w4a8"], "w4a8_g8": W4}
@@ -187,6 +188,34 @@ def costs():
         weight[:, 5] = 0
     seen = InputStats.observe(x, rows=60)
     return [OutputCost(weights, seen, scheme) for scheme in SCHEMES.values()]
+
+
+@pytest.mark.parametrize(("rows", "groups", "width"), [(1, 1, 8), (33, 4, 32), (50, 1, 61), (16, 3, 5), (513, 1, 640)])
+def test_the_kernel_takes_the_means_that_numpy_takes(monkeypatch, rows, groups, width):
+    """On every path of this CPU the same bits, however many threads there are."""
+    generator = np.random.default_rng(12)
+    values = np.abs(generator.normal(size=(rows, groups * width))).astype(np.float32)
+    values[:, ::5], values[rows // 2] = 0, 0  # channels of nothing, and a row of nothing
+    given = values, generator.lognormal(sigma=3, size=groups * width), generator.uniform(1, 9, rows), groups
+    monkeypatch.setenv(SETTING, "off")
+    wanted = weighed_means(*given)
+    monkeypatch.delenv(SETTING)
+    best = library()
+    if best is None:
+        return
+    found = []
+    for path in PATHS[: PATHS.index(best.best) + 1]:
+        monkeypatch.setenv(SETTING, path)
+        for threads in (1, 3):
+            library().functions.pangu_threads(threads)
+            found.append(weighed_means(*given))
+    monkeypatch.undo()
+    library().functions.pangu_threads(0)
+    for squares, shares in found:
+        np.testing.assert_allclose(squares, wanted[0], rtol=1e-12)
+        np.testing.assert_allclose(shares, wanted[1], rtol=1e-12)
+        assert squares.tobytes() == found[0][0].tobytes()
+        assert shares.tobytes() == found[0][1].tobytes()
 
 
 def test_the_smooth_cost_is_the_cost_up_to_the_power_means(costs):
