@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ms_pangu_quant.calibration.runner import Hidden, Way
 
 SAMPLE_TOKENS = 4096
+_PIECE_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ class Stream:
         float model, against that model's hidden states: then the error is that of all blocks so far.
         """
         self._ways = None
-        self._hidden = self._runner.advance(block, self._hidden)
+        self._hidden = self._runner.advance(block, self._hidden, self._hidden.states)  # in place
         cut = self._hidden.fitted
         fitted, held_out = (
             relative_error(self._hidden.states[rows], self._target.states[rows], self.ranks)
@@ -228,5 +229,10 @@ BlockStream = Stream | NoStream  # what the loop asks of the calibration data, b
 
 def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32], ranks: Ranks = ALONE) -> float:
     """||value - reference|| / ||reference||, Frobenius, over the rows of all ranks; 0 for two zero tensors."""
-    norm, difference = (math.hypot(*ranks.gather(float(np.linalg.norm(each)))) for each in (reference, value - reference))
+    norm = difference = 0.0
+    for start in range(0, len(value), _PIECE_ROWS):
+        rows = slice(start, start + _PIECE_ROWS)
+        norm += float(np.square(reference[rows], dtype=np.float64).sum())
+        difference += float(np.square(value[rows] - reference[rows], dtype=np.float64).sum())
+    norm, difference = (math.sqrt(math.fsum(ranks.gather(each))) for each in (norm, difference))
     return difference / norm if norm else difference
