@@ -17,6 +17,7 @@ from ms_pangu_quant.errors import DataError
 from ms_pangu_quant.quantizers.products import add_product, product
 from ms_pangu_quant.quantizers.threads import by_element, pieces
 
+SAMPLE_TOKENS = 4096  # that tell how large an input is
 PIECE_TOKENS = 4096  # rows gathered before their products are added: the gram is read and written once for so many
 _STRIP = 1024
 _PIECE_ROWS, _PIECE_COLUMNS = 128, 512  # 512 KiB in float64

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ms_pangu_quant.calibration.data import TokenData
 from ms_pangu_quant.calibration.ranges import RangeStats
-from ms_pangu_quant.calibration.statistics import InputStats, Needs
+from ms_pangu_quant.calibration.statistics import SAMPLE_TOKENS, InputStats, Needs
 from ms_pangu_quant.checkpoint.block import Block, RoundedBlock
 from ms_pangu_quant.checkpoint.reader import CheckpointReader, embedding_rows
 from ms_pangu_quant.job.ranks import ALONE, Ranks
@@ -31,7 +31,6 @@ from ms_pangu_quant.recipe.plan import BlockPlan
 if TYPE_CHECKING:
     from ms_pangu_quant.calibration.runner import Hidden, Way
 
-SAMPLE_TOKENS = 4096
 _PIECE_ROWS = 256
 
 

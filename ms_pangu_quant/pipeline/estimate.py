@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 
 from ms_pangu_quant.calibration.data import TokenData
-from ms_pangu_quant.calibration.statistics import sums_output_drift
-from ms_pangu_quant.calibration.stream import SAMPLE_TOKENS
+from ms_pangu_quant.calibration.statistics import SAMPLE_TOKENS, sums_output_drift
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.reader import CheckpointReader

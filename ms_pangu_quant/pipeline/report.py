@@ -47,7 +47,7 @@ class QuantizeResult:
     was_complete: bool = False  # an earlier run had written all of it
 
 
-def _nothing(*values: object) -> None:
+def unheard(*values: object) -> None:
     pass
 
 
@@ -68,17 +68,17 @@ class Progress:
     on_block      with each block's report once it is on disk; with resume, for the finished ones too.
     """
 
-    on_open: Callable[[CheckpointReader], None] = _nothing
-    on_answering: Callable[[Path], None] = _nothing
-    on_answered: Callable[[int, int], None] = _nothing
-    on_shortfall: Callable[[str], None] = _nothing
-    on_tried: Callable[[int, int], None] = _nothing
-    on_decided: Callable[[str], None] = _nothing
-    on_measuring: Callable[[Path], None] = _nothing
-    on_bytes: Callable[[int], None] = _nothing
-    on_streams: Callable[[int], None] = _nothing
-    on_budget: Callable[[Assignment], None] = _nothing
-    on_block: Callable[[BlockReport], None] = _nothing
+    on_open: Callable[[CheckpointReader], None] = unheard
+    on_answering: Callable[[Path], None] = unheard
+    on_answered: Callable[[int, int], None] = unheard
+    on_shortfall: Callable[[str], None] = unheard
+    on_tried: Callable[[int, int], None] = unheard
+    on_decided: Callable[[str], None] = unheard
+    on_measuring: Callable[[Path], None] = unheard
+    on_bytes: Callable[[int], None] = unheard
+    on_streams: Callable[[int], None] = unheard
+    on_budget: Callable[[Assignment], None] = unheard
+    on_block: Callable[[BlockReport], None] = unheard
 
 
 SILENT = Progress()

@@ -31,7 +31,7 @@ from ms_pangu_quant.network import runtime
 from ms_pangu_quant.pipeline import trial
 from ms_pangu_quant.pipeline.estimate import estimate, measuring_cost
 from ms_pangu_quant.pipeline.loop import quantize
-from ms_pangu_quant.pipeline.report import Progress
+from ms_pangu_quant.pipeline.report import Progress, unheard
 from ms_pangu_quant.recipe.recipe import Recipe
 from ms_pangu_quant.report.results import load_runs
 from ms_pangu_quant.tune.budget import Clock
@@ -47,10 +47,6 @@ _CANDIDATES, _ANSWERS = "candidates", "evaluation"
 Texts = Sequence[NDArray[np.int32]]
 
 
-def _nothing(*values: object) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class TuneProgress:
     """What is called while a search is under way.
@@ -62,11 +58,11 @@ class TuneProgress:
     on_done  with what it came to, and seconds. Steps of an earlier run are not told again.
     """
 
-    on_open: Callable[[CheckpointReader], None] = _nothing
-    on_note: Callable[[str], None] = _nothing
-    on_step: Callable[[str], None] = _nothing
-    on_part: Callable[[int, int], None] = _nothing
-    on_done: Callable[[str, float], None] = _nothing
+    on_open: Callable[[CheckpointReader], None] = unheard
+    on_note: Callable[[str], None] = unheard
+    on_step: Callable[[str], None] = unheard
+    on_part: Callable[[int, int], None] = unheard
+    on_done: Callable[[str, float], None] = unheard
 
 
 SILENT = TuneProgress()

@@ -8,9 +8,9 @@ from functools import cached_property
 from typing import Literal
 
 from ms_pangu_quant.errors import RequestError
+from ms_pangu_quant.evaluation.statistics import CONFIDENCE
 from ms_pangu_quant.inference.compare import ratio_error
 
-CONFIDENCE = 0.95  # one-sided
 _UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
 
 

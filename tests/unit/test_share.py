@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ms_pangu_quant.calibration.statistics import InputStats, Needs, StatsBuilder
-from ms_pangu_quant.calibration.stream import SAMPLE_TOKENS, Sample
+from ms_pangu_quant.calibration.statistics import SAMPLE_TOKENS, InputStats, Needs, StatsBuilder
+from ms_pangu_quant.calibration.stream import Sample
 from ms_pangu_quant.checkpoint import layout
 from ms_pangu_quant.checkpoint.config import ModelConfig
 from ms_pangu_quant.checkpoint.cut import cache_heads, check_cut
