@@ -19,7 +19,7 @@ demo: install
 	@$(BIN)/pangu-quant demo
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

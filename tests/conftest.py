@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.pop("COLUMNS", None)  # pytest's workers have it: rich's consoles would have that width for good
 
 ROOT = Path(__file__).parent.parent
 ASSETS = ROOT / "ms_pangu_quant" / "assets"

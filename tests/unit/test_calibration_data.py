@@ -547,7 +547,7 @@ def test_a_folder_without_rows_names_the_folders_below_that_have_some(tmp_path):
         load(tmp_path)
     assert f"but in {tmp_path / 'data'}, {tmp_path / 'x' / 'saved'}: give one of them" in str(caught.value)
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}'))
+    (tmp_path / "other" / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}', mtime=0))
     with pytest.raises(DataError, match=r"no \.jsonl or \.parquet file in it, but rows\.jsonl\.gz: give"):
         load(tmp_path / "other")
 
@@ -569,8 +569,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
         ("rows.jsonl", b"\xef\xbb\xbf<!doctype html><title>Login</title>", "not the data; it is a web page"),
         ("rows.parquet", b"\n<html>", "not the data; it is a web page"),
         ("rows.json", b"<html>", "not the data; it is a web page"),
-        ("rows.jsonl", gzip.compress(b'{"text": "a"}'), "is compressed; run gzip -d on it"),
-        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}'), "is compressed; run gzip -d on it"),
+        ("rows.jsonl", gzip.compress(b'{"text": "a"}', mtime=0), "is compressed; run gzip -d on it"),
+        ("rows.jsonl.gz", gzip.compress(b'{"text": "a"}', mtime=0), "is compressed; run gzip -d on it"),
         ("rows.jsonl.zst", b"\x28\xb5\x2f\xfd\0", "is compressed; run zstd -d on it"),
         ("rows.jsonl", b"PAR1\0PAR1", "is a parquet file; name it .parquet"),
         ("rows.jsonl", '{"text": "a"}\n'.encode("utf-16"), "is UTF-16; save it as UTF-8"),

@@ -233,7 +233,7 @@ def test_your_own_problems_take_a_tasks_form(tmp_path):
         (b"\xff\xfe", "not JSON"),
         (b"\x1f\x8b junk", "not JSON"),
         (b"[" * 100_000, "not JSON"),
-        (gzip.compress(b"{}" * 99)[:-12] + b"x" * 12, "not JSON"),
+        (gzip.compress(b"{}" * 99, mtime=0)[:-12] + b"x" * 12, "not JSON"),
         (b"[1]", "problem 1: lacks task_id, prompt, entry_point, test"),
         (b'{"task_id": "a", "prompt": "p", "entry_point": "f"}', "lacks test"),
         (b'{"task_id": "a", "prompt": 5, "entry_point": "f", "test": "t"}', r"\(a\): is not a mini problem"),
