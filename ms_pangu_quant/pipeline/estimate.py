@@ -63,7 +63,7 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     plan = recipe.plan(reader.config)
     weights = layout.weight_count(reader.config)
     tokens = data.tokens if data else 0
-    streams = 3 * 4 * tokens * reader.config.hidden_size  # hidden states in, out, and the float yardstick
+    streams = 2 * 4 * tokens * reader.config.hidden_size  # hidden states, and the float yardstick
     # In memory at once: the block, its transformed copy as it is rounded, codes, and one layer's temporaries.
     peak = (_LIBRARIES + 4 * weights * 2.2 + streams) if data else (_PYTHON + 4 * weights * 1.6)
     peak += _gram_bytes(reader.config, recipe, tokens)
@@ -112,16 +112,17 @@ def shortfall(recipe: Recipe, data: TokenData) -> str | None:
 
 
 def _gram_bytes(config: ModelConfig, recipe: Recipe, tokens: int) -> float:
-    """What grams take: those of all four inputs, or gram and drift of one; two factors; GPTQ's pieces of rows."""
+    """What grams take: those of all four inputs and their like behind transforms, or gram and drift of one; two factors, of
+    which half is used; GPTQ's pieces of rows."""
     sizes = [layout.site_shape(config, layout.sites_reading(name)[0])[1] for name in layout.INPUT_NAMES]
     widest = 4 * max(sizes) ** 2
     total = 0.0
     if recipe.observed.gram:
-        total += 4 * sum(size**2 for size in sizes)
+        total += 2 * 4 * sum(size**2 for size in sizes)
     if recipe.quantizer.needs.gram:
-        total += 2 * widest + 3 * 2**27
+        total += widest + 3 * 2**27
     if recipe.seen:  # and a stream for the float model, and what is kept of either's way
-        total += 2 * widest + 4 * 4 * tokens * config.hidden_size
+        total += 2 * widest + 2 * 4 * tokens * config.hidden_size
     return total
 
 
