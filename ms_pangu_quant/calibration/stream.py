@@ -26,6 +26,7 @@ from ms_pangu_quant.job.ranks import ALONE, Ranks
 from ms_pangu_quant.job.share import Share, share_of
 from ms_pangu_quant.network import runtime
 from ms_pangu_quant.quantizers.kv_cache import Int8Cache, QuantizedCache
+from ms_pangu_quant.quantizers.threads import pieces
 from ms_pangu_quant.recipe.plan import BlockPlan
 
 if TYPE_CHECKING:
@@ -229,8 +230,7 @@ BlockStream = Stream | NoStream  # what the loop asks of the calibration data, b
 def relative_error(value: NDArray[np.float32], reference: NDArray[np.float32], ranks: Ranks = ALONE) -> float:
     """||value - reference|| / ||reference||, Frobenius, over the rows of all ranks; 0 for two zero tensors."""
     norm = difference = 0.0
-    for start in range(0, len(value), _PIECE_ROWS):
-        rows = slice(start, start + _PIECE_ROWS)
+    for rows in pieces(0, len(value), _PIECE_ROWS):
         norm += float(np.square(reference[rows], dtype=np.float64).sum())
         difference += float(np.square(value[rows] - reference[rows], dtype=np.float64).sum())
     norm, difference = (math.sqrt(math.fsum(ranks.gather(each))) for each in (norm, difference))

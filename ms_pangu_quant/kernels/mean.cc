@@ -6,6 +6,7 @@
 #include "isa.h"
 #include "operator.h"
 #include "parallel.h"
+#include "scratch.h"
 
 namespace pangu {
 namespace {
@@ -36,10 +37,10 @@ EXPORT void pangu_power_means(const float* values, const double* factor, const d
   const Means m{values, factor, weight, groups, width, squarings, squares};
   parallel_for((rows + piece - 1) / piece, [&](int64_t i) {
     static thread_local std::vector<double> kept;
-    kept.resize((width + 7) / 8 * 8);
+    double* room = room_for((width + 7) / 8 * 8, kept);
     double* own = shares + i * groups * width;
     std::fill(own, own + groups * width, 0.0);
-    for (int64_t row = i * piece; row < rows && row < (i + 1) * piece; row++) DISPATCH(means_of_row(m, row, kept.data(), own));
+    for (int64_t row = i * piece; row < rows && row < (i + 1) * piece; row++) DISPATCH(means_of_row(m, row, room, own));
   });
 }
 }

@@ -70,8 +70,8 @@ def estimate(reader: CheckpointReader, recipe: Recipe, data: TokenData | None, s
     blocks = reader.config.num_hidden_layers
     # Float, and rounded in a quarter of the time where there are integer kernels. With drift rounded up to the last input
     # too, and what transforms want to know of the inputs takes three quarters of a float one on a sample of the tokens.
-    some = min(1, SAMPLE_TOKENS / max(tokens, 1)) if recipe.observed.data else 0
-    passes = (1 + 0.75 * some) / _faster(recipe) + 0.5 if recipe.seen else 1 / _faster(recipe) + 0.3
+    sampled = min(1, SAMPLE_TOKENS / max(tokens, 1)) if recipe.observed.data else 0
+    passes = (1 + 0.75 * sampled) / _faster(recipe) + 0.5 if recipe.seen else 1 / _faster(recipe) + 0.3
     products = 2 * passes * tokens * weights * blocks + blocks * _gram_products(reader.config, recipe, tokens)
     if tried:  # one pass, and on each block tried two more for each choice, and what rounding takes
         some, each = min(tokens, TRIED_TOKENS), len(tried) * min(TRIED_BLOCKS, blocks)

@@ -56,7 +56,7 @@ _FACTORS = 3.5  # that a search among them takes, of those one is the ridge's
 _HELD_OUT, _TRIED = 2048, 256  # rows of x that a choice is tried on, and outputs that stand for all
 _PIECE_ELEMENTS = 1 << 22  # of a working copy: 16 MiB
 _LARGE_PIECE = 1 << 26  # of one that all cores work on
-_SOLVED = 512  # rows that are divided by a factor at a time
+_COPIED, _SOLVED = 32, 512  # rows that a thread copies, and divides by a factor, at a time
 
 
 @dataclass(frozen=True)
@@ -292,11 +292,12 @@ def _damped(gram: NDArray[np.float32], columns: NDArray[np.intp], added: float, 
     lower = np.zeros(gram.shape, precision)  # what nothing is written to, nearly half of it, takes no memory
 
     def copy(rows: slice) -> None:
-        for row in range(rows.start, min(rows.stop, len(lower))):
+        for row in range(rows.start, rows.stop):
             own = slice(row + 1)
-            lower[row, own] = gram[columns[row]].copy().take(columns[own], mode="clip")
+            near = gram[columns[row]].copy()  # read in order, then picked from in the cache
+            lower[row, own] = near.take(columns[own], mode="clip")
 
-    by_element(copy, row_pieces(lower))
+    by_element(copy, list(pieces(0, len(lower), _COPIED)))
     diagonal = np.einsum("ii->i", lower)
     diagonal += added
     diagonal[diagonal == 0] = 1.0

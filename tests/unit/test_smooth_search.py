@@ -202,15 +202,17 @@ def test_the_kernel_takes_the_means_that_numpy_takes(monkeypatch, rows, groups, 
     monkeypatch.delenv(SETTING)
     best = library()
     if best is None:
-        return
+        pytest.skip("no C++ compiler, or kernels switched off")
     found, before = [], best.threads
-    for path in PATHS[: PATHS.index(best.best) + 1]:
-        monkeypatch.setenv(SETTING, path)
-        for threads in (1, 3):
-            library().functions.pangu_threads(threads)
-            found.append(weighed_means(*given))
-    monkeypatch.undo()
-    library().functions.pangu_threads(before)
+    try:
+        for path in PATHS[: PATHS.index(best.best) + 1]:
+            monkeypatch.setenv(SETTING, path)
+            for threads in (1, 3):
+                library().functions.pangu_threads(threads)
+                found.append(weighed_means(*given))
+    finally:
+        monkeypatch.undo()
+        library().functions.pangu_threads(before)
     for squares, shares in found:
         np.testing.assert_allclose(squares, wanted[0], rtol=1e-12)
         np.testing.assert_allclose(shares, wanted[1], rtol=1e-12)

@@ -332,6 +332,7 @@ def test_candidates_are_tested_from_the_most_accurate_down_until_one_is_not_show
     exam = Exam(2000, {"w4a8_g64": 0.2, "w4a8": 0.2})
     found = search_retention(exam, 0.98, size)
     assert [each.verdict for each in found.trials] == ["meets", "meets", "fails"]
+    assert found.winner.name.startswith("w4a8+")
     assert ("w4a8", 60) not in exam.limits
 
 
